@@ -1,0 +1,1 @@
+"""The agent SDK: trees of turns, credit, losses, rollouts and training."""

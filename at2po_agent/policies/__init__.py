@@ -1,0 +1,1 @@
+"""Policies behind one protocol: token ids in, sampled ids out."""

@@ -1,0 +1,1 @@
+"""Growing trees: policy x environment x expansion."""

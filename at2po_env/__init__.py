@@ -1,0 +1,1 @@
+"""The environment SDK: episodes that can be forked at any turn."""

@@ -1,0 +1,1 @@
+"""The environments shipped with at2po."""
