@@ -1,0 +1,234 @@
+"""The append-only tree of one question: invariants only, no policy.
+
+A node is one turn; the root (index 0, parent -1) is the prompt alone. Parents precede their children,
+so one pass over the indices is a top-down pass and a reversed one is bottom-up. Which nodes are forked
+(`expansion`), what they are worth (`credit`) and how they are trained (`packing`) is not known here.
+
+Token in, token out: concatenating the pieces along a path gives exactly the ids that the policy saw and
+sampled. `add` checks it against the ids that were sent to the policy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from at2po_agent.types import BoolArray, FloatArray, IntArray, Turn
+
+FORMAT_VERSION = 1
+ROOT = 0
+NO_PARENT = -1
+
+
+class Tree:
+    """All turns of one question, as one struct of arrays that only grows.
+
+    Attributes:
+        prompt_ids: Ids of the root.
+        prompt: The root's text.
+        task_id: The question's id.
+        turns: One entry per node; None for the root.
+        outcomes: One entry per node: how the episode ended (em, f1, answer, reason, terminated, truncated);
+            None unless the node is a closed leaf.
+    """
+
+    def __init__(self, prompt_ids: Sequence[int], prompt: str = "", task_id: str = "") -> None:
+        self.prompt_ids: tuple[int, ...] = tuple(prompt_ids)
+        self.prompt = prompt
+        self.task_id = task_id
+        self.turns: list[Turn | None] = [None]
+        self.outcomes: list[dict[str, Any] | None] = [None]
+        self._parent: list[int] = [NO_PARENT]
+        self._children: list[list[int]] = [[]]
+        self._rewards: list[float | None] = [None]
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __repr__(self) -> str:
+        return f"Tree(task_id={self.task_id!r}, nodes={len(self)}, leaves={len(self.leaves())})"
+
+    @property
+    def parent(self) -> IntArray:
+        """int64[N]: index of each node's parent, -1 for the root."""
+        return np.array(self._parent, dtype=np.int64)
+
+    @property
+    def entropy(self) -> FloatArray:
+        """float64[N]: mean surprisal of each turn's sampled tokens in nats, 0 for the root."""
+        return np.array([0.0 if turn is None else turn.entropy for turn in self.turns], dtype=np.float64)
+
+    @property
+    def is_leaf(self) -> BoolArray:
+        """bool[N]: whether the node's turn ended the episode (an unfinished turn is no leaf)."""
+        return np.array([reward is not None for reward in self._rewards], dtype=np.bool_)
+
+    @property
+    def leaf_reward(self) -> FloatArray:
+        """float64[N]: terminal reward of each leaf, nan elsewhere."""
+        return np.array(
+            [math.nan if reward is None else reward for reward in self._rewards], dtype=np.float64
+        )
+
+    def add(self, parent: int, turn: Turn, *, prefix_ids: Sequence[int] | None = None) -> int:
+        """Append a turn below a node.
+
+        Args:
+            parent: Index of the node after which the turn happened.
+            turn: The turn.
+            prefix_ids: What was sent to the policy when it sampled the turn's action. Must equal the branch
+                up to `parent` followed by the turn's observation. None where nothing was sent (a file).
+
+        Returns:
+            The new node's index.
+
+        Raises:
+            IndexError: `parent` is no node.
+            ValueError: `parent` is a closed leaf, or the policy saw other ids than this path records.
+        """
+        self._check_index(parent)
+        if self._rewards[parent] is not None:
+            raise ValueError(f"node {parent} ended its episode and cannot have children")
+        if prefix_ids is not None:
+            self._check_prefix(parent, turn, tuple(prefix_ids))
+        node = len(self._parent)
+        self._parent.append(parent)
+        self._children[parent].append(node)
+        self._children.append([])
+        self._rewards.append(None)
+        self.turns.append(turn)
+        self.outcomes.append(None)
+        return node
+
+    def close(self, node: int, reward: float, outcome: Mapping[str, Any] | None = None) -> None:
+        """Mark a turn as the end of its episode.
+
+        Args:
+            node: The turn's index.
+            reward: Terminal reward, finite.
+            outcome: How the episode ended: em, f1, answer, reason, terminated, truncated.
+
+        Raises:
+            IndexError: `node` is no node.
+            ValueError: It is the root, has children, is closed already, or the reward is not finite.
+        """
+        self._check_index(node)
+        if node == ROOT:
+            raise ValueError("the root is the prompt, not a turn: it cannot end an episode")
+        if self._rewards[node] is not None or self._children[node]:
+            raise ValueError(f"node {node} is already closed or has children")
+        if not math.isfinite(reward):
+            raise ValueError(f"reward of node {node} must be finite, got {reward}")
+        self._rewards[node] = float(reward)
+        self.outcomes[node] = dict(outcome or {})
+
+    def children(self, node: int) -> tuple[int, ...]:
+        """Indices of a node's children in the order of their creation."""
+        self._check_index(node)
+        return tuple(self._children[node])
+
+    def leaves(self) -> list[int]:
+        """Indices of the turns that ended an episode, in the order of their creation."""
+        return [node for node, reward in enumerate(self._rewards) if reward is not None]
+
+    def path(self, node: int) -> list[int]:
+        """Indices from the root to a node, both included."""
+        self._check_index(node)
+        indices = [node]
+        while indices[-1] != ROOT:
+            indices.append(self._parent[indices[-1]])
+        return indices[::-1]
+
+    def branch_ids(self, node: int) -> list[int]:
+        """All token ids from the prompt to the end of a node's turn, exactly as seen and sampled."""
+        ids = list(self.prompt_ids)
+        for index in self.path(node):
+            turn = self.turns[index]
+            if turn is not None:
+                ids += turn.observation_ids
+                ids += turn.action_ids
+        return ids
+
+    def to_json(self) -> str:
+        """The whole tree as JSON text; `from_json` gives it back token by token."""
+        nodes = [self._node_json(node) for node in range(1, len(self))]
+        body = {
+            "version": FORMAT_VERSION,
+            "task_id": self.task_id,
+            "prompt": self.prompt,
+            "prompt_ids": list(self.prompt_ids),
+            "nodes": nodes,
+        }
+        return json.dumps(body, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: Not JSON, another format version, a field missing, or a broken invariant.
+        """
+        body = json.loads(text)
+        if not isinstance(body, dict) or body.get("version") != FORMAT_VERSION:
+            got = body.get("version") if isinstance(body, dict) else type(body).__name__
+            raise ValueError(f"not a tree of format version {FORMAT_VERSION}: got {got!r}")
+        try:
+            tree = cls(body["prompt_ids"], body["prompt"], body["task_id"])
+            for entry in body["nodes"]:
+                node = tree.add(entry["parent"], _turn_from_json(entry))
+                if entry["reward"] is not None:
+                    tree._rewards[node] = float(entry["reward"])
+                    tree.outcomes[node] = dict(entry["outcome"])
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"not a complete tree: {type(error).__name__} {error}") from error
+        return tree
+
+    def _node_json(self, node: int) -> dict[str, Any]:
+        turn = self.turns[node]
+        assert turn is not None
+        return {
+            "parent": self._parent[node],
+            "observation": turn.observation,
+            "action": turn.action,
+            "observation_ids": list(turn.observation_ids),
+            "action_ids": list(turn.action_ids),
+            "sampled_log_probs": turn.sampled_log_probs.tolist(),
+            "sampled": None if turn.sampled is None else turn.sampled.tolist(),
+            "entropy": turn.entropy,
+            "stop_reason": turn.stop_reason,
+            "reward": self._rewards[node],
+            "outcome": self.outcomes[node],
+        }
+
+    def _check_prefix(self, parent: int, turn: Turn, prefix: tuple[int, ...]) -> None:
+        expected = (*self.branch_ids(parent), *turn.observation_ids)
+        if prefix == expected:
+            return
+        shared = next((i for i, (a, b) in enumerate(zip(prefix, expected, strict=False)) if a != b), None)
+        where = min(len(prefix), len(expected)) if shared is None else shared
+        raise ValueError(
+            f"token in, token out is broken below node {parent}: the policy saw {len(prefix)} ids, the path "
+            f"records {len(expected)}, first difference at position {where}; "
+            "send `branch_ids(parent) + observation_ids`"
+        )
+
+    def _check_index(self, node: int) -> None:
+        if not 0 <= node < len(self._parent):
+            raise IndexError(f"no node {node}: the tree has nodes 0 to {len(self) - 1}")
+
+
+def _turn_from_json(entry: Mapping[str, Any]) -> Turn:
+    return Turn(
+        observation_ids=tuple(entry["observation_ids"]),
+        action_ids=tuple(entry["action_ids"]),
+        sampled_log_probs=np.array(entry["sampled_log_probs"], dtype=np.float32),
+        sampled=None if entry["sampled"] is None else np.array(entry["sampled"], dtype=np.bool_),
+        observation=entry["observation"],
+        action=entry["action"],
+        entropy=float(entry["entropy"]),
+        stop_reason=entry["stop_reason"],
+    )
