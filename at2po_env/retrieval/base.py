@@ -1,0 +1,24 @@
+"""What a retriever is: text queries in, ranked passages out."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from at2po_env.data.passages import Passage as Passage
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """Ranks the passages of one corpus; immutable and thread safe, so that every environment may share it."""
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of what the results depend on: kind, corpus and settings."""
+        ...
+
+    def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
+        """Return for each query at most `topk` passages, best first.
+
+        A query that matches nothing gives an empty list. No text makes this raise; a retriever that cannot
+        answer (a damaged index, an unreachable server) raises `RetrievalError`.
+        """
+        ...
