@@ -1,0 +1,158 @@
+"""Reads what a run left in its folder: settings, metrics, summary, trees. Writes nothing.
+
+A file cut short or edited by hand is one `DataError` that names file, line and fix. The only tolerated damage is a
+last line of `metrics.jsonl` without its end: the run was killed while it wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from at2po_agent.tree import Tree
+from at2po_env.errors import DataError
+
+METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.yaml"
+TREES, CHECKPOINTS = "trees", "checkpoints"
+
+
+@dataclass(frozen=True)
+class TreeRecord:
+    """One kept tree and what is known beside it.
+
+    Attributes:
+        tree: The tree.
+        question: The question, "" when the file does not say.
+        golden_answers: The right answers, empty when the file does not say.
+        step: Training step, None when the file does not say.
+    """
+
+    tree: Tree
+    question: str = ""
+    golden_answers: tuple[str, ...] = ()
+    step: int | None = None
+
+
+def check_run_folder(path: Path) -> Path:
+    """Return `path` if a run wrote it.
+
+    Raises:
+        DataError: There is no such folder, or nothing of a run in it.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder. Fix: give the folder of a run (runs/...).")
+    if not any((path / name).exists() for name in (CONFIG, METRICS, SUMMARY, TREES)):
+        raise DataError(f"{path}: not a run's folder (no {CONFIG}, {METRICS}, {SUMMARY} or {TREES}/ in it).")
+    return path
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All records of a run's `metrics.jsonl`, in the order of the file; empty when there is none yet."""
+    path = run / METRICS
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            records.append(_json_object(line, path, number))
+        except DataError:
+            if line.endswith(b"\n"):
+                raise
+    return records
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """A run's `summary.json`; empty while the run is not finished."""
+    path = run / SUMMARY
+    return _json_object(path.read_bytes(), path, None) if path.exists() else {}
+
+
+def read_trees(path: Path) -> list[TreeRecord]:
+    """The trees of a file, of a folder `trees/` or of a run (its newest file).
+
+    A file holds one tree, a list of trees, or one tree per line; a tree is what `Tree.to_json` wrote, or an object
+    with it under `tree` and `question`, `golden_answers`, `step` beside it.
+
+    Raises:
+        DataError: Nothing there, or not trees.
+    """
+    file = tree_file(path)
+    try:
+        records = [_tree_record(entry, file, number) for number, entry in _entries(file)]
+    except OSError as error:
+        raise DataError(f"{file}: cannot read the trees ({error.strerror or error}).") from error
+    if not records:
+        raise DataError(f"{file}: no tree in it.")
+    return records
+
+
+def tree_file(path: Path) -> Path:
+    """The file that `read_trees` reads."""
+    if path.is_file():
+        return path
+    folder = path / TREES if (path / TREES).is_dir() else path
+    files = sorted(folder.glob("*.json*")) if folder.is_dir() and folder.name == TREES else []
+    if not files:
+        raise DataError(
+            f"{path}: no trees there. Fix: give a file of trees, or a run that keeps some (train.save_trees_every)."
+        )
+    return files[-1]
+
+
+def most_telling(records: Iterable[TreeRecord]) -> TreeRecord:
+    """The tree worth a look: leaves that disagree most about the reward, then most leaves, then the first."""
+
+    def key(record: TreeRecord) -> tuple[float, int]:
+        rewards = record.tree.leaf_reward[record.tree.is_leaf]
+        return (round(float(np.std(rewards)), 9), len(rewards)) if len(rewards) else (-1.0, 0)
+
+    return max(records, key=key)
+
+
+def _entries(path: Path) -> Iterator[tuple[int | None, Any]]:
+    """(line number, JSON value) of each tree of a file; no number where the file is one JSON value."""
+    data = path.read_bytes()
+    try:
+        whole = json.loads(data)
+    except ValueError:
+        for number, line in enumerate(data.splitlines(), start=1):
+            yield number, _json_object(line, path, number)
+        return
+    if isinstance(whole, Mapping) and "trees" in whole:
+        whole = whole["trees"]
+    yield from ((None, entry) for entry in (whole if isinstance(whole, list) else [whole]))
+
+
+def _tree_record(entry: Any, path: Path, number: int | None) -> TreeRecord:
+    beside = entry if isinstance(entry, Mapping) and "tree" in entry else {"tree": entry}
+    body = beside["tree"]
+    try:
+        tree = Tree.from_json(body if isinstance(body, str) else json.dumps(body))
+        step = beside.get("step")
+        return TreeRecord(
+            tree,
+            str(beside.get("question") or ""),
+            tuple(str(answer) for answer in beside.get("golden_answers") or ()),
+            None if step is None else int(step),
+        )
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{_at(path, number)}: not a tree ({error}).") from error
+
+
+def _json_object(data: bytes, path: Path, number: int | None) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{_at(path, number)}: not JSON ({error}). Fix: restore or remove it.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{_at(path, number)}: expected a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def _at(path: Path, number: int | None) -> str:
+    return str(path) if number is None else f"{path}, line {number}"

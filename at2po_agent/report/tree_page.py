@@ -1,0 +1,224 @@
+"""One question's tree as one self-contained HTML file.
+
+The page loads nothing (a Content-Security-Policy says so), works from `file://`, follows the reader's light or dark
+preference and can be read with the keyboard alone. What a policy wrote can be any text: it travels as JSON whose
+`<`, `>` and `&` are escaped, and the script only ever sets it as text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from at2po_agent.report.actions_in_short import shorten
+from at2po_agent.report.run_folder import TreeRecord
+from at2po_agent.report.token_text import Decode, token_pieces
+from at2po_agent.tree import ROOT, Tree
+from at2po_agent.types import FloatArray, Turn
+from at2po_env.errors import require
+
+TEMPLATES = Path(__file__).parent / "templates"
+COMPACT_ABOVE = 26
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """What the page needs to know beyond the tree; all of it may be missing.
+
+    Attributes:
+        values: float[N] node values.
+        advantages: float[N] node advantages.
+        chains: M, the chains that the tree began with; None leaves forks unmarked.
+        forks: K, the forks of each round.
+        decode: Tokens to text, for the surprisal of each token.
+        facts: Short remarks for the first line (run, step ...).
+    """
+
+    values: FloatArray | None = None
+    advantages: FloatArray | None = None
+    chains: int | None = None
+    forks: int = 0
+    decode: Decode | None = None
+    facts: Sequence[str] = ()
+
+
+class Stat(NamedTuple):
+    """One figure of the page's head."""
+
+    name: str
+    value: str
+    help: str
+
+
+class Origin(NamedTuple):
+    """When nodes came to be.
+
+    Attributes:
+        rounds: Expansion round that created each node, 0 for the first chains.
+        opens_fork: Whether the node is the first turn of a fork.
+    """
+
+    rounds: list[int]
+    opens_fork: list[bool]
+
+
+def tree_page(record: TreeRecord, options: PageOptions | None = None) -> str:
+    """The page as text.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    options = options or PageOptions()
+    jinja2 = require("jinja2", "agent")
+    loader = jinja2.FileSystemLoader(str(TEMPLATES))
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    nodes = _nodes(record.tree, options)
+    payload = {"prompt": record.tree.prompt, "start": _best_leaf(record.tree), "nodes": nodes}
+    html = environment.get_template("tree.html.j2").render(
+        title=record.question or _question_in(record.tree.prompt) or record.tree.task_id or "Tree",
+        facts=_facts(record, options),
+        golden_answers=record.golden_answers,
+        stats=tree_stats(record.tree),
+        rounds=max((node["round"] for node in nodes), default=0),
+        compact=len(record.tree.leaves()) > COMPACT_ABOVE,
+        css=_asset(jinja2, "tree.css"),
+        script=_asset(jinja2, "tree.js"),
+        data=_as_markup(jinja2, script_json(payload)),
+    )
+    return str(html)
+
+
+def write_tree_page(path: Path, record: TreeRecord, options: PageOptions | None = None) -> Path:
+    """Write the page; characters that UTF-8 cannot hold are written as escapes."""
+    path.write_text(tree_page(record, options), encoding="utf-8", errors="backslashreplace")
+    return path
+
+
+def script_json(value: Any) -> str:
+    r"""JSON that can stand inside a `<script>` element: no `<`, `>`, `&`, nothing outside ASCII.
+
+    All of these occur only within strings, where `\u003c` means the same to a JSON parser.
+    """
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def node_origins(tree: Tree, chains: int | None, forks: int) -> Origin:
+    """Which expansion round created each node.
+
+    Branches enter a tree whole, one round after the other, so node indices say it: the branch of a node is the
+    number of leaves before it; the first `chains` branches are round 0, then every `forks` of them one round.
+    """
+    leaf = tree.is_leaf
+    rounds, opens, branch, new_branch = [0], [False], 0, True
+    for node in range(1, len(tree)):
+        late = chains is not None and forks > 0 and branch >= chains
+        rounds.append(1 + (branch - (chains or 0)) // forks if late else 0)
+        opens.append(late and new_branch)
+        new_branch = bool(leaf[node])
+        branch += new_branch
+    return Origin(rounds, opens)
+
+
+def tree_stats(tree: Tree) -> list[Stat]:
+    """The figures of the page's head."""
+    leaves, turns = tree.leaves(), [turn for turn in tree.turns if turn is not None]
+    correct = sum(1 for leaf in leaves if (tree.outcomes[leaf] or {}).get("em", 0) == 1)
+    rewards = tree.leaf_reward[tree.is_leaf]
+    unique = len(tree.prompt_ids) + sum(len(turn.ids) for turn in turns)
+    flat = sum(len(tree.branch_ids(leaf)) for leaf in leaves)
+    share = f" ({correct / len(leaves):.0%})" if leaves else ""
+    return [
+        Stat("Leaves", str(len(leaves)), "Ways in which an episode of this question ended"),
+        Stat("Correct", f"{correct}{share}", "Leaves whose answer matches a golden answer exactly"),
+        Stat("Mean reward", f"{rewards.mean():.2f}" if len(rewards) else "–", "Over the leaves"),
+        Stat("Turns", str(len(turns)), "Nodes of the tree; turns on a shared path count once"),
+        Stat("Sampled tokens", f"{sum(int(t.sampled_mask.sum()) for t in turns):,}", "Written by the policy"),
+        Stat("Saved by sharing", f"{1 - unique / flat:.0%}" if flat else "–", "Tokens that one row per leaf repeats"),
+    ]
+
+
+def _nodes(tree: Tree, options: PageOptions) -> list[dict[str, Any]]:
+    rounds, opens = node_origins(tree, options.chains, options.forks)
+    depth, out = [0], []
+    for node, parent in enumerate(tree.parent.tolist()):
+        if node != ROOT:
+            depth.append(depth[parent] + 1)
+        out.append(
+            {
+                "parent": parent,
+                "turn": depth[node],
+                "round": rounds[node],
+                "forked": opens[node],
+                "value": _finite(options.values, node),
+                "advantage": _finite(options.advantages, node),
+                "reward": _finite(tree.leaf_reward, node),
+                "outcome": _plain(tree.outcomes[node]),
+                **_turn(tree.turns[node], options.decode, len(tree.prompt_ids)),
+            }
+        )
+    return out
+
+
+def _turn(turn: Turn | None, decode: Decode | None, prompt_tokens: int) -> dict[str, Any]:
+    if turn is None:
+        return {"kind": "prompt", "summary": "", "observation_tokens": prompt_tokens}
+    short, pieces = shorten(turn.action), None
+    if decode is not None:
+        pieces = token_pieces(turn.action_ids, turn.action, decode)
+    seen: dict[str, Any] = {
+        "kind": short.kind,
+        "summary": short.text,
+        "observation": turn.observation,
+        "observation_tokens": len(turn.observation_ids),
+        "action": turn.action if pieces is None else "",
+        "entropy": round(turn.entropy, 4),
+        "sampled_tokens": int(turn.sampled_mask.sum()),
+        "stop_reason": turn.stop_reason,
+    }
+    if pieces is not None:
+        seen["pieces"] = pieces
+        seen["surprisal"] = [round(max(0.0, -float(p)), 3) for p in turn.sampled_log_probs]
+        if not turn.sampled_mask.all():
+            seen["forced"] = (~turn.sampled_mask).tolist()
+    return seen
+
+
+def _finite(array: FloatArray | None, node: int) -> float | None:
+    return None if array is None or not np.isfinite(array[node]) else round(float(array[node]), 4)
+
+
+def _plain(outcome: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """An outcome as JSON can hold it: an infinite or undefined number becomes text."""
+    if outcome is None:
+        return None
+    return {k: str(v) if isinstance(v, float) and not np.isfinite(v) else v for k, v in outcome.items()}
+
+
+def _best_leaf(tree: Tree) -> int:
+    return max(tree.leaves(), key=lambda leaf: (tree.leaf_reward[leaf], -leaf), default=ROOT)
+
+
+def _question_in(prompt: str) -> str:
+    """The last line of a prompt that asks something."""
+    lines = [line.strip() for line in prompt.splitlines() if line.strip().endswith("?")]
+    return lines[-1].removeprefix("Question:").strip()[:500] if lines else ""
+
+
+def _facts(record: TreeRecord, options: PageOptions) -> list[str]:
+    step = [] if record.step is None else [f"step {record.step}"]
+    task = [f"question {record.tree.task_id}"] if record.tree.task_id else []
+    return [*options.facts, *step, *task]
+
+
+def _asset(jinja2: Any, name: str) -> Any:
+    return _as_markup(jinja2, (TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def _as_markup(jinja2: Any, text: str) -> Any:
+    return jinja2.utils.markupsafe.Markup(text)
