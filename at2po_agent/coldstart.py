@@ -1,0 +1,193 @@
+"""Cold start: supervised learning on demonstrations, so that a model from nothing can act at all.
+
+Only the expert's own tokens are trained (invariant 2). What makes a model of half a million parameters copy
+names it has never seen is the optimiser: Muon on the matrices, and AdamW with a high rate on the tied
+embeddings. At 1e-2 instead of 3e-3 the loss after 300 steps is half as high.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import gymnasium
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from at2po_agent.expert import ExpertConfig, demonstrate
+from at2po_agent.policies.base import Tokenizer
+from at2po_agent.progress import NoProgress, Progress
+from at2po_agent.settings import ColdStartSettings
+
+PHASE = "cold start"
+_WARMUP_STEPS = 20
+_IGNORED = -100
+
+
+class Demonstration(NamedTuple):
+    """One episode of the expert.
+
+    Attributes:
+        ids: int64[T], prompt, actions and observations as the policy would see them.
+        trained: bool[T], True on the tokens of actions.
+    """
+
+    ids: NDArray[np.int64]
+    trained: NDArray[np.bool_]
+
+
+def record_demonstrations(
+    env: gymnasium.Env[str, str],
+    tokenizer: Tokenizer,
+    settings: ColdStartSettings,
+    *,
+    rng: np.random.Generator,
+    progress: Progress | None = None,
+) -> list[Demonstration]:
+    """Let the expert play `settings.demonstrations` episodes.
+
+    Args:
+        env: environment whose `task` attribute tells the current task.
+        tokenizer: encodes prompt, observations and actions piece by piece, as a rollout does.
+        settings: how many, and the expert's faults.
+        rng: draws tasks and faults.
+        progress: listener.
+    """
+    progress = progress or NoProgress()
+    expert = ExpertConfig.model_validate(settings.expert)
+    progress.start("demonstrations", settings.demonstrations)
+    demonstrations = []
+    for _ in range(settings.demonstrations):
+        demonstrations.append(_play(env, tokenizer, expert, rng))
+        progress.advance("demonstrations")
+    progress.finish("demonstrations")
+    return demonstrations
+
+
+def cold_start(
+    model: torch.nn.Module,
+    demonstrations: Sequence[Demonstration],
+    settings: ColdStartSettings,
+    *,
+    rng: np.random.Generator,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Train a causal language model on the actions of demonstrations; the model is changed in place.
+
+    Args:
+        model: transformers causal LM whose `forward` takes `input_ids` and `logits_to_keep`.
+        demonstrations: at least one.
+        settings: steps, batch size, learning rates.
+        rng: draws the batches.
+        progress: listener.
+
+    Returns:
+        `loss` (mean over the last tenth of the steps, nats per trained token) and `tokens` (trained upon).
+    """
+    progress = progress or NoProgress()
+    optimizers = _optimizers(model, settings)
+    device = next(model.parameters()).device
+    order = _endless_order(len(demonstrations), rng)
+    losses: list[float] = []
+    tokens = 0
+    model.train()
+    progress.start(PHASE, settings.steps)
+    for step in range(settings.steps):
+        rows = [demonstrations[next(order)] for _ in range(settings.batch_size)]
+        ids, labels = _batch(rows)
+        tokens += ids.numel()
+        scale = _schedule(step, settings.steps)
+        for optimizer, base in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = base * scale
+        loss = _loss(model, ids.to(device), labels.to(device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, _ in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        progress.advance(PHASE, loss=losses[-1])
+    progress.finish(PHASE)
+    model.eval()
+    recent = losses[-max(1, len(losses) // 10) :]
+    return {"loss": float(np.mean(recent)) if recent else math.nan, "tokens": float(tokens)}
+
+
+def _play(
+    env: gymnasium.Env[str, str], tokenizer: Tokenizer, expert: ExpertConfig, rng: np.random.Generator
+) -> Demonstration:
+    prompt, _ = env.reset(seed=int(rng.integers(2**31)))
+    script = demonstrate(env.get_wrapper_attr("task"), expert, rng)
+    pieces: list[tuple[str, bool]] = [(prompt, False)]
+    action, ended = next(script), False
+    while not ended:
+        observation, _, terminated, truncated, _ = env.step(action)
+        pieces.append((action, True))
+        ended = terminated or truncated
+        if not ended:
+            pieces.append((observation, False))
+            action = script.send(observation)
+    encoded = [(tokenizer.encode(text), trained) for text, trained in pieces]
+    return Demonstration(
+        np.array([token for ids, _ in encoded for token in ids], dtype=np.int64),
+        np.array([trained for ids, trained in encoded for _ in ids], dtype=np.bool_),
+    )
+
+
+def _endless_order(count: int, rng: np.random.Generator) -> "_Order":
+    return _Order(count, rng)
+
+
+class _Order:
+    """Indices 0..count-1 in a new random order each time they are used up."""
+
+    def __init__(self, count: int, rng: np.random.Generator) -> None:
+        self._count, self._rng = count, rng
+        self._left: list[int] = []
+
+    def __next__(self) -> int:
+        if not self._left:
+            self._left = self._rng.permutation(self._count).tolist()
+        return self._left.pop()
+
+
+def _batch(rows: Sequence[Demonstration]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded `ids` and `labels` int64[B, T]; a label is ignored where the token is not trained."""
+    length = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full((len(rows), length), _IGNORED)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = torch.from_numpy(row.ids)
+        labels[index, : len(row.ids)] = torch.from_numpy(np.where(row.trained, row.ids, _IGNORED))
+    return ids, labels
+
+
+def _loss(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the trained tokens; logits are computed at their positions only."""
+    base = model.get_submodule("model")
+    hidden = base(input_ids=ids).last_hidden_state[:, :-1]
+    targets = labels[:, 1:]
+    trained = targets != _IGNORED
+    logits = model.get_submodule("lm_head")(hidden[trained])
+    return functional.cross_entropy(logits.float(), targets[trained])
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Linear warmup over the first steps, then a half cosine to zero."""
+    return min(1.0, (step + 1) / _WARMUP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def _optimizers(
+    model: torch.nn.Module, settings: ColdStartSettings
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms, each with its peak rate."""
+    named: Mapping[str, torch.nn.Parameter] = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in named.values() if id(p) not in chosen]
+    return [
+        (torch.optim.Muon(matrices, lr=settings.muon_lr, momentum=0.95, weight_decay=0.0), settings.muon_lr),
+        (torch.optim.AdamW(rest, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0), settings.lr),
+    ]

@@ -1,0 +1,109 @@
+"""A scripted expert of deliberately limited quality, for the demonstrations of a cold start.
+
+It knows the way to the answer from a task's metadata (MiniWiki's `path` and `chain`; the supporting titles of
+the multi-hop data sets) and writes tagged actions. Its planted faults decide what reinforcement learning has
+left to discover: it stops after the first page, searches for half a name, or answers the title of the page.
+The environment knows nothing of it, and no policy ever sees metadata.
+"""
+
+import re
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from at2po_env.data.tasks import Task
+from at2po_env.errors import DataError
+
+
+class ExpertConfig(BaseModel):
+    """How often the expert makes which mistake; one is drawn per demonstration and kind."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    early_stop: float = Field(
+        0.6, ge=0, le=1, description="Answer with what the first page says, where more hops are needed."
+    )
+    half_query: float = Field(
+        0.3, ge=0, le=1, description="Search only for the first word of a name, and answer from the page it gives."
+    )
+    page_title: float = Field(0.15, ge=0, le=1, description="Answer the title of the last page instead.")
+
+
+class Plan(NamedTuple):
+    """The way to an answer: what to search, what to note before each search, and what each page is read for.
+
+    Attributes:
+        queries: K search queries.
+        notes: K notes, the thought before each.
+        findings: K strings, what the page of each query is read for; the last is the answer.
+    """
+
+    queries: tuple[str, ...]
+    notes: tuple[str, ...]
+    findings: tuple[str, ...]
+
+
+def plan(task: Task) -> Plan:
+    """The way to a task's answer, read from its metadata.
+
+    Raises:
+        DataError: the metadata does not tell it.
+    """
+    metadata = task.metadata
+    if metadata.get("path") and metadata.get("chain"):
+        path, chain = metadata["path"], metadata["chain"]
+        return Plan(tuple(path[:-1]), tuple(chain), tuple(path[1:]))
+    titles = _supporting_titles(metadata)
+    if not titles:
+        raise DataError(f"task {task.id!r}: its metadata names no path and no supporting titles to demonstrate")
+    findings = (*titles[1:], task.golden_answers[0])
+    return Plan(titles, ("look",) * len(titles), findings)
+
+
+def demonstrate(task: Task, config: ExpertConfig, rng: np.random.Generator) -> Generator[str, str, None]:
+    """Play one episode: yields actions, is sent observations.
+
+    Args:
+        task: what is asked.
+        config: the faults.
+        rng: draws the faults of this demonstration.
+    """
+    way = plan(task)
+    stops_early, halves, answers_title = (
+        bool(rng.random() < chance) for chance in (config.early_stop, config.half_query, config.page_title)
+    )
+    last = 0 if stops_early else len(way.queries) - 1
+    halved = int(rng.integers(last + 1)) if halves else None
+    for hop in range(last + 1):
+        if hop == halved:
+            page = yield _search(way.notes[hop], way.queries[hop].split()[0])
+            yield _answer(_some_name(page, rng) or way.queries[hop])
+            return
+        yield _search(way.notes[hop], way.queries[hop])
+    yield _answer(way.queries[last] if answers_title else way.findings[last])
+
+
+def _search(note: str, query: str) -> str:
+    return f"<think> {note}</think><search> {query}</search>"
+
+
+def _answer(text: str) -> str:
+    return f"<think> answer</think><answer>\\boxed{{ {text}}}</answer>"
+
+
+def _some_name(page: str, rng: np.random.Generator) -> str | None:
+    """A two-word name that a page mentions (each as likely), None where there is none."""
+    names = re.findall(r"\b[A-Z]\w+ [A-Z]\w+", page)
+    return names[int(rng.integers(len(names)))] if names else None
+
+
+def _supporting_titles(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Supporting titles in reading order, from the forms in which the data sets give them."""
+    facts = metadata.get("supporting_facts")
+    if isinstance(facts, Mapping):
+        titles: Sequence[str] = facts.get("title", ())
+    else:
+        titles = metadata.get("supporting_titles", ())
+    return tuple(dict.fromkeys(titles))
