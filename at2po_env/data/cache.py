@@ -1,17 +1,124 @@
-"""Where data lies on this machine: paths given, the cache, or the sample that ships with the package."""
+"""Where data lies on this machine: a path given, else the cache, else the sample that ships with the package.
+
+Nothing here uses the network; `at2po data get NAME` fills the cache.
+"""
 
 import hashlib
 import os
 import stat
+import warnings
 from pathlib import Path
 
 import platformdirs
+
+from at2po_env.data.catalog import CORPORA, WIKI_18, QaSet, qa_set
+from at2po_env.errors import DataError
+
+SAMPLE = Path(__file__).parent / "sample"
+_NOT_REAL = "It shows that things run and measures nothing."
+
+
+class At2poSampleWarning(UserWarning):
+    """The small sample that ships with at2po stands in for a data set or a corpus."""
 
 
 def cache_dir() -> Path:
     """Return the folder of what at2po keeps on this machine: `AT2PO_CACHE`, else the user's cache."""
     given = os.environ.get("AT2PO_CACHE")
     return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("at2po", appauthor=False))
+
+
+def resolve_dataset(name: str, split: str | None = None, dataset: str | Path | None = None) -> Path:
+    """Return the question file to use.
+
+    Args:
+        name: A question set, by its FlashRAG name or the name in its environment id.
+        split: "train", "dev" or "test"; `None` is "train" where there is one, else "test".
+        dataset: A FlashRAG file (whatever `split` says), or a folder with `SPLIT.jsonl` or
+            `NAME/SPLIT.jsonl`.
+
+    Returns:
+        `dataset` when given; else the file in the cache; else the sample (the same for all splits).
+
+    Warns:
+        At2poSampleWarning: the sample is used.
+
+    Raises:
+        DataError: unknown name or split, or no such file.
+    """
+    qa = qa_set(name)
+    if dataset is not None and not Path(dataset).is_dir():
+        return _existing(Path(dataset), "dataset")
+    split = _split(qa, split)
+    if dataset is not None:
+        return _in_folder(Path(dataset), qa.name, split)
+    cached = cache_dir() / qa.file(split).target
+    if cached.is_file():
+        return cached
+    _warn(
+        f"{qa.title} {split}: using the 12 questions that ship with at2po, because no dataset= was given and "
+        f"{cached} does not exist. {_NOT_REAL} Fix: `at2po data get {qa.name}`, or give dataset=PATH."
+    )
+    return SAMPLE / f"{qa.name}.jsonl"
+
+
+def resolve_corpus(name: str, corpus: str | Path | None = None) -> Path:
+    """Return the corpus file to search for the questions of `name` (all seven sets use wiki-18).
+
+    Args:
+        name: A question set or a corpus.
+        corpus: JSON lines in wiki-18 form.
+
+    Returns:
+        `corpus` when given; else the file in the cache; else the sample.
+
+    Warns:
+        At2poSampleWarning: the sample is used.
+
+    Raises:
+        DataError: unknown name, or no such file.
+    """
+    if name not in CORPORA:
+        qa_set(name)
+        name = WIKI_18
+    if corpus is not None:
+        return _existing(Path(corpus), "corpus")
+    cached = cache_dir() / CORPORA[name].target
+    if cached.is_file():
+        return cached
+    _warn(
+        f"{name}: using the few passages that ship with at2po, because no corpus= was given and {cached} does not "
+        f"exist. {_NOT_REAL} Fix: `at2po data get {name}` (14 GB), or give corpus=PATH."
+    )
+    return SAMPLE / "corpus.jsonl"
+
+
+def _split(qa: QaSet, split: str | None) -> str:
+    if split is None:
+        return "train" if "train" in qa.splits else "test"
+    if split not in qa.splits:
+        raise DataError(f"{qa.title} has no split {split!r}. Fix: use one of {', '.join(qa.splits)}.")
+    return split
+
+
+def _existing(path: Path, keyword: str) -> Path:
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file. Fix: give {keyword}= the path of a JSON lines file.")
+    return path
+
+
+def _in_folder(folder: Path, name: str, split: str) -> Path:
+    candidates = (folder / f"{split}.jsonl", folder / name / f"{split}.jsonl")
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise DataError(
+        f"{folder} has neither {split}.jsonl nor {name}/{split}.jsonl. Fix: give dataset= the file."
+    )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(At2poSampleWarning(message), stacklevel=3)
 
 
 def beside_or_cached(path: Path, name: str) -> Path:
@@ -23,7 +130,7 @@ def beside_or_cached(path: Path, name: str) -> Path:
     beside = path.parent / name
     if beside.exists() or _writable(path.parent):
         return beside
-    key = hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
     return cache_dir() / "indexes" / key / name
 
 

@@ -1,0 +1,91 @@
+"""The public data sets: names, splits, sizes, and where they lie on the Hugging Face hub."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from at2po_env.errors import DataError
+
+FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
+
+
+class RemoteFile(NamedTuple):
+    """One file to get: the parts of one data set repository on the hub, put together in order.
+
+    `sha256` are the digests of the parts where they are known beforehand; otherwise the hub names them, or
+    they are recorded at the first download. A `packed` file is a gzip (of one file or of a tar archive
+    with one file).
+    """
+
+    repo: str
+    parts: tuple[str, ...]
+    target: str
+    sha256: tuple[str | None, ...] = ()
+    packed: bool = False
+
+
+class QaSet(NamedTuple):
+    """One of the seven question sets: number of questions per split (`None`: not counted here)."""
+
+    name: str
+    title: str
+    splits: Mapping[str, int | None]
+
+    def file(self, split: str) -> RemoteFile:
+        """Return the file of a split; `target` is relative to the cache folder."""
+        path = f"{self.name}/{split}.jsonl"
+        return RemoteFile(FLASHRAG, (path,), f"datasets/{path}")
+
+
+_QA_SETS = (
+    QaSet("hotpotqa", "HotpotQA", {"train": 90_447, "dev": 7_405}),
+    QaSet("2wikimultihopqa", "2WikiMultihopQA", {"train": None, "dev": 12_576}),
+    QaSet("musique", "MuSiQue", {"train": None, "dev": 2_417}),
+    QaSet("bamboogle", "Bamboogle", {"test": 125}),
+    QaSet("nq", "NaturalQuestions", {"train": 79_168, "dev": None, "test": 3_610}),
+    QaSet("triviaqa", "TriviaQA", {"train": None, "dev": None, "test": 11_313}),
+    QaSet("popqa", "PopQA", {"test": 14_267}),
+)
+QA_SETS: Mapping[str, QaSet] = {qa.name: qa for qa in _QA_SETS}
+
+WIKI_18 = "wiki-18"
+CORPORA: Mapping[str, RemoteFile] = {
+    WIKI_18: RemoteFile(
+        "PeterJinGo/wiki-18-corpus", ("wiki-18.jsonl.gz",), "corpora/wiki-18/wiki-18.jsonl", packed=True
+    )
+}
+INDEXES: Mapping[str, RemoteFile] = {
+    "wiki-18-e5": RemoteFile(
+        "PeterJinGo/wiki-18-e5-index", ("part_aa", "part_ab"), "corpora/wiki-18/e5_Flat.index"
+    )
+}
+
+
+def qa_set(name: str) -> QaSet:
+    """Return a question set by its FlashRAG name or its environment's: "nq" or "NaturalQuestions".
+
+    Raises:
+        DataError: there is none of that name.
+    """
+    for qa in QA_SETS.values():
+        if name.lower() in (qa.name, qa.title.lower()):
+            return qa
+    raise DataError(f"There is no data set {name!r}. Fix: use one of {', '.join(QA_SETS)}.")
+
+
+def files_of(name: str) -> list[RemoteFile]:
+    """Return the files behind a name: a question set, a corpus, an index, or "all" of them.
+
+    Raises:
+        DataError: there is nothing of that name.
+    """
+    if name == "all":
+        return [file for one in (*QA_SETS, *CORPORA, *INDEXES) for file in files_of(one)]
+    for files in (CORPORA, INDEXES):
+        if name in files:
+            return [files[name]]
+    try:
+        qa = qa_set(name)
+    except DataError as error:
+        known = ", ".join((*QA_SETS, *CORPORA, *INDEXES))
+        raise DataError(f"There is no data set {name!r}. Fix: use one of {known}, all.") from error
+    return [qa.file(split) for split in qa.splits]
