@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from at2po_agent.types import BoolArray, FloatArray, IntArray, Turn
 
@@ -232,3 +233,28 @@ def _turn_from_json(entry: Mapping[str, Any]) -> Turn:
         entropy=float(entry["entropy"]),
         stop_reason=entry["stop_reason"],
     )
+
+
+def check_parent(parent: ArrayLike) -> IntArray:
+    """Check that an array is a tree in order of creation.
+
+    Args:
+        parent: int[N], -1 for the root at index 0, a smaller index elsewhere.
+
+    Returns:
+        int64[N].
+
+    Raises:
+        ValueError: It is not.
+    """
+    parents = np.asarray(parent)
+    if parents.ndim != 1 or parents.size == 0 or parents.dtype.kind not in "iu":
+        raise ValueError(f"parent must be int[N] with N >= 1, got {parents.dtype}{list(parents.shape)}")
+    parents = parents.astype(np.int64, copy=False)
+    if parents[0] != -1:
+        raise ValueError(f"parent[0] must be -1 (the root), got {parents[0]}")
+    wrong = np.flatnonzero((parents[1:] < 0) | (parents[1:] >= np.arange(1, len(parents))))
+    if wrong.size:
+        node = int(wrong[0]) + 1
+        raise ValueError(f"parents must precede their children: node {node} has parent {parents[node]}")
+    return parents
