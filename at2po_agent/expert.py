@@ -26,7 +26,10 @@ class ExpertConfig(BaseModel):
         0.6, ge=0, le=1, description="Answer with what the first page says, where more hops are needed."
     )
     half_query: float = Field(
-        0.3, ge=0, le=1, description="Search only for the first word of a name, and answer from the page it gives."
+        0.3,
+        ge=0,
+        le=1,
+        description="Search only for the first word of a name, and answer from the page it gives.",
     )
     page_title: float = Field(0.15, ge=0, le=1, description="Answer the title of the last page instead.")
 
@@ -57,7 +60,9 @@ def plan(task: Task) -> Plan:
         return Plan(tuple(path[:-1]), tuple(chain), tuple(path[1:]))
     titles = _supporting_titles(metadata)
     if not titles:
-        raise DataError(f"task {task.id!r}: its metadata names no path and no supporting titles to demonstrate")
+        raise DataError(
+            f"task {task.id!r}: its metadata names no path and no supporting titles to demonstrate"
+        )
     findings = (*titles[1:], task.golden_answers[0])
     return Plan(titles, ("look",) * len(titles), findings)
 

@@ -96,7 +96,8 @@ class World:
     def passages(self) -> tuple[Passage, ...]:
         """One passage per entity; its title is the entity's name."""
         return tuple(
-            Passage(str(row), entity.name, describe(entity)) for row, entity in enumerate(self.entities.values())
+            Passage(str(row), entity.name, describe(entity))
+            for row, entity in enumerate(self.entities.values())
         )
 
     def follow(self, name: str, chain: Sequence[str]) -> list[str]:
@@ -118,8 +119,10 @@ def name_words() -> tuple[str, ...]:
     rng = np.random.default_rng(20260104)
     words: dict[str, None] = {}
     while len(words) < 200:
-        onsets, vowels, codas = rng.choice(list("bdfgklmnprstvz"), 2), rng.choice(list("aeiou"), 2), rng.choice(
-            ["", "l", "m", "n", "r", "s"]
+        onsets, vowels, codas = (
+            rng.choice(list("bdfgklmnprstvz"), 2),
+            rng.choice(list("aeiou"), 2),
+            rng.choice(["", "l", "m", "n", "r", "s"]),
         )
         words[f"{onsets[0]}{vowels[0]}{onsets[1]}{vowels[1]}{codas}".capitalize()] = None
     return tuple(words)
@@ -151,7 +154,9 @@ def make_world(seed: int, split: Split) -> World:
         DataError: for a negative seed or an unknown split.
     """
     if split not in ("train", "test") or seed < 0:
-        raise DataError(f"MiniWiki world (seed={seed}, split={split!r}): need seed >= 0 and split 'train' or 'test'")
+        raise DataError(
+            f"MiniWiki world (seed={seed}, split={split!r}): need seed >= 0 and split 'train' or 'test'"
+        )
     rng = np.random.default_rng([seed, 0 if split == "train" else 1])
     names = iter(_draw_names(rng, split, sum(COUNTS.values())))
     members = {kind: [next(names) for _ in range(count)] for kind, count in COUNTS.items()}
