@@ -23,10 +23,10 @@ class Short(NamedTuple):
 
 
 def shorten(action: str) -> Short:
-    """Describe an action by its last block after the thinking; never raises.
+    r"""Describe an action by its last block after the thinking; never raises.
 
-    `<search> x </search>` gives ("search", "x"), a Hermes tool call its name and arguments, `\\boxed{x}` inside an
-    answer x, anything else ("text", the text itself).
+    `<search> x </search>` gives ("search", "x"), a Hermes tool call its name and arguments, `\boxed{x}`
+    inside an answer x, anything else ("text", the text itself).
     """
     rest = action.rpartition("</think>")[2]
     tag = _TAG.search(rest)

@@ -21,6 +21,10 @@ METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.yaml"
 TREES, CHECKPOINTS = "trees", "checkpoints"
 
 
+class NothingYetError(DataError):
+    """The run is sound, but what was asked for has not been recorded."""
+
+
 @dataclass(frozen=True)
 class TreeRecord:
     """One kept tree and what is known beside it.
@@ -30,12 +34,14 @@ class TreeRecord:
         question: The question, "" when the file does not say.
         golden_answers: The right answers, empty when the file does not say.
         step: Training step, None when the file does not say.
+        rounds: Expansion round that created each node, None when the file does not say.
     """
 
     tree: Tree
     question: str = ""
     golden_answers: tuple[str, ...] = ()
     step: int | None = None
+    rounds: tuple[int, ...] | None = None
 
 
 def check_run_folder(path: Path) -> Path:
@@ -76,7 +82,7 @@ def read_trees(path: Path) -> list[TreeRecord]:
     """The trees of a file, of a folder `trees/` or of a run (its newest file).
 
     A file holds one tree, a list of trees, or one tree per line; a tree is what `Tree.to_json` wrote, or an object
-    with it under `tree` and `question`, `golden_answers`, `step` beside it.
+    with it under `tree` and `question`, `golden_answers`, `step`, `rounds` beside it.
 
     Raises:
         DataError: Nothing there, or not trees.
@@ -98,7 +104,7 @@ def tree_file(path: Path) -> Path:
     folder = path / TREES if (path / TREES).is_dir() else path
     files = sorted(folder.glob("*.json*")) if folder.is_dir() and folder.name == TREES else []
     if not files:
-        raise DataError(
+        raise NothingYetError(
             f"{path}: no trees there. Fix: give a file of trees, or a run that keeps some (train.save_trees_every)."
         )
     return files[-1]
@@ -133,12 +139,13 @@ def _tree_record(entry: Any, path: Path, number: int | None) -> TreeRecord:
     body = beside["tree"]
     try:
         tree = Tree.from_json(body if isinstance(body, str) else json.dumps(body))
-        step = beside.get("step")
+        step, rounds = beside.get("step"), beside.get("rounds")
         return TreeRecord(
             tree,
             str(beside.get("question") or ""),
             tuple(str(answer) for answer in beside.get("golden_answers") or ()),
             None if step is None else int(step),
+            None if rounds is None or len(rounds) != len(tree) else tuple(int(r) for r in rounds),
         )
     except (ValueError, TypeError) as error:
         raise DataError(f"{_at(path, number)}: not a tree ({error}).") from error

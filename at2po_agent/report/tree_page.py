@@ -76,8 +76,10 @@ def tree_page(record: TreeRecord, options: PageOptions | None = None) -> str:
     options = options or PageOptions()
     jinja2 = require("jinja2", "agent")
     loader = jinja2.FileSystemLoader(str(TEMPLATES))
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    nodes = _nodes(record.tree, options)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    nodes = _nodes(record, options)
     payload = {"prompt": record.tree.prompt, "start": _best_leaf(record.tree), "nodes": nodes}
     html = environment.get_template("tree.html.j2").render(
         title=record.question or _question_in(record.tree.prompt) or record.tree.task_id or "Tree",
@@ -108,21 +110,22 @@ def script_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def node_origins(tree: Tree, chains: int | None, forks: int) -> Origin:
-    """Which expansion round created each node.
+def node_origins(record: TreeRecord, chains: int | None, forks: int) -> Origin:
+    """Which expansion round created each node, and where forks begin.
 
-    Branches enter a tree whole, one round after the other, so node indices say it: the branch of a node is the
-    number of leaves before it; the first `chains` branches are round 0, then every `forks` of them one round.
+    Branches enter a tree whole, one round after the other, so a branch ends at each leaf. Where the record does not
+    say the rounds, the first `chains` branches are round 0 and then every `forks` of them one round.
     """
-    leaf = tree.is_leaf
+    leaf = record.tree.is_leaf
     rounds, opens, branch, new_branch = [0], [False], 0, True
-    for node in range(1, len(tree)):
+    for node in range(1, len(record.tree)):
         late = chains is not None and forks > 0 and branch >= chains
         rounds.append(1 + (branch - (chains or 0)) // forks if late else 0)
-        opens.append(late and new_branch)
+        opens.append(new_branch)
         new_branch = bool(leaf[node])
         branch += new_branch
-    return Origin(rounds, opens)
+    rounds = rounds if record.rounds is None else list(record.rounds)
+    return Origin(rounds, [first and number > 0 for first, number in zip(opens, rounds, strict=True)])
 
 
 def tree_stats(tree: Tree) -> list[Stat]:
@@ -139,12 +142,17 @@ def tree_stats(tree: Tree) -> list[Stat]:
         Stat("Mean reward", f"{rewards.mean():.2f}" if len(rewards) else "–", "Over the leaves"),
         Stat("Turns", str(len(turns)), "Nodes of the tree; turns on a shared path count once"),
         Stat("Sampled tokens", f"{sum(int(t.sampled_mask.sum()) for t in turns):,}", "Written by the policy"),
-        Stat("Saved by sharing", f"{1 - unique / flat:.0%}" if flat else "–", "Tokens that one row per leaf repeats"),
+        Stat(
+            "Saved by sharing",
+            f"{1 - unique / flat:.0%}" if flat else "–",
+            "Tokens that one row per leaf repeats",
+        ),
     ]
 
 
-def _nodes(tree: Tree, options: PageOptions) -> list[dict[str, Any]]:
-    rounds, opens = node_origins(tree, options.chains, options.forks)
+def _nodes(record: TreeRecord, options: PageOptions) -> list[dict[str, Any]]:
+    tree = record.tree
+    rounds, opens = node_origins(record, options.chains, options.forks)
     depth, out = [0], []
     for node, parent in enumerate(tree.parent.tolist()):
         if node != ROOT:

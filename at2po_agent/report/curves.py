@@ -1,0 +1,218 @@
+"""Learning curves: exact match against training steps or sampled tokens, of one run or several.
+
+Drawn without a display and without matplotlib's global state, on white, readable at 800 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from at2po_agent.report.run_folder import NothingYetError, check_run_folder, read_metrics
+from at2po_agent.types import FloatArray
+from at2po_env.errors import require
+
+Axis = Literal["steps", "tokens"]
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
+SIZE, DPI = (8.0, 5.4), 160
+
+
+class Series(NamedTuple):
+    """One measured quantity over a run: float[n] of training steps, sampled tokens so far, values."""
+
+    step: FloatArray
+    tokens: FloatArray
+    value: FloatArray
+
+    def x(self, axis: Axis) -> FloatArray:
+        """The horizontal coordinate; tokens in millions."""
+        return self.step if axis == "steps" else self.tokens / 1e6
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """What a run's metrics say about its learning.
+
+    Attributes:
+        name: The run.
+        training: Sampled exact match of each step's leaves, on training questions.
+        greedy: Greedy exact match on held-out questions.
+        sampled: Sampled exact match on held-out questions.
+    """
+
+    name: str
+    training: Series
+    greedy: Series
+    sampled: Series
+
+
+def read_curves(run: Path) -> RunCurves:
+    """Read the curves of a run.
+
+    Raises:
+        DataError: No run, or it has not measured anything yet.
+    """
+    records = read_metrics(check_run_folder(run))
+    curves = RunCurves(
+        run.resolve().name,
+        _series(records, {"kind": "train"}),
+        _series(records, {"kind": "eval", "mode": "greedy"}),
+        _series(records, {"kind": "eval", "mode": "sampled"}),
+    )
+    if not any(len(series.step) for series in (curves.training, curves.greedy, curves.sampled)):
+        raise NothingYetError(
+            f"{run}: nothing to plot yet, the run has not recorded a training step or an evaluation."
+        )
+    return curves
+
+
+def smooth(values: FloatArray, window: int) -> tuple[FloatArray, FloatArray]:
+    """Centred moving mean and population standard deviation; at the ends over what there is.
+
+    Args:
+        values: float[n].
+        window: Number of values, odd.
+
+    Returns:
+        float[n] mean, float[n] standard deviation.
+    """
+    half = window // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return np.array([part.mean() for part in parts]), np.array([part.std() for part in parts])
+
+
+def smoothing_window(count: int) -> int:
+    """An odd window of about an eighth of a curve, at most 25 points."""
+    return min(25, max(1, count // 8) // 2 * 2 + 1)
+
+
+def draw_run(run: Path, path: Path) -> Path:
+    """Write a run's `learning_curve.png`: exact match above, sampled tokens below."""
+    curves = read_curves(run)
+    figure, (top, bottom) = _figure((3.2, 1))
+    _training(top, curves, COLOURS[0], "steps", label="sampled, training questions (moving mean ± std)")
+    _points(top, curves.sampled, COLOURS[0], "steps", label="sampled, held-out questions", look="s")
+    _points(top, curves.greedy, COLOURS[1], "steps", label="greedy, held-out questions", look="o-")
+    _name_ends(top, curves.greedy, COLOURS[1])
+    _finish_em(top, f"Exact match · {curves.name}")
+    top.tick_params(labelbottom=False)
+    tokens = _tokens_series(curves)
+    bottom.fill_between(tokens.step, tokens.tokens / 1e6, color="#9aa5b1", alpha=0.35, linewidth=0)
+    bottom.plot(tokens.step, tokens.tokens / 1e6, color="#5c6570", linewidth=1.5)
+    bottom.set_ylim(bottom=0)
+    bottom.set_ylabel("sampled tokens\n(millions)")
+    bottom.set_xlabel("training step")
+    return _save(figure, path)
+
+
+def draw_runs(runs: Sequence[Path], path: Path, *, axis: Axis = "steps") -> Path:
+    """Write the learning curves of several runs into one picture.
+
+    Args:
+        runs: Folders of runs.
+        path: The PNG.
+        axis: What the runs are compared at.
+    """
+    curves = [read_curves(run) for run in runs]
+    figure, (axes,) = _figure((1,))
+    for index, (one, name) in enumerate(zip(curves, _names(runs), strict=True)):
+        colour = COLOURS[index % len(COLOURS)]
+        _training(axes, one, colour, axis, label=None)
+        _points(axes, one.greedy, colour, axis, label=name, look="os^DvPX"[index % 7] + "-")
+        if not len(one.greedy.step):
+            axes.plot([], [], color=colour, label=name)
+    _finish_em(axes, "Exact match: points greedy on held-out questions, bands sampled in training")
+    axes.set_xlabel("training step" if axis == "steps" else "sampled tokens (millions)")
+    return _save(figure, path)
+
+
+def _series(records: Sequence[Mapping[str, Any]], kind: Mapping[str, str]) -> Series:
+    """Records of one kind that measured exact match; a step that was done again after a resume counts once."""
+    latest: dict[float, tuple[float, float, float]] = {}
+    tokens = 0.0
+    for record in records:
+        tokens = float(record.get("sampled_tokens") or tokens) if record.get("kind") == "train" else tokens
+        if all(record.get(key) == value for key, value in kind.items()) and record.get("em") is not None:
+            step = float(record["step"])
+            latest[step] = (step, tokens, float(record["em"]))
+    table = np.array(sorted(latest.values()), dtype=np.float64).reshape(-1, 3)
+    return Series(table[:, 0], table[:, 1], table[:, 2])
+
+
+def _tokens_series(curves: RunCurves) -> Series:
+    return curves.training if len(curves.training.step) else curves.greedy
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
+def _figure(heights: Sequence[float]) -> tuple[Any, Sequence[Any]]:
+    matplotlib = require("matplotlib", "agent")
+    figure_module = require("matplotlib.figure", "agent")
+    style = {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#9aa5b1",
+        "axes.labelcolor": "#1b1f24",
+        "xtick.color": "#5c6570",
+        "ytick.color": "#5c6570",
+        "grid.color": "#e3e7ec",
+    }
+    with matplotlib.rc_context(style):
+        figure = figure_module.Figure(figsize=SIZE, dpi=DPI, layout="constrained", facecolor="white")
+        axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=list(heights), squeeze=False)[:, 0]
+        for each in axes:
+            each.grid(visible=True, axis="y")
+            each.set_axisbelow(True)
+    return figure, list(axes)
+
+
+def _training(axes: Any, curves: RunCurves, colour: str, axis: Axis, *, label: str | None) -> None:
+    series = curves.training
+    if not len(series.step):
+        return
+    mean, std = smooth(series.value, smoothing_window(len(series.value)))
+    axes.fill_between(series.x(axis), mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(series.x(axis), mean, color=colour, linewidth=2, alpha=0.9 if label else 0.55, label=label)
+
+
+def _points(axes: Any, series: Series, colour: str, axis: Axis, *, label: str, look: str) -> None:
+    if len(series.step):
+        style = {"markersize": 6.5, "linewidth": 2, "markeredgecolor": "white"}
+        axes.plot(
+            series.x(axis), series.value, look, color=colour, label=label, clip_on=False, zorder=4, **style
+        )
+
+
+def _name_ends(axes: Any, series: Series, colour: str) -> None:
+    """Write the first and the last value beside their points."""
+    for index in sorted({0, len(series.step) - 1} if len(series.step) else ()):
+        text, at = f"{series.value[index]:.3f}", (series.step[index], series.value[index])
+        above = series.value[index] < 0.9
+        offset, side = (-6 if index == 0 else 0, 8 if above else -9), "bottom" if above else "top"
+        style = {"textcoords": "offset points", "ha": "center", "va": side, "fontweight": "bold"}
+        axes.annotate(text, at, xytext=offset, color=colour, zorder=5, **style)
+
+
+def _finish_em(axes: Any, title: str) -> None:
+    axes.set_ylim(0, 1)
+    axes.set_yticks(np.linspace(0, 1, 6))
+    axes.set_ylabel("exact match")
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color="#1b1f24", pad=12)
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 3 if max(map(len, labels), default=0) < 24 else 2
+    axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    require("matplotlib.backends.backend_agg", "agent").FigureCanvasAgg(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": "at2po"})
+    return path

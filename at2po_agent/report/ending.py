@@ -1,0 +1,98 @@
+"""What a run prints at its end: the table, where everything lies, and what to try next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from at2po_agent.report.live import duration
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """Exact match before and after, greedy and sampled, and what it cost; "–" where nothing was measured."""
+    table = Table(title="Exact match on held-out questions", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right")
+    for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
+        before, after = summary.get(f"{prefix}em_before"), summary.get(f"{prefix}em_after")
+        table.add_row(
+            name, _share(before), _share(after), _change(before, after), style="bold" if not prefix else ""
+        )
+    return table
+
+
+def cost_line(summary: Mapping[str, Any]) -> str:
+    """Sampled tokens, steps and wall time in one line."""
+    parts = []
+    if summary.get("steps") is not None:
+        parts.append(f"{summary['steps']} steps")
+    if summary.get("sampled_tokens") is not None:
+        parts.append(f"{int(summary['sampled_tokens']):,} sampled tokens")
+    if summary.get("wall_seconds") is not None:
+        parts.append(f"{duration(float(summary['wall_seconds']))} wall time")
+    return " · ".join(parts)
+
+
+def print_ending(
+    console: Console,
+    run: Path,
+    summary: Mapping[str, Any],
+    written: Sequence[Path],
+    commands: Sequence[tuple[str, str]],
+) -> None:
+    """Print the end of a run.
+
+    Args:
+        console: Where to.
+        run: The run's folder.
+        summary: Its `summary.json`.
+        written: Pictures and pages to look at.
+        commands: (command, what it does) of what to try next.
+    """
+    console.print()
+    console.print(summary_table(summary))
+    if line := cost_line(summary):
+        console.print(line, highlight=False)
+    console.print()
+    _names(console, "Run folder", [(shown_path(run), "")])
+    if written:
+        _names(console, "Look at", [(shown_path(path), "") for path in written])
+    _names(console, "Try next", commands)
+
+
+def shown_path(path: Path) -> str:
+    """A path as short as it can be typed here."""
+    absolute = path.resolve()
+    try:
+        return str(absolute.relative_to(Path.cwd()))
+    except ValueError:
+        return str(absolute)
+
+
+def command_line(*words: str | Path) -> str:
+    """A command that a shell reads back as these words."""
+    return shlex.join(str(word) for word in words)
+
+
+def _names(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    width = max((len(name) for name, _ in rows), default=0)
+    for index, (name, meaning) in enumerate(rows):
+        line = Text(f"{title if index == 0 else '':<12}")
+        line.append(f"{name:<{width}}" if meaning else name, style="cyan")
+        line.append(f"  {meaning}" if meaning else "", style="dim")
+        console.print(line, soft_wrap=True)
+
+
+def _share(value: Any) -> str:
+    return "–" if value is None else f"{float(value):.3f}"
+
+
+def _change(before: Any, after: Any) -> str:
+    return "–" if before is None or after is None else f"{float(after) - float(before):+.3f}"

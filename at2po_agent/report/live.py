@@ -1,0 +1,177 @@
+"""Listeners of long jobs: bars on a terminal, one plain line every few seconds anywhere else.
+
+Both implement `at2po_agent.progress.Progress`. Where the output is not a terminal (CI, a file) nothing is redrawn, so
+that logs stay readable.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+
+LINE_EVERY_S = 5.0
+SHOWN = {"em": "EM", "reward": "reward", "entropy": "entropy", "loss": "loss"}
+
+
+class Listener:
+    """What both listeners share: a context manager, and figures as text."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class LiveBars(Listener):
+    """One bar per phase, for a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Bars(*_columns(), console=console)
+        self._tasks: dict[str, TaskID] = {}
+
+    def start(self, phase: str, total: int) -> None:
+        """Show a bar, or a new one for a phase that comes again."""
+        self._bars.start()
+        if phase in self._tasks:
+            self._bars.remove_task(self._tasks[phase])
+        self._tasks[phase] = self._bars.add_task(phase, total=total, figures="")
+
+    def advance(self, phase: str, amount: int = 1, **values: float) -> None:
+        """Move a bar."""
+        if phase not in self._tasks:
+            return
+        self._bars.advance(self._tasks[phase], amount)
+        if values:
+            self._bars.update(self._tasks[phase], figures=figures(values))
+
+    def finish(self, phase: str) -> None:
+        """Leave a bar as it is; a phase that ended early says so by its count."""
+        if phase in self._tasks:
+            self._bars.stop_task(self._tasks[phase])
+
+    def step(self, record: Mapping[str, object]) -> None:
+        """Show a step's figures beside the outermost bar that is under way."""
+        text = figures(record)
+        open_tasks = [task for task in self._bars.tasks if task.stop_time is None]
+        if text and open_tasks:
+            self._bars.update(open_tasks[0].id, figures=text)
+
+    def message(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Stop redrawing; the bars stay."""
+        self._bars.stop()
+
+
+class PlainLines(Listener):
+    """A line when a phase starts and ends, and one every few seconds in between."""
+
+    def __init__(
+        self,
+        write: Callable[[str], None],
+        *,
+        every_s: float = LINE_EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._write = write
+        self._every_s = every_s
+        self._clock = clock
+        self._done: dict[str, int] = {}
+        self._totals: dict[str, int] = {}
+        self._started: dict[str, float] = {}
+        self._figures: dict[str, str] = {}
+        self._last_line = clock()
+
+    def start(self, phase: str, total: int) -> None:
+        """Say that a phase begins, once for a phase that comes again."""
+        if phase not in self._done:
+            self._line(f"{phase}: 0/{total}")
+        self._done[phase], self._totals[phase], self._started[phase] = 0, total, self._clock()
+
+    def advance(self, phase: str, amount: int = 1, **values: float) -> None:
+        """Say how far a phase is, if nothing was said for a while."""
+        self._done[phase] = self._done.get(phase, 0) + amount
+        if values:
+            self._figures[phase] = figures(values)
+        if self._clock() - self._last_line >= self._every_s:
+            self._line(self._status(phase))
+
+    def finish(self, phase: str) -> None:
+        """Say that a phase is over and how long it took."""
+        took = self._clock() - self._started.pop(phase, self._clock())
+        self._line(f"{self._status(phase)}  in {duration(took)}")
+        self._figures.pop(phase, None)
+
+    def step(self, record: Mapping[str, object]) -> None:
+        """Keep a step's figures for the next line of the outermost phase."""
+        for phase in list(self._started)[:1]:
+            self._figures[phase] = figures(record)
+
+    def message(self, text: str) -> None:
+        """Print a line."""
+        self._line(text)
+
+    def _status(self, phase: str) -> str:
+        status = f"{phase}: {self._done.get(phase, 0)}/{self._totals.get(phase, 0)}"
+        return f"{status}  {self._figures[phase]}" if self._figures.get(phase) else status
+
+    def _line(self, text: str) -> None:
+        self._last_line = self._clock()
+        self._write(text)
+
+
+def make_listener(console: Console) -> LiveBars | PlainLines:
+    """Bars where the console is a terminal, plain lines elsewhere."""
+    if console.is_terminal:
+        return LiveBars(console)
+    return PlainLines(lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+
+
+def figures(record: Mapping[str, object]) -> str:
+    """The figures of a record that are worth a glance: EM, reward, entropy, loss."""
+    known = ((name, record.get(key)) for key, name in SHOWN.items())
+    return "  ".join(f"{name} {value:.3f}" for name, value in known if isinstance(value, float | int))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "4.2 s", "3 min 16 s", "2 h 05 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _columns() -> list[ProgressColumn]:
+    return [
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=28),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("[dim]{task.fields[figures]}"),
+    ]

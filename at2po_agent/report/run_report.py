@@ -1,0 +1,106 @@
+"""Turns a run's folder into what a person looks at: `learning_curve.png` and `tree.html`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from at2po_agent.algorithms import give_credit
+from at2po_agent.config import load_config
+from at2po_agent.report.curves import draw_run
+from at2po_agent.report.run_folder import (
+    CONFIG,
+    NothingYetError,
+    TreeRecord,
+    check_run_folder,
+    most_telling,
+    read_trees,
+)
+from at2po_agent.report.token_text import run_decoder
+from at2po_agent.report.tree_page import PageOptions, write_tree_page
+from at2po_agent.settings import AlgorithmSettings
+from at2po_agent.tree import Tree
+from at2po_agent.types import FloatArray
+
+CURVE_PICTURE, TREE_PAGE = "learning_curve.png", "tree.html"
+
+
+def write_run_report(run: Path) -> list[Path]:
+    """Write the picture and the page of a run; one without its data (nothing measured, no tree kept) is left out.
+
+    Raises:
+        DataError: Not a run's folder.
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    check_run_folder(run)
+    written: list[Path] = []
+    for write in (draw_run_curve, write_run_tree):
+        try:
+            written.append(write(run))
+        except NothingYetError:
+            continue
+    return written
+
+
+def draw_run_curve(run: Path) -> Path:
+    """Write `learning_curve.png` into a run's folder."""
+    return draw_run(run, run / CURVE_PICTURE)
+
+
+def write_run_tree(run: Path) -> Path:
+    """Write `tree.html` into a run's folder: of its newest trees the most telling."""
+    record = most_telling(read_trees(run))
+    return write_tree_page(run / TREE_PAGE, record, page_options(record, run))
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that a path belongs to: a run's folder, or anything inside one."""
+    absolute = path.resolve()
+    return next((folder for folder in (absolute, *absolute.parents) if (folder / CONFIG).is_file()), None)
+
+
+def page_options(record: TreeRecord, run: Path | None) -> PageOptions:
+    """What a run knows about one of its trees: credit, rounds, token texts.
+
+    Args:
+        record: The tree.
+        run: The run's folder; None applies the defaults of the credit and leaves forks and tokens unmarked.
+    """
+    if run is None:
+        return PageOptions(*node_credit(record.tree, AlgorithmSettings()))
+    config = load_config(run)
+    values, advantages = node_credit(record.tree, config.algorithm)
+    rollout = config.rollout
+    return PageOptions(
+        values,
+        advantages,
+        chains=rollout.chains if rollout.rounds else None,
+        forks=rollout.forks,
+        decode=run_decoder(run),
+        facts=(f"run {run.name}",),
+    )
+
+
+def node_credit(tree: Tree, settings: AlgorithmSettings) -> tuple[FloatArray | None, FloatArray | None]:
+    """Values and advantages of a tree's nodes as training would give them.
+
+    Where a turn has its own advantage in each branch through it, the mean over these branches is shown.
+
+    Returns:
+        float64[N] values, None where the credit rule has none; float64[N] advantages; None for both when the tree
+        is not complete.
+    """
+    try:
+        credit = give_credit(tree, settings)
+    except ValueError:  # an unfinished turn or no leaf: nothing that could be credited
+        return None, None
+    advantages, leaves = credit.advantages, tree.leaves()
+    if advantages.shape == (len(tree),):
+        return credit.values, advantages
+    through = np.zeros((len(leaves), len(tree)), dtype=bool)
+    for row, leaf in enumerate(leaves):
+        through[row, tree.path(leaf)] = True
+    each = advantages[:, None] if advantages.ndim == 1 else advantages
+    total = np.where(through, each, 0.0).sum(axis=0)
+    return credit.values, np.asarray(total / np.maximum(1, through.sum(axis=0)), dtype=np.float64)
