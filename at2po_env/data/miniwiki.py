@@ -129,7 +129,7 @@ def name_words() -> tuple[str, ...]:
 
 
 def in_test_split(first: int, second: int) -> bool:
-    """Whether the name made of inventory words ``first`` and ``second`` belongs to test worlds (one in five)."""
+    """Whether the name made of inventory words ``first`` and ``second`` is a test name (one in five)."""
     return (first + 3 * second) % 5 == 0
 
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -44,9 +45,9 @@ def test_a_fifth_of_all_names_belongs_to_test_worlds():
 
 
 def test_chain_types_fit_together():
-    # Out-degrees: film 2 (person, company), person 2 (city, company), company 2 (person, city), city 1, country 1.
-    # One hop: 2+2+2+1+1 = 8. Two hops, by first target's out-degree: film 2+2, person 1+2, company 2+1, city 1,
-    # country 1 = 12.
+    # Out-degrees: film 2 (to person, company), person 2 (city, company), company 2 (person, city), city 1,
+    # country 1. One hop: 2+2+2+1+1 = 8. Two hops, the sum of the targets' out-degrees: film 2+2, person 1+2,
+    # company 2+1, city 1, country 1 = 12.
     assert len(chains(1)) == 8
     assert len(chains(2)) == 12
     assert ("film", "director", "birthplace", "country") in chains(3)
@@ -70,7 +71,7 @@ def test_bridge_answers_follow_from_the_passages_alone(hops):
         path = task.metadata["path"]
         assert len(set(path)) == len(path) == hops + 1
         assert path[0] in task.question
-        for here, there in zip(path, path[1:], strict=False):
+        for here, there in itertools.pairwise(path):
             assert there in texts[here]
         assert task.golden_answers == (path[-1],)
         assert path[-1] not in task.question
