@@ -131,7 +131,7 @@ def draw_runs(runs: Sequence[Path], path: Path, *, axis: Axis = "steps") -> Path
 
 
 def _series(records: Sequence[Mapping[str, Any]], kind: Mapping[str, str]) -> Series:
-    """Records of one kind that measured exact match; a step that was done again after a resume counts once."""
+    """Records of one kind that measured exact match; a step done again after a resume counts once."""
     latest: dict[float, tuple[float, float, float]] = {}
     tokens = 0.0
     for record in records:

@@ -1,7 +1,7 @@
 """Listeners of long jobs: bars on a terminal, one plain line every few seconds anywhere else.
 
-Both implement `at2po_agent.progress.Progress`. Where the output is not a terminal (CI, a file) nothing is redrawn, so
-that logs stay readable.
+Both implement `at2po_agent.progress.Progress`. Where the output is not a terminal (CI, a file) nothing is
+redrawn, so that logs stay readable.
 """
 
 from __future__ import annotations

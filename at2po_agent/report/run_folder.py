@@ -1,7 +1,7 @@
 """Reads what a run left in its folder: settings, metrics, summary, trees. Writes nothing.
 
-A file cut short or edited by hand is one `DataError` that names file, line and fix. The only tolerated damage is a
-last line of `metrics.jsonl` without its end: the run was killed while it wrote.
+A file cut short or edited by hand is one `DataError` that names file, line and fix. The only tolerated damage
+is a last line of `metrics.jsonl` without its end: the run was killed while it wrote.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def read_summary(run: Path) -> dict[str, Any]:
 def read_trees(path: Path) -> list[TreeRecord]:
     """The trees of a file, of a folder `trees/` or of a run (its newest file).
 
-    A file holds one tree, a list of trees, or one tree per line; a tree is what `Tree.to_json` wrote, or an object
-    with it under `tree` and `question`, `golden_answers`, `step`, `rounds` beside it.
+    A file holds one tree, a list of trees, or one tree per line; a tree is what `Tree.to_json` wrote, or an
+    object with it under `tree` and `question`, `golden_answers`, `step`, `rounds` beside it.
 
     Raises:
         DataError: Nothing there, or not trees.
@@ -105,7 +105,7 @@ def tree_file(path: Path) -> Path:
     files = sorted(folder.glob("*.json*")) if folder.is_dir() and folder.name == TREES else []
     if not files:
         raise NothingYetError(
-            f"{path}: no trees there. Fix: give a file of trees, or a run that keeps some (train.save_trees_every)."
+            f"{path}: no trees there. Fix: give a file of trees, or a run with train.save_trees_every above 0."
         )
     return files[-1]
 

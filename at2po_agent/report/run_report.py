@@ -27,7 +27,7 @@ CURVE_PICTURE, TREE_PAGE = "learning_curve.png", "tree.html"
 
 
 def write_run_report(run: Path) -> list[Path]:
-    """Write the picture and the page of a run; one without its data (nothing measured, no tree kept) is left out.
+    """Write the picture and the page of a run; what has no data yet is left out.
 
     Raises:
         DataError: Not a run's folder.
@@ -88,8 +88,8 @@ def node_credit(tree: Tree, settings: AlgorithmSettings) -> tuple[FloatArray | N
     Where a turn has its own advantage in each branch through it, the mean over these branches is shown.
 
     Returns:
-        float64[N] values, None where the credit rule has none; float64[N] advantages; None for both when the tree
-        is not complete.
+        float64[N] values, None where the credit rule has none; float64[N] advantages; None for both when the
+        tree is not complete.
     """
     try:
         credit = give_credit(tree, settings)
