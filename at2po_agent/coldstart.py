@@ -48,7 +48,7 @@ def record_demonstrations(
     """Let the expert play `settings.demonstrations` episodes.
 
     Args:
-        env: environment whose `task` attribute tells the current task.
+        env: environment with a task source `tasks`, as every tool environment has.
         tokenizer: encodes prompt, observations and actions piece by piece, as a rollout does.
         settings: how many, and the expert's faults.
         rng: draws tasks and faults.
@@ -118,8 +118,8 @@ def cold_start(
 def _play(
     env: gymnasium.Env[str, str], tokenizer: Tokenizer, expert: ExpertConfig, rng: np.random.Generator
 ) -> Demonstration:
-    prompt, _ = env.reset(seed=int(rng.integers(2**31)))
-    script = demonstrate(env.get_wrapper_attr("task"), expert, rng)
+    prompt, info = env.reset(seed=int(rng.integers(2**31)))
+    script = demonstrate(env.get_wrapper_attr("tasks").by_id(info["task_id"]), expert, rng)
     pieces: list[tuple[str, bool]] = [(prompt, False)]
     action, ended = next(script), False
     while not ended:
