@@ -105,7 +105,7 @@ def tree_file(path: Path) -> Path:
     files = sorted(folder.glob("*.json*")) if folder.is_dir() and folder.name == TREES else []
     if not files:
         raise NothingYetError(
-            f"{path}: no trees there. Fix: give a file of trees, or a run with train.save_trees_every above 0."
+            f"{path}: no trees there. Fix: give a file of trees, or a run with train.save_trees_every > 0."
         )
     return files[-1]
 

@@ -1,8 +1,8 @@
 """One question's tree as one self-contained HTML file.
 
-The page loads nothing (a Content-Security-Policy says so), works from `file://`, follows the reader's light or
-dark preference and can be read with the keyboard alone. What a policy wrote can be any text: it travels as JSON
-whose `<`, `>` and `&` are escaped, and the script only ever sets it as text.
+The page loads nothing (a Content-Security-Policy says so), works from `file://`, follows the reader's
+light or dark preference and can be read with the keyboard alone. What a policy wrote can be any text: it travels
+as JSON whose `<`, `>` and `&` are escaped, and the script only ever sets it as text.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def script_json(value: Any) -> str:
 def node_origins(record: TreeRecord, chains: int | None, forks: int) -> Origin:
     """Which expansion round created each node, and where forks begin.
 
-    Branches enter a tree whole, one round after the other, so a branch ends at each leaf. Where the record does
-    not say the rounds, the first `chains` branches are round 0 and then every `forks` of them one round.
+    Branches enter a tree whole, one round after the other, so a branch ends at each leaf. Where the
+    record does not say the rounds, the first `chains` branches are round 0, then every `forks` one round.
     """
     leaf = record.tree.is_leaf
     rounds, opens, branch, new_branch = [0], [False], 0, True
