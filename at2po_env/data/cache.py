@@ -87,8 +87,8 @@ def resolve_corpus(name: str, corpus: str | Path | None = None) -> Path:
     if cached.is_file():
         return cached
     _warn(
-        f"{name}: using the few passages that ship with at2po, because no corpus= was given and {cached} does not "
-        f"exist. {_NOT_REAL} Fix: `at2po data get {name}` (14 GB), or give corpus=PATH."
+        f"{name}: using the few passages that ship with at2po, because no corpus= was given and "
+        f"{cached} does not exist. {_NOT_REAL} Fix: `at2po data get {name}` (14 GB), or give corpus=PATH."
     )
     return SAMPLE / "corpus.jsonl"
 
