@@ -1,1 +1,1 @@
-"""Policies behind one protocol: token ids in, sampled ids out."""
+"""Policies: token ids in; sampled ids, their log-probs and the stop reason out."""

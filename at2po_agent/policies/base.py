@@ -1,0 +1,152 @@
+"""What every policy is: token ids in; sampled ids, their log-probs and the stop reason out.
+
+A custom agent implements `Policy` and goes into the tree trainer unchanged. One that can work on a changing
+set of requests implements `StreamingPolicy`; `generate_by_streaming` then gives it `generate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from at2po_agent.types import Float32Array, FloatArray, Generation
+from at2po_env.errors import PolicyError
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to ids and back. `decode` is verbatim: special tokens show, nothing is cleaned up."""
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a sequence."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens added."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, verbatim."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an intervention sees before each token of its request is chosen.
+
+    Attributes:
+        ids: The ids generated so far, forced ones included.
+        entropy: Shannon entropy in nats of the distribution the next token is about to be drawn from, at the
+            request's temperature and before top-p.
+        top_log_probs: float32[`Intervention.top_log_probs`], the largest log-probs of that distribution, sorted.
+    """
+
+    ids: Sequence[int]
+    entropy: float
+    top_log_probs: Float32Array
+
+
+@runtime_checkable
+class Intervention(Protocol):
+    """A rule inside sampling that may force tokens; it belongs to one request and may keep state.
+
+    Forced ids are reported in `Generation.sampled` as False and are never trained. A forced id that completes
+    a stop string or ends the sequence stops the generation as a sampled one does.
+    """
+
+    @property
+    def top_log_probs(self) -> int:
+        """How many of the largest log-probs `Step` must carry; 0 for none."""
+        ...
+
+    def __call__(self, step: Step) -> Sequence[int]:
+        """Ids to force from this position on; empty lets the token be sampled."""
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation to make.
+
+    Attributes:
+        prefix_ids: What the policy sees; at least one id.
+        max_tokens: Most tokens to generate.
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Smallest mass of the most likely tokens that is kept.
+        stop: Generation ends with the token that completes one of these strings (in the generated text).
+        seed: Decides the draws: token t uses uniform t of Philox(seed), whatever else is in the batch.
+        intervention: Rule that may force tokens.
+
+    Raises:
+        PolicyError: A field is out of range.
+    """
+
+    prefix_ids: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    intervention: Intervention | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix_ids", tuple(self.prefix_ids))
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise PolicyError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if not self.prefix_ids:
+            raise PolicyError(
+                "prefix_ids is empty: a policy needs at least one id to continue; send the prompt"
+            )
+        if self.max_tokens < 0:
+            raise PolicyError(f"max_tokens must be at least 0, got {self.max_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise PolicyError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise PolicyError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.seed < 2**128:
+            raise PolicyError(f"seed must lie in [0, 2^128), got {self.seed}")
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Anything that can write a turn."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer whose ids the policy speaks."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """Answer each request, in order."""
+        ...
+
+
+@runtime_checkable
+class StreamingPolicy(Policy, Protocol):
+    """A policy whose requests come and go while it decodes."""
+
+    def submit(self, request: Request) -> int:
+        """Hand in a request; returns its ticket."""
+        ...
+
+    def poll(self) -> list[tuple[int, Generation]]:
+        """Advance decoding and return what finished since the last call, as (ticket, generation)."""
+        ...
+
+    def cancel(self, ticket: int) -> None:
+        """Forget a request, finished or not; `poll` will not report it."""
+        ...
+
+
+def request_uniforms(seed: int, count: int) -> FloatArray:
+    """The draws of a request: float64[count] in [0, 1), a prefix of the stream of Philox(seed).
+
+    Counter-based, so a draw depends on the seed and the position alone.
+    """
+    return np.random.Generator(np.random.Philox(key=seed)).random(count)

@@ -1,0 +1,201 @@
+"""A transformers model as a policy, with our own continuous batching.
+
+Every step runs one forward pass over a packed batch: the next token of every live sequence, and the uncached
+part of every new prefix. Prefixes are looked up in a radix tree, so that a forked prefix is never computed twice,
+not even by requests that arrive together. Ids come back verbatim; stop strings are found without re-tokenising.
+
+Log-probs are those of the model at the request's temperature (a greedy request: at temperature 1) before
+top-p, in nats. At temperature 1 and top-p 1 that is both the distribution sampled from and what a full forward
+pass gives.
+
+This module knows no environment, no tree and no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from at2po_agent.policies.base import Request, Tokenizer, request_uniforms
+from at2po_agent.policies.batching import Batcher, PolicyStats, Row
+from at2po_agent.policies.slots import Slots
+from at2po_agent.policies.stops import StopTable
+from at2po_agent.types import Generation
+from at2po_env.errors import PolicyError
+
+
+class HFPolicy:
+    """Samples from a decoder of transformers.
+
+    Args:
+        model: Any causal language model that uses the attention interface; shared with the trainer, which calls
+            `weights_changed` after each update.
+        tokenizer: Its tokenizer.
+        slots: Sequences decoded at the same time; further requests wait.
+        cache_tokens: Tokens whose KV the prefix cache keeps.
+        kv_tokens: Most slots x positions of the KV buffers; None takes 4 GiB (CPU) or half of the free memory.
+        max_prefill: Prefix tokens of one step, beyond which further requests wait.
+        eos_ids: Ids that end a generation; None takes the tokenizer's.
+
+    Raises:
+        PolicyError: The model's layers cannot be served from slots.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = 256,
+        cache_tokens: int = 262_144,
+        kv_tokens: int | None = None,
+        max_prefill: int = 8192,
+        eos_ids: Collection[int] | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.version = 0
+        buffers = Slots(model)
+        self._vocab_size = int(model.config.vocab_size)
+        self._max_positions = getattr(model.config, "max_position_embeddings", None)
+        self._kv_tokens = kv_tokens or _default_kv_bytes(model.device) // buffers.token_bytes
+        self._batcher = Batcher(
+            buffers,
+            StopTable(tokenizer, self._vocab_size, eos_ids or (tokenizer.eos_id,)),
+            max_rows=slots,
+            kv_tokens=self._kv_tokens,
+            cache_tokens=cache_tokens,
+            max_prefill=max_prefill,
+        )
+        self._finished: dict[int, Generation] = {}
+        self._tickets = 0
+
+    @property
+    def stats(self) -> PolicyStats:
+        """What was computed since the policy was made."""
+        return self._batcher.stats
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """Answer each request, in order; requests under way from `submit` advance too.
+
+        Raises:
+            PolicyError: A request does not fit the model.
+        """
+        tickets: list[int] = []
+        try:
+            for request in requests:
+                tickets.append(self.submit(request))
+            while any(ticket not in self._finished for ticket in tickets):
+                self._advance()
+            return [self._finished[ticket] for ticket in tickets]
+        finally:
+            for ticket in tickets:
+                self.cancel(ticket)
+
+    def submit(self, request: Request) -> int:
+        """Hand in a request; returns its ticket.
+
+        Raises:
+            PolicyError: The request does not fit the model.
+        """
+        self._check(request)
+        ticket = self._tickets
+        self._tickets += 1
+        if request.max_tokens == 0:
+            self._finished[ticket] = Generation(
+                (), np.zeros(0, dtype=np.float32), "length", None, self.version
+            )
+            return ticket
+        self._batcher.submit(
+            Row(
+                ticket=ticket,
+                request=request,
+                stop=self._batcher.stops.number(request.stop),
+                uniforms=request_uniforms(request.seed, request.max_tokens).tolist(),
+                version=self.version,
+                context=request.prefix_ids,
+            )
+        )
+        return ticket
+
+    def poll(self) -> list[tuple[int, Generation]]:
+        """Generate one token for every live request; returns what has finished since the last call."""
+        if not self._finished:
+            self._advance()
+        finished = sorted(self._finished.items())
+        self._finished.clear()
+        return finished
+
+    def cancel(self, ticket: int) -> None:
+        """Forget a request, finished or not; `poll` will not report it."""
+        if self._finished.pop(ticket, None) is None:
+            self._batcher.remove(ticket)
+
+    def abort(self, ticket: int) -> Generation:
+        """Stop a request now and return what it generated so far.
+
+        Raises:
+            PolicyError: No such request is under way.
+        """
+        finished = self._finished.pop(ticket, None)
+        if finished is not None:
+            return finished
+        row = self._batcher.remove(ticket)
+        if row is None:
+            raise PolicyError(f"no request with ticket {ticket} is under way")
+        return row.generation("abort")
+
+    def update_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Copy new weights into the model by name, then `weights_changed`.
+
+        Raises:
+            PolicyError: A name is unknown or a shape does not fit; nothing is copied then.
+        """
+        own = self.model.state_dict()
+        new = dict(weights)
+        wrong = [name for name, value in new.items() if name not in own or own[name].shape != value.shape]
+        if wrong:
+            raise PolicyError(
+                f"the model has no such weights, or of another shape: {', '.join(sorted(wrong))}"
+            )
+        with torch.no_grad():
+            for name, value in new.items():
+                own[name].copy_(value)
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """The model's weights were changed in place: forget all KV and count up `version`.
+
+        Requests under way go on with the new weights, their KV computed afresh; their generation carries the
+        version that sampled its first token.
+        """
+        self.version += 1
+        self._batcher.restart()
+
+    def _advance(self) -> None:
+        with torch.inference_mode():
+            for row, reason in self._batcher.step():
+                self._finished[row.ticket] = row.generation(reason)
+
+    def _check(self, request: Request) -> None:
+        length = len(request.prefix_ids) + request.max_tokens
+        what = f"a request of {len(request.prefix_ids)} prefix ids and max_tokens {request.max_tokens}"
+        if self._max_positions is not None and length > self._max_positions:
+            raise PolicyError(
+                f"{what} exceeds the model's {self._max_positions} positions "
+                f"(max_position_embeddings of {type(self.model).__name__}); shorten the prefix or max_tokens"
+            )
+        if length > self._kv_tokens:
+            raise PolicyError(f"{what} exceeds kv_tokens ({self._kv_tokens}), the size of the KV buffers")
+        largest, smallest = max(request.prefix_ids), min(request.prefix_ids)
+        if smallest < 0 or largest >= self._vocab_size:
+            wrong = smallest if smallest < 0 else largest
+            raise PolicyError(f"{what} holds id {wrong}; the model's ids lie in 0..{self._vocab_size - 1}")
+
+
+def _default_kv_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 4 << 30
