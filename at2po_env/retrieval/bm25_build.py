@@ -185,7 +185,7 @@ def _place(
     postings.terms[:] = hashes[order]
     postings.starts[1:] = np.cumsum(frequency[order])
     idf = np.log1p((len(lengths) - frequency + 0.5) / (frequency + 0.5))[order]
-    relative = lengths / max(lengths.mean(), 1.0)
+    relative = lengths * (len(lengths) / max(int(lengths.sum()), 1))
     norm = settings.k1 * (1 - settings.b + settings.b * relative)
     free = postings.starts[:-1].copy()
     with progress_bar("Writing the index", len(postings.rows), unit="postings") as advance:
