@@ -265,7 +265,7 @@ def _choose(kind: type) -> Callable[[Any, Memo], Any]:
     for family, copier in _FAMILIES:
         if issubclass(kind, family):
             return copier
-    if hasattr(kind, "__call__"):  # noqa: B004  (asks the class, not an instance)
+    if any("__call__" in vars(base) for base in kind.__mro__):
         return _share
     if "__deepcopy__" not in dir(kind) and _is_plain(kind):
         return _copy_object

@@ -23,23 +23,12 @@ import numpy as np
 
 from at2po_env.capture import attributes_of, clone_space, is_config
 from at2po_env.errors import SnapshotError
+from at2po_env.layers import LAYERS, LayerRef
 from at2po_env.rng import BIT_GENERATORS, RngState, build_rng, capture_rng
 
 Json = Any
 _CONTAINERS = (list, dict, set, deque, np.ndarray, bytearray)
 _BUILTIN_CLASSES: tuple[type, ...] = (Counter, OrderedDict, defaultdict)
-
-
-class LayerRef:
-    """Stands for the n-th layer of a wrapper stack, outermost first, inside captured state."""
-
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-LAYERS = tuple(LayerRef(index) for index in range(64))
 
 
 def name_of(kind: Any) -> str:

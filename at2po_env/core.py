@@ -17,9 +17,9 @@ import numpy as np
 from gymnasium.utils import seeding
 
 from at2po_env.capture import clone_space
-from at2po_env.codec import LAYERS, name_of
+from at2po_env.codec import name_of
 from at2po_env.errors import SnapshotError
-from at2po_env.layers import Layer, capture_layer, copy_layer, memo_of, restore_layer, thaw_layer
+from at2po_env.layers import CapturedLayer, Layer, capture_layers, fork_layers, restore_layers
 from at2po_env.rng import RngState, build_rng, capture_rng, entropy
 from at2po_env.snapshot import (
     BaseState,
@@ -94,6 +94,11 @@ class ForkableEnv(gymnasium.Env[str, str], ABC):
             seeding.np_random(seed)  # raises Gymnasium's own error
         self._rng, self._rng_source, self._np_random_seed = None, seed, seed
 
+    def _rest_rng(self) -> None:
+        """Put the generator to rest, so that forks need not read it; call it where few draws follow."""
+        if self._rng is not None:
+            self._rng_source, self._rng = capture_rng(self._rng), None
+
     def _get_base(self) -> BaseState:
         """Read the episode, the generator and its seed; a generator never seeded is seeded now."""
         if self._rng is not None:
@@ -131,13 +136,7 @@ def fork(env: EnvT) -> EnvT:
     """
     wrappers, base = _unstack(env)
     child: Any = base._fork()
-    if wrappers:
-        twins = [type(wrapper).__new__(type(wrapper)) for wrapper in wrappers]
-        memo = memo_of([*wrappers, base], [*twins, child])
-        for wrapper, twin in zip(reversed(wrappers), reversed(twins), strict=True):
-            copy_layer(wrapper, twin, child, memo)
-            child = twin
-    return child  # type: ignore[no-any-return]
+    return fork_layers(wrappers, base, child) if wrappers else child  # type: ignore[no-any-return]
 
 
 def snapshot(env: gymnasium.Env[Any, Any]) -> Snapshot:
@@ -150,10 +149,7 @@ def snapshot(env: gymnasium.Env[Any, Any]) -> Snapshot:
         SnapshotError: If the environment is not forkable, or a wrapper holds something that cannot be copied.
     """
     wrappers, base = _unstack(env)
-    captured: Any = ()
-    if wrappers:
-        memo = memo_of([*wrappers, base], LAYERS)
-        captured = [(type(wrapper), capture_layer(wrapper, memo)) for wrapper in wrappers]
+    captured = capture_layers(wrappers, base) if wrappers else ()
     return Snapshot.of(
         env_id(base), Part(base._get_base(), write_base(base.dump_state)), Part(captured, write_layers)
     )
@@ -183,21 +179,17 @@ def restore(env: gymnasium.Env[Any, Any], snap: Snapshot) -> None:
     state = snap.state.live
     base._set_base(read_base(snap.state.json, base.load_state) if state is None else state)
     if wrappers:
-        memo = memo_of(LAYERS, [*wrappers, base])
-        for wrapper, values in zip(wrappers, layers, strict=True):
-            restore_layer(wrapper, thaw_layer(values, memo))
+        restore_layers(wrappers, base, layers)
 
 
-def _layers_of(snap: Snapshot, wrappers: list[Layer]) -> list[dict[str, Any]]:
+def _layers_of(snap: Snapshot, wrappers: list[Layer]) -> Sequence[CapturedLayer]:
     """The captured values of each wrapper, after checking that they belong to this stack."""
-    live = snap.wrappers.live
-    if live is None:
+    captured: Sequence[CapturedLayer] | None = snap.wrappers.live
+    if captured is None:
         return read_layers(snap.wrappers.json, wrappers)
-    if len(live) != len(wrappers) or any(
-        kind is not type(wrapper) for (kind, _), wrapper in zip(live, wrappers, strict=True)
-    ):
-        check_stack([name_of(kind) for kind, _ in live], wrappers)
-    return [values for _, values in live]
+    if [layer.kind for layer in captured] != [type(wrapper) for wrapper in wrappers]:
+        check_stack([name_of(layer.kind) for layer in captured], wrappers)
+    return captured
 
 
 def _unstack(env: gymnasium.Env[Any, Any]) -> tuple[list[Layer], ForkableEnv]:

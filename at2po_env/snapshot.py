@@ -13,9 +13,10 @@ from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
+from at2po_env.capture import ATOMIC
 from at2po_env.codec import Decoder, Encoder, decode_rng, encode_rng, name_of
 from at2po_env.errors import SnapshotError
-from at2po_env.layers import Layer, rules_of
+from at2po_env.layers import CapturedLayer, Layer, rules_of
 from at2po_env.rng import RngState, build_rng, capture_rng
 
 VERSION = 1
@@ -217,11 +218,11 @@ def read_base(data: Any, load: Callable[[Any], Any]) -> BaseState:
         raise SnapshotError(f"load_state refused the state: {type(error).__name__}: {error}") from error
 
 
-def write_layers(captured: Sequence[tuple[type, dict[str, Any]]]) -> list[dict[str, Any]]:
+def write_layers(captured: Sequence[CapturedLayer]) -> list[dict[str, Any]]:
     """Write the state of every wrapper, outermost first."""
     encoder = Encoder()
     layers = []
-    for kind, values in captured:
+    for kind, values, _, _ in captured:
         layers.append(
             {
                 "class": name_of(kind),
@@ -234,7 +235,7 @@ def write_layers(captured: Sequence[tuple[type, dict[str, Any]]]) -> list[dict[s
     return [{**layer, "attributes": encoder.finish(layer["attributes"])} for layer in layers]
 
 
-def read_layers(data: Any, wrappers: Sequence[Layer]) -> list[dict[str, Any]]:
+def read_layers(data: Any, wrappers: Sequence[Layer]) -> list[CapturedLayer]:
     """Read what `write_layers` wrote, against the wrappers that will take it.
 
     Raises:
@@ -244,13 +245,16 @@ def read_layers(data: Any, wrappers: Sequence[Layer]) -> list[dict[str, Any]]:
         raise SnapshotError("The snapshot's wrappers are damaged. Expected a list of objects")
     check_stack([layer.get("class") for layer in data], wrappers)
     decoder = Decoder(wrappers)
-    return [
-        {
-            name: decoder.decode(item, vars(wrapper).get(name), f"{type(wrapper).__name__}.{name}")
+    captured = []
+    for layer, wrapper in zip(data, wrappers, strict=True):
+        kind = type(wrapper)
+        values = {
+            name: decoder.decode(item, getattr(wrapper, name, None), f"{kind.__name__}.{name}")
             for name, item in layer["attributes"].items()
         }
-        for layer, wrapper in zip(data, wrappers, strict=True)
-    ]
+        complex_names = [name for name, value in values.items() if type(value) not in ATOMIC]
+        captured.append(CapturedLayer(kind, values, complex_names, -1))
+    return captured
 
 
 def check_stack(captured: Sequence[Any], wrappers: Sequence[Layer]) -> None:
