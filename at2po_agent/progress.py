@@ -1,7 +1,7 @@
 """What a long job tells whoever watches it: a protocol of five calls, and a listener that does nothing.
 
-The trainer, the evaluation and the cold start know only this protocol. Drawing bars and tables is the business of
-`at2po_agent.report` and the command line.
+The trainer, the evaluation and the cold start know only this protocol. Drawing bars and tables is the
+business of `at2po_agent.report` and the command line.
 """
 
 from collections.abc import Mapping

@@ -1,0 +1,120 @@
+"""What learns: a model, its tokenizer, and a policy that samples with it; built from a configuration."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from at2po_agent.coldstart import record_demonstrations
+from at2po_agent.environments import make_cold_start_env, make_training_env
+from at2po_agent.model import ModelShape, build_model, load_model, train_tokenizer
+from at2po_agent.policies.base import Policy, Tokenizer
+from at2po_agent.policies.hf import HFPolicy
+from at2po_agent.policies.tokenizer import HFTokenizer
+from at2po_agent.seeding import RunPurpose, run_generator, run_seed
+from at2po_agent.settings import Config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_TOKENIZER_EPISODES = 300
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A model that is trained, and a policy that samples with its current weights.
+
+    Attributes:
+        model: A causal language model of transformers, or any module whose output has `logits`.
+        policy: Samples; its method `weights_changed`, where it has one, is called after each step.
+    """
+
+    model: nn.Module
+    policy: Policy
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The policy's tokenizer."""
+        return self.policy.tokenizer
+
+    def weights_changed(self) -> None:
+        """Tell the policy that the model's weights are new."""
+        notify: Callable[[], object] | None = getattr(self.policy, "weights_changed", None)
+        if notify is not None:
+            notify()
+
+
+def build_agent(config: Config) -> Agent:
+    """Make or load model and tokenizer, and the transformers policy over them."""
+    tokenizer = build_tokenizer(config)
+    model = build_weights(config, vocab_size=len(tokenizer), eos_id=tokenizer.eos_id)
+    return Agent(model, HFPolicy(model, tokenizer, slots=config.model.slots))
+
+
+def build_weights(
+    config: Config, *, vocab_size: int, eos_id: int | None = None, device: str | None = None
+) -> Any:
+    """The model of a configuration; on device "meta" nothing is allocated."""
+    settings = config.model
+    where, seed = device or settings.device, run_seed(config.run.seed, RunPurpose.MODEL)
+    if settings.path is not None:
+        return load_model(
+            settings.path, dtype=settings.dtype, device=where, random_init=settings.random_init, seed=seed
+        )
+    shape = ModelShape(
+        vocab_size=vocab_size,
+        hidden_size=settings.hidden_size,
+        layers=settings.layers,
+        heads=settings.heads,
+        kv_heads=settings.kv_heads,
+        head_dim=settings.head_dim,
+        ffn_size=settings.ffn_size,
+        max_positions=settings.max_positions,
+        tied=settings.tied,
+        architecture=settings.architecture,
+        init_std=settings.init_std,
+        rope_theta=settings.rope_theta,
+    )
+    return build_model(shape, seed=seed, dtype=settings.dtype, device=where, eos_id=eos_id)
+
+
+def build_tokenizer(config: Config, folder: "Path | None" = None) -> HFTokenizer:
+    """Load the tokenizer, or train one on what the environment shows (and the expert writes)."""
+    source = folder or config.model.tokenizer or config.model.path
+    if source is not None:
+        return HFTokenizer.load(source)
+    return train_tokenizer(
+        example_texts(config), vocab_size=config.model.vocab_size, special_tokens=config.model.special_tokens
+    )
+
+
+def example_texts(config: Config) -> list[str]:
+    """Texts to train a tokenizer on: whole demonstrations where there is an expert, else prompts."""
+    rng = run_generator(config.run.seed, RunPurpose.TOKENIZER)
+    if config.cold_start.steps:
+        collector = _TextCollector()
+        settings = config.cold_start.model_copy(update={"demonstrations": _TOKENIZER_EPISODES})
+        record_demonstrations(make_cold_start_env(config), collector, settings, rng=rng)
+        return collector.texts
+    env = make_training_env(config)
+    return [env.reset(seed=int(rng.integers(2**31)))[0] for _ in range(_TOKENIZER_EPISODES)]
+
+
+class _TextCollector:
+    """Keeps the texts that it is asked to encode."""
+
+    eos_id = 0
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        """Keep a text."""
+        self.texts.append(text)
+        return []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Nothing was encoded."""
+        del ids
+        return ""

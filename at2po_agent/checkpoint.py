@@ -1,0 +1,318 @@
+"""Checkpoints: safetensors and JSON, complete or absent, never half there.
+
+A checkpoint is a folder `step_000020` with the model (as transformers saves it, so that the folder is a model
+path), the tokenizer, `optimizer.safetensors`, and `state.json` that lists every file with size and digest.
+It is written into a temporary folder, synced, and renamed. Nothing is unpickled, nothing valid is
+overwritten.
+
+This module does not know what the state means; the trainer does.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from at2po_env.errors import At2poError
+
+FORMAT_VERSION = 1
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+class CheckpointError(At2poError):
+    """A checkpoint could not be written or read; the message names the file and the fix."""
+
+
+class Savable(Protocol):
+    """What can write itself into a folder, as tokenizers of transformers can."""
+
+    def save_pretrained(self, save_directory: str) -> Any:
+        """Write all files that loading needs."""
+
+
+class Restored(NamedTuple):
+    """What `load_checkpoint` returns besides filling model and optimizer."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Savable | None,
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write the checkpoint of a step and drop the oldest beyond `keep`.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        step: Training steps that are done.
+        model: Its weights are saved.
+        optimizer: Its state is saved.
+        tokenizer: Saved beside the weights; None saves none.
+        state: JSON values of the trainer.
+        keep: How many checkpoints remain.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: The disk is full or refuses; earlier checkpoints are as they were.
+    """
+    target = folder / f"step_{step:06d}"
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        temporary.mkdir()
+        _write_files(temporary, step, model, optimizer, tokenizer, state)
+        if target.exists():
+            _set_aside(target)
+        temporary.rename(target)
+        _sync(folder)
+        _write_pointer(folder, target.name)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _cannot_write(target, error) from error
+    earlier = [path for path in list_checkpoints(folder) if path.name < target.name]
+    for old in earlier[keep - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, the newest first, whether or not they are whole."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.glob("step_*") if path.name[5:].isdigit()), reverse=True)
+
+
+def load_newest(
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    report: Callable[[str], None],
+) -> Restored:
+    """Fill model and optimizer from the newest checkpoint that is whole.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        model: Receives the weights.
+        optimizer: Receives its state; None leaves it out.
+        report: Told, for each broken checkpoint that is passed over, which file is broken and what to do.
+
+    Raises:
+        CheckpointError: No checkpoint is whole.
+    """
+    found = list_checkpoints(folder)
+    for path in found:
+        try:
+            check_checkpoint(path)
+        except CheckpointError as error:
+            report(f"{error}; going on from the checkpoint before it")
+            continue
+        return load_checkpoint(path, model=model, optimizer=optimizer)
+    what = "all of its checkpoints are broken" if found else "it holds no checkpoint"
+    raise CheckpointError(f"cannot resume from {folder}: {what}; start a new run in another run.dir")
+
+
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """Read `state.json` and compare every file that it lists.
+
+    Returns:
+        The trainer's state.
+
+    Raises:
+        CheckpointError: A file is missing, cut short or changed.
+    """
+    fix = f"delete the folder {path} or restore the file"
+    state_file = path / STATE
+    try:
+        body = json.loads(state_file.read_text(encoding="utf-8"))
+        version, files, state = body["version"], body["files"], body["state"]
+    except OSError as error:
+        raise CheckpointError(f"{state_file}: {error.strerror}; {fix}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{state_file}: not the JSON that a checkpoint ends with ({error}); {fix}"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{state_file}: format version {version}, expected {FORMAT_VERSION}; "
+            "resume with the release that wrote it"
+        )
+    for name, expected in files.items():
+        _check_file(path / name, expected, fix)
+    return dict(state)
+
+
+def load_checkpoint(
+    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Restored:
+    """Fill model and optimizer from one checkpoint.
+
+    Raises:
+        CheckpointError: It is not whole, or belongs to another model.
+    """
+    state = check_checkpoint(path)
+    try:
+        tensors = load_file(path / MODEL)
+        _fill_model(model, tensors, path / MODEL)
+        if optimizer is not None:
+            scalars = json.loads((path / STATE).read_text(encoding="utf-8"))["optimizer"]
+            _fill_optimizer(optimizer, load_file(path / OPTIMIZER), scalars)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: its weights do not fit this model ({error}); "
+            "resume with the configuration it was saved with"
+        ) from error
+    return Restored(path, state)
+
+
+def _write_files(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Savable | None,
+    state: Mapping[str, Any],
+) -> None:
+    _save_model(model, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    tensors, scalars = _split_optimizer(optimizer)
+    save_file(tensors, folder / OPTIMIZER)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    body = {
+        "version": FORMAT_VERSION,
+        "step": step,
+        "state": dict(state),
+        "optimizer": scalars,
+        "files": {name: _describe(folder / name) for name in names},
+    }
+    (folder / STATE).write_text(json.dumps(body, indent=1, allow_nan=False), encoding="utf-8")
+    for name in [*names, STATE]:
+        _sync(folder / name)
+    _sync(folder)
+
+
+def _save_model(model: nn.Module, folder: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        tensors[name] = tensor.detach().contiguous()
+    save_file(tensors, folder / MODEL, metadata={"format": "pt"})
+    config = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):
+        config.save_pretrained(str(folder))
+
+
+def _fill_model(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    own = model.state_dict()
+    filled = {(own[name].data_ptr(), own[name].shape) for name in tensors if name in own}
+    missing = [name for name, tensor in own.items() if (tensor.data_ptr(), tensor.shape) not in filled]
+    foreign = [name for name in tensors if name not in own]
+    if missing or foreign:
+        raise ValueError(f"{file.name} lacks {missing[:3]} and has foreign {foreign[:3]}")
+    model.load_state_dict(tensors, strict=False)
+
+
+def _split_optimizer(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{key}"] = value.detach().contiguous()
+            else:
+                scalars.setdefault(str(index), {})[key] = value
+    return tensors, scalars
+
+
+def _fill_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    scalars: Mapping[str, Mapping[str, Any]],
+) -> None:
+    entries: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in scalars.items()}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        entries.setdefault(int(index), {})[key] = tensor
+    current = optimizer.state_dict()
+    optimizer.load_state_dict({"state": entries, "param_groups": current["param_groups"]})
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _check_file(file: Path, expected: Mapping[str, Any], fix: str) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing; {fix}")
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        raise CheckpointError(
+            f"{file}: cut short or changed, {size} bytes instead of {expected['bytes']}; {fix}"
+        )
+    if _describe(file)["sha256"] != expected["sha256"]:
+        raise CheckpointError(f"{file}: its content has changed since it was saved; {fix}")
+
+
+def _write_pointer(folder: Path, name: str) -> None:
+    temporary = folder / ".latest.tmp"
+    temporary.write_text(name + "\n", encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(folder / "latest")
+    _sync(folder)
+
+
+def _set_aside(target: Path) -> None:
+    """A checkpoint of the same step is there (broken, or from steps that are done again): keep it beside."""
+    number = 1
+    while (aside := target.with_name(f"{target.name}.replaced-{number}")).exists():
+        number += 1
+    target.rename(aside)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(".step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(target: Path, error: Exception) -> CheckpointError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower()
+    why = "the disk is full" if full else str(error)
+    fix = "free some space" if full else "check the folder"
+    earlier = [path.name for path in list_checkpoints(target.parent) if path != target]
+    intact = f"{earlier[0]} is intact" if earlier else "there is no earlier checkpoint"
+    return CheckpointError(f"{target}: cannot write the checkpoint, {why}; {intact}; {fix} and resume")

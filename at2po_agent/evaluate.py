@@ -1,0 +1,100 @@
+"""Evaluation: one chain per question, no tree; greedy, or sampled."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium
+
+from at2po_agent.metrics import OUTCOME_PREFIX, sampled_tokens, tree_metrics, wilson_interval
+from at2po_agent.policies.base import Policy
+from at2po_agent.rollout import Options, RolloutConfig, rollout
+from at2po_agent.tree import Tree
+
+_AT_ONCE = 256
+
+
+class Evaluation(NamedTuple):
+    """Means over the questions.
+
+    Attributes:
+        questions: How many were asked.
+        em: Exact match.
+        em_low: Lower end of its 95% interval (Wilson).
+        em_high: Upper end.
+        f1: Token F1.
+        reward: Reward of the environment.
+        turns: Turns of an episode.
+        tokens: Sampled tokens of an episode.
+        outcomes: How many episodes ended in which way.
+    """
+
+    questions: int
+    em: float
+    em_low: float
+    em_high: float
+    f1: float
+    reward: float
+    turns: float
+    tokens: float
+    outcomes: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures as JSON values."""
+        return self._asdict()
+
+
+def evaluate(
+    tasks: Sequence[Options],
+    env: gymnasium.Env[str, str],
+    policy: Policy,
+    config: RolloutConfig,
+    *,
+    seed: int,
+    temperature: float = 0.0,
+    on_question: Callable[[], None] | None = None,
+) -> tuple[Evaluation, list[Tree]]:
+    """Ask every question once.
+
+    Args:
+        tasks: Reset options of each question.
+        env: The environment.
+        policy: The policy.
+        config: Limits; the shape and the temperature in it are not used.
+        seed: Decides every draw.
+        temperature: 0 is greedy.
+        on_question: Called after each question.
+
+    Returns:
+        The figures, and one tree of a single chain per question.
+    """
+    chain = config.model_copy(update={"chains": 1, "forks": 0, "rounds": 0, "temperature": temperature})
+    trees: list[Tree] = []
+    for start in range(0, len(tasks), _AT_ONCE):
+        part = tasks[start : start + _AT_ONCE]
+        trees += rollout(part, env, policy, chain, seed=seed + start, on_leaf=on_question)
+    return summarise(trees), trees
+
+
+def summarise(trees: Sequence[Tree]) -> Evaluation:
+    """Figures of chains; a question that was skipped counts as answered wrongly."""
+    figures = tree_metrics(trees)
+    count = len(trees)
+    answered = figures["leaves"] / count if count else 0.0
+    em = figures.get("em", 0.0) * answered
+    low, high = wilson_interval(em, count)
+    kinds = {
+        key.removeprefix(OUTCOME_PREFIX): int(figures[key])
+        for key in figures
+        if key.startswith(OUTCOME_PREFIX)
+    }
+    return Evaluation(
+        questions=count,
+        em=em,
+        em_low=low,
+        em_high=high,
+        f1=figures.get("f1", 0.0) * answered,
+        reward=figures.get("reward", 0.0),
+        turns=figures.get("turns", 0.0),
+        tokens=sampled_tokens(trees) / count if count else 0.0,
+        outcomes=kinds,
+    )

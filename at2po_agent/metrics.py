@@ -1,0 +1,77 @@
+"""Pure figures about trees: what the leaves were worth, how episodes ended, what they cost."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from at2po_agent.tree import Tree
+
+OUTCOME_PREFIX = "outcome/"
+
+
+def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
+    """Means and counts over all leaves of some trees.
+
+    Returns:
+        reward, em and f1 (means over leaves; em and f1 only where the environment scores them), turns,
+        response tokens per branch, entropy (mean over turns, nats), solved (share of leaves), solved_all and
+        solved_none (shares of questions whose leaves agree), the counts questions, skipped_questions,
+        leaves, nodes, tool_calls, tool_errors, and `outcome/KIND` counts.
+    """
+    grown = [tree for tree in trees if tree.leaves()]
+    figures: dict[str, float] = {
+        "questions": len(grown),
+        "skipped_questions": len(trees) - len(grown),
+        "nodes": sum(len(tree) - 1 for tree in grown),
+    }
+    leaves = [(tree, leaf, tree.outcomes[leaf] or {}) for tree in grown for leaf in tree.leaves()]
+    figures["leaves"] = len(leaves)
+    if not leaves:
+        return figures
+    rewards = [tree.leaf_reward[tree.is_leaf] for tree in grown]
+    figures["reward"] = float(np.mean(np.concatenate(rewards)))
+    figures["groups_without_signal"] = float(np.mean([np.ptp(reward) == 0 for reward in rewards]))
+    figures.update(_scores([outcome for _, _, outcome in leaves]))
+    figures["turns"] = float(np.mean([len(tree.path(leaf)) - 1 for tree, leaf, _ in leaves]))
+    figures["response_tokens"] = float(
+        np.mean([len(tree.branch_ids(leaf)) - len(tree.prompt_ids) for tree, leaf, _ in leaves])
+    )
+    figures["entropy"] = float(np.mean(np.concatenate([tree.entropy[1:] for tree in grown])))
+    figures["tool_calls"] = sum(int(outcome.get("tool_calls", 0)) for _, _, outcome in leaves)
+    figures["tool_errors"] = sum(int(outcome.get("tool_errors", 0)) for _, _, outcome in leaves)
+    kinds = Counter(str(outcome.get("outcome", "unknown")) for _, _, outcome in leaves)
+    figures.update({OUTCOME_PREFIX + kind: count for kind, count in sorted(kinds.items())})
+    return figures
+
+
+def sampled_tokens(trees: Iterable[Tree]) -> int:
+    """Tokens that the policy sampled, shared prefixes once."""
+    return sum(int(turn.sampled_mask.sum()) for tree in trees for turn in tree.turns if turn is not None)
+
+
+def wilson_interval(mean: float, count: int, *, z: float = 1.96) -> tuple[float, float]:
+    """Confidence interval of a proportion (Wilson's score interval); sound near 0 and 1 and for small counts.
+
+    Args:
+        mean: The proportion seen, in [0, 1].
+        count: How many trials.
+        z: Normal quantile; 1.96 for 95%.
+    """
+    if count == 0:
+        return 0.0, 1.0
+    shrink = 1 + z * z / count
+    centre = (mean + z * z / (2 * count)) / shrink
+    half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)) / shrink
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _scores(outcomes: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean em and f1 (no answer counts 0), unless the environment never scores."""
+    return {
+        name: float(np.mean([float(outcome.get(name) or 0.0) for outcome in outcomes]))
+        for name in ("em", "f1")
+        if any(name in outcome for outcome in outcomes)
+    }

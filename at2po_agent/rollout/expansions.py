@@ -1,0 +1,108 @@
+"""The registry of expansion rules: which nodes to fork, and where a fork is attached."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from at2po_agent.expansion import random_nodes, select_nodes, tree_grpo_nodes
+from at2po_agent.types import BoolArray, FloatArray, IntArray
+from at2po_env.errors import ConfigError
+
+ExpansionRule = Callable[..., list[int]]
+"""`rule(parent, entropy, is_leaf, *, k, alpha, generator) -> list[int]`: k node indices, repetition
+allowed.
+"""
+
+Attach = Literal["sibling", "child"]
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """One way to expand a tree.
+
+    Attributes:
+        name: What configurations call it.
+        rule: Chooses the nodes to fork; None grows chains only, as many as the tree would have leaves.
+        attach: `sibling` re-samples the node's own action after the same observation; `child` goes on from
+            the state that the node's action led to.
+    """
+
+    name: str
+    rule: ExpansionRule | None
+    attach: Attach = "sibling"
+
+
+_REGISTRY: dict[str, Expansion] = {}
+
+
+def register_expansion(name: str, rule: ExpansionRule | None, *, attach: Attach = "sibling") -> Expansion:
+    """Make an expansion rule known to configurations under a name.
+
+    Args:
+        name: The name, new.
+        rule: Pure function `rule(parent, entropy, is_leaf, *, k, alpha, generator) -> list[int]` over the
+            arrays of one tree (int64[N], float64[N], bool[N]); `generator` is its only source of randomness.
+        attach: Where a fork of a chosen node goes, see `Expansion`.
+
+    Raises:
+        ConfigError: The name is taken.
+    """
+    if name in _REGISTRY:
+        raise ConfigError(f"an expansion rule named {name!r} is registered already; choose another name")
+    _REGISTRY[name] = Expansion(name, rule, attach)
+    return _REGISTRY[name]
+
+
+def expansion_rules() -> dict[str, Expansion]:
+    """All registered expansion rules by name."""
+    return dict(_REGISTRY)
+
+
+def _by_entropy(
+    parent: IntArray,
+    entropy: FloatArray,
+    is_leaf: BoolArray,
+    *,
+    k: int,
+    alpha: float,
+    generator: np.random.Generator,
+) -> list[int]:
+    """AT²PO's rule: the k inner nodes of highest entropy, less a penalty on siblings."""
+    del generator
+    return select_nodes(parent, entropy, is_leaf, k=k, alpha=alpha)
+
+
+def _at_random(
+    parent: IntArray,
+    entropy: FloatArray,
+    is_leaf: BoolArray,
+    *,
+    k: int,
+    alpha: float,
+    generator: np.random.Generator,
+) -> list[int]:
+    """AT²PO's ablation: k inner nodes at random."""
+    del entropy, alpha
+    return random_nodes(parent, is_leaf, k=k, rng=generator)
+
+
+def _continued(
+    parent: IntArray,
+    entropy: FloatArray,
+    is_leaf: BoolArray,
+    *,
+    k: int,
+    alpha: float,
+    generator: np.random.Generator,
+) -> list[int]:
+    """Tree-GRPO's rule: k inner nodes with replacement, each continued from its state."""
+    del entropy, alpha
+    return tree_grpo_nodes(parent, is_leaf, n=k, rng=generator)
+
+
+register_expansion("entropy", _by_entropy)
+register_expansion("random", _at_random)
+register_expansion("tree_grpo", _continued, attach="child")
+register_expansion("chains", None)

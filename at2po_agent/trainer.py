@@ -1,0 +1,356 @@
+"""The training loop: tasks -> trees -> credit -> rows -> loss -> optimiser -> new weights for the sampler.
+
+Everything random comes from `run.seed` and the number of the step, so a checkpoint needs no generator: a
+resumed run does bit for bit what an uninterrupted one does. This module knows no command line and draws no
+bars.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from at2po_agent.agent import Agent
+from at2po_agent.algorithms import Credit, give_credit, objective
+from at2po_agent.checkpoint import Restored, load_newest, save_checkpoint
+from at2po_agent.environments import (
+    Env,
+    TaskOrder,
+    first_tasks,
+    make_eval_env,
+    make_training_env,
+    number_of_tasks,
+)
+from at2po_agent.evaluate import Evaluation, evaluate
+from at2po_agent.interrupts import StopRequested
+from at2po_agent.learner import Learner, TrainingError, make_optimizer
+from at2po_agent.metrics import sampled_tokens, tree_metrics
+from at2po_agent.packing import Batch, pack_rows
+from at2po_agent.progress import Progress
+from at2po_agent.rollout import rollout_with_stats
+from at2po_agent.run_files import RunFolder
+from at2po_agent.scalars import Scalars
+from at2po_agent.seeding import RunPurpose, run_generator, run_seed
+from at2po_agent.settings import Config
+from at2po_agent.tree import Tree
+
+
+@dataclass
+class TrainerState:
+    """What a checkpoint keeps beside weights and optimizer; JSON values only.
+
+    Attributes:
+        step: Training steps done.
+        cursor: Position in the order of questions.
+        sampled_tokens: Tokens sampled in training so far.
+        seconds: Time that the run has taken so far, over all its parts.
+        cold_start: What the cold start reported.
+        before: Evaluations before training, by mode.
+    """
+
+    step: int = 0
+    cursor: int = 0
+    sampled_tokens: int = 0
+    seconds: float = 0.0
+    cold_start: dict[str, float] = field(default_factory=dict)
+    before: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Clock:
+    """Seconds of the phases of a step."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap went into `phase`."""
+        now = time.perf_counter()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+class Trainer:
+    """Trains an agent in a run's folder, a step at a time.
+
+    Args:
+        config: The run.
+        agent: What learns.
+        folder: Where everything is written.
+        progress: Listener; it may raise `StopRequested` from `advance`.
+        env: The environment that is trained on; None makes the configured one.
+        eval_env: The environment of evaluations; None makes the configured one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        agent: Agent,
+        folder: RunFolder,
+        progress: Progress,
+        *,
+        env: Env | None = None,
+        eval_env: Env | None = None,
+    ) -> None:
+        self.config = config
+        self.agent = agent
+        self.folder = folder
+        self.state = TrainerState()
+        self._progress = progress
+        self._env = env or make_training_env(config)
+        self._eval_env = eval_env
+        self._order = TaskOrder(number_of_tasks(self._env), run_seed(config.run.seed, RunPurpose.TASKS))
+        self._optimizer = make_optimizer(agent.model, config.optimizer)
+        self._learner = Learner(
+            agent.model,
+            self._optimizer,
+            objective(config.algorithm),
+            config.train.micro_batch_tokens,
+            config.optimizer.max_grad_norm,
+            config.rollout.temperature,
+        )
+        self._scalars: Scalars | None = None
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Time that the run has taken so far, over all its parts."""
+        return self.state.seconds + time.monotonic() - self._started
+
+    # What a run consists of ------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Do the steps that are left, with checkpoints and evaluations on the way.
+
+        Raises:
+            StopRequested: After saving a checkpoint of the last whole step.
+        """
+        settings = self.config.train
+        with Scalars(self.folder.tensorboard, purge_step=self.state.step + 1) as self._scalars:
+            self._progress.start("train", settings.steps)
+            self._progress.advance("train", self.state.step)
+            try:
+                while self.state.step < settings.steps:
+                    self._progress.step(self.step())
+                    self._after_step()
+                    self._progress.advance("train")
+            except StopRequested:
+                self.save()
+                raise
+            self._progress.finish("train")
+        self._scalars = None
+        self.save()
+
+    def step(self) -> dict[str, Any]:
+        """One training step; the record that went to metrics.jsonl.
+
+        A stop that is requested while trees grow takes effect there, and leaves everything as after the last
+        step.
+        """
+        clock, number = Clock(), self.state.step + 1
+        trees, cursor, figures = self._grow(number, clock)
+        credits = [give_credit(tree, self.config.algorithm) for tree in trees]
+        clock.lap("credit")
+        figures |= self._learn(trees, credits, number, clock)
+        self.agent.weights_changed()
+        tokens = sampled_tokens(trees)
+        self.state.step, self.state.cursor = number, cursor
+        self.state.sampled_tokens += tokens
+        self._keep_trees(number, trees, credits)
+        clock.lap("rest")
+        record = {
+            "kind": "train",
+            "step": number,
+            "sampled_tokens": self.state.sampled_tokens,
+            "step_tokens": tokens,
+            **tree_metrics(trees),
+            **figures,
+            "seconds": sum(clock.phases.values()),
+            **{f"seconds/{phase}": seconds for phase, seconds in clock.phases.items()},
+        }
+        self._record(record)
+        return record
+
+    def evaluate(self, mode: str) -> Evaluation:
+        """Evaluate the current weights, `greedy` or `sampled`, and record the figures."""
+        settings = self.config.eval
+        if self._eval_env is None:
+            self._eval_env = make_eval_env(self.config)
+        tasks = first_tasks(self._eval_env, settings.questions)
+        phase = f"evaluate ({mode})"
+        self._progress.start(phase, len(tasks))
+        result, _ = evaluate(
+            tasks,
+            self._eval_env,
+            self.agent.policy,
+            self.config.rollout,
+            seed=run_seed(self.config.run.seed, RunPurpose.EVALUATION),
+            temperature=0.0 if mode == "greedy" else 1.0,
+            on_question=lambda: self._progress.advance(phase),
+        )
+        self._progress.finish(phase)
+        self._record({"kind": "eval", "mode": mode, "step": self.state.step, **result.to_json()})
+        return result
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step."""
+        self.state.seconds = self.seconds
+        self._started = time.monotonic()
+        tokenizer = getattr(self.agent.tokenizer, "hf", None)
+        save_checkpoint(
+            self.folder.checkpoints,
+            step=self.state.step,
+            model=self.agent.model,
+            optimizer=self._optimizer,
+            tokenizer=tokenizer,
+            state=vars(self.state),
+            keep=self.config.train.keep_checkpoints,
+        )
+
+    def restore(self) -> Restored:
+        """Go back to the newest checkpoint that is whole; later lines of the metrics are set aside."""
+        restored = load_newest(
+            self.folder.checkpoints,
+            model=self.agent.model,
+            optimizer=self._optimizer,
+            report=self._progress.message,
+        )
+        self.state = TrainerState(**restored.state)
+        self.folder.rewind_metrics(self.state.step)
+        self.agent.weights_changed()
+        return restored
+
+    # Parts of a step -------------------------------------------------------------------------------------
+
+    def _grow(self, number: int, clock: Clock) -> tuple[list[Tree], int, dict[str, float]]:
+        config = self.config
+        count = config.train.questions
+        phase = "rollout"
+        self._progress.start(phase, count * config.rollout.leaves)
+        trees, stats = rollout_with_stats(
+            self._order.options(self.state.cursor, count),
+            self._env,
+            self.agent.policy,
+            config.rollout,
+            seed=run_seed(config.run.seed, RunPurpose.ROLLOUT, number),
+            on_leaf=lambda: self._progress.advance(phase),
+        )
+        self._progress.finish(phase)
+        clock.lap("rollout")
+        clock.phases["rollout"] -= stats.policy_seconds
+        clock.phases["sampling"] = stats.policy_seconds
+        grown = [tree for tree in trees if tree.leaves()]
+        _check_rollout(trees, grown)
+        return grown, self.state.cursor + count, {"skipped_questions": len(trees) - len(grown)}
+
+    def _learn(
+        self, trees: Sequence[Tree], credits: Sequence[Credit], number: int, clock: Clock
+    ) -> dict[str, float]:
+        settings = self.config.train
+        size = settings.minibatch_questions
+        generator = run_generator(self.config.run.seed, RunPurpose.MINIBATCHES, number)
+        device = next(self.agent.model.parameters()).device
+        order = generator.permutation(len(trees))
+        batches = []
+        for chosen in np.array_split(order, max(1, len(trees) // size)):
+            batch = pack_rows([trees[i] for i in chosen], [credits[i].advantages for i in chosen])
+            batches.append(to_device(batch, device))
+        clock.lap("packing")
+        old = [self._old_log_probs(batch) for batch in batches]
+        clock.lap("old_log_probs")
+        rate = self._set_learning_rate(number)
+        updates = []
+        for epoch in range(settings.epochs):
+            turn = range(len(batches)) if epoch == 0 else generator.permutation(len(batches))
+            updates += [self._learner.update(batches[i], old[i]) for i in turn]
+        clock.lap("update")
+        return {**_means(updates), "learning_rate": rate, "updates": len(updates)}
+
+    def _old_log_probs(self, batch: Batch) -> Tensor:
+        if self.config.train.old_log_probs == "sampler":
+            return batch.sampled_log_probs
+        return self._learner.log_probs(batch)
+
+    def _set_learning_rate(self, number: int) -> float:
+        settings = self.config.optimizer
+        rate = settings.lr * min(1.0, number / max(settings.warmup_steps, 1))
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _after_step(self) -> None:
+        step, settings = self.state.step, self.config
+        if settings.eval.every and step % settings.eval.every == 0 and step < settings.train.steps:
+            self.evaluate("greedy")
+        if (
+            settings.train.save_every
+            and step % settings.train.save_every == 0
+            and step < settings.train.steps
+        ):
+            self.save()
+
+    def _keep_trees(self, number: int, trees: Sequence[Tree], credits: Sequence[Credit]) -> None:
+        every = self.config.train.save_trees_every
+        if not every or not (number % every == 0 or number in (1, self.config.train.steps)):
+            return
+        count = self.config.train.save_trees
+        records = [
+            tree_record(self._env, tree, credit, number)
+            for tree, credit in zip(trees[:count], credits[:count], strict=True)
+        ]
+        self.folder.write_trees(number, records)
+
+    def _record(self, record: Mapping[str, Any]) -> None:
+        self.folder.append_metrics(record)
+        if self._scalars is not None:
+            self._scalars.add(record)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with all its tensors on a device."""
+    if device.type == "cpu":
+        return batch
+    return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})
+
+
+def tree_record(env: Env, tree: Tree, credit: Credit, step: int) -> dict[str, Any]:
+    """A tree with what a reader wants beside it: question, golden answers, values, advantages."""
+    task = _task(env, tree.task_id)
+    return {
+        "step": step,
+        "question": getattr(task, "question", ""),
+        "golden_answers": list(getattr(task, "golden_answers", ())),
+        "values": None if credit.values is None else credit.values.tolist(),
+        "advantages": credit.advantages.tolist(),
+        "tree": tree.to_json(),
+    }
+
+
+def _means(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each figure over the updates that have it."""
+    names = dict.fromkeys(name for update in updates for name in update)
+    return {name: float(np.mean([update[name] for update in updates if name in update])) for name in names}
+
+
+def _task(env: Env, task_id: str) -> Any:
+    tasks = env.get_wrapper_attr("tasks") if env.has_wrapper_attr("tasks") else None
+    by_id = getattr(tasks, "by_id", None)
+    if by_id is None or not task_id:
+        return None
+    try:
+        return by_id(task_id)
+    except KeyError:
+        return None
+
+
+def _check_rollout(trees: Sequence[Tree], grown: Sequence[Tree]) -> None:
+    """A step whose every branch failed teaches nothing: say why instead of going on."""
+    if not grown:
+        raise TrainingError(f"all {len(trees)} prompts are longer than rollout.max_prompt_tokens; raise it")
+    outcomes = [tree.outcomes[leaf] or {} for tree in grown for leaf in tree.leaves()]
+    if all(outcome.get("outcome") == "env_error" for outcome in outcomes):
+        raise TrainingError(f"the environment failed in every branch of a step: {outcomes[0].get('reason')}")
