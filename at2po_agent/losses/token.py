@@ -1,0 +1,227 @@
+"""Token-level losses: GRPO, DAPO, GPPO and AEPO differ in their bounds and in what scales the advantage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from at2po_agent.losses.base import (
+    Inputs,
+    LossResult,
+    LossTotals,
+    aggregate,
+    check_at_least,
+    mask,
+    prepare,
+    token_count,
+    token_ratio,
+)
+from at2po_agent.losses.clipping import Clip, clip_metrics, clipped_surrogate, k3, ratio_metrics
+
+
+def grpo_loss(  # noqa: PLR0913  the common signature
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    turn_ids: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+    totals: LossTotals | None = None,
+    weights: Tensor | None = None,
+) -> LossResult:
+    """Token-level clipped policy loss with a dual clip.
+
+    `r_t = exp(log pi_t - log pi_old_t)`; `L_t = max(-A r_t, -A clip(r_t, 1 - e_low, 1 + e_high))`, for A
+    < 0 also `min(L_t, -c A)`; mean over all sampled tokens of the minibatch.
+
+    Args:
+        log_probs: float[B, T], nats, current policy.
+        old_log_probs: float[B, T], nats, at the start of the update.
+        advantages: float[B, T].
+        turn_ids: int64[B, T], -1 where the policy did not sample the token.
+        clip_low: e_low.
+        clip_high: e_high.
+        dual_clip: c > 1, or None for none.
+        totals: Counts of the whole minibatch when this call is a piece of it.
+        weights: float[B, T], replaces the mean over tokens (packed trees).
+
+    Returns:
+        loss, a scalar; metrics (`ratio_metrics`, `clip_metrics`).
+
+    References:
+        GRPO, https://arxiv.org/abs/2402.03300; dual clip, https://arxiv.org/abs/1912.09729. Its KL term is
+        `kl_penalty`.
+    """
+    inputs = prepare(log_probs, old_log_probs, advantages, turn_ids)
+    return _token_loss(inputs, Clip(clip_low, clip_high, dual_clip), totals, weights)
+
+
+def dapo_loss(  # noqa: PLR0913  the common signature
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    turn_ids: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = 3.0,
+    totals: LossTotals | None = None,
+    weights: Tensor | None = None,
+) -> LossResult:
+    """GRPO's loss with a higher upper bound ("clip higher").
+
+    Args:
+        log_probs: float[B, T], nats, current policy.
+        old_log_probs: float[B, T], nats, at the start of the update.
+        advantages: float[B, T].
+        turn_ids: int64[B, T], -1 where the policy did not sample the token.
+        clip_low: e_low.
+        clip_high: e_high.
+        dual_clip: c > 1, or None for none.
+        totals: Counts of the whole minibatch when this call is a piece of it.
+        weights: float[B, T], replaces the mean over tokens (packed trees).
+
+    Returns:
+        loss, a scalar; metrics (`ratio_metrics`, `clip_metrics`).
+
+    References:
+        DAPO, https://arxiv.org/abs/2503.14476.
+    """
+    inputs = prepare(log_probs, old_log_probs, advantages, turn_ids)
+    return _token_loss(inputs, Clip(clip_low, clip_high, dual_clip), totals, weights)
+
+
+def gppo_loss(  # noqa: PLR0913  the common signature
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    turn_ids: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+    totals: LossTotals | None = None,
+    weights: Tensor | None = None,
+) -> LossResult:
+    """Token-level loss with both bounds soft, `(1 -/+ e) / sg(r) * r`, and a hard dual clip.
+
+    The value is clipped, the gradient is kept; mean over all sampled tokens of the minibatch.
+
+    Args:
+        log_probs: float[B, T], nats, current policy.
+        old_log_probs: float[B, T], nats, at the start of the update.
+        advantages: float[B, T].
+        turn_ids: int64[B, T], -1 where the policy did not sample the token.
+        clip_low: e_low.
+        clip_high: e_high.
+        dual_clip: c > 1, or None for none.
+        totals: Counts of the whole minibatch when this call is a piece of it.
+        weights: float[B, T], replaces the mean over tokens (packed trees).
+
+    Returns:
+        loss, a scalar; metrics (`ratio_metrics`, `clip_metrics`).
+
+    References:
+        GPPO, https://arxiv.org/abs/2508.07629.
+    """
+    inputs = prepare(log_probs, old_log_probs, advantages, turn_ids)
+    clip = Clip(clip_low, clip_high, dual_clip, soft_low=True, soft_high=True)
+    return _token_loss(inputs, clip, totals, weights)
+
+
+def aepo_loss(  # noqa: PLR0913  the common signature
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    turn_ids: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+    entropies: Tensor | None = None,
+    entropy_weight: float = 0.2,
+    totals: LossTotals | None = None,
+    weights: Tensor | None = None,
+) -> LossResult:
+    """AEPO's loss: only the upper bound soft (`gppo_half`), and advantages scaled by entropy.
+
+    `A <- A (1 + 0.2 z(H_t))`, z over the sampled tokens of the minibatch, without gradient; then
+    `L_t = max(-A r, -A clip(r, 1 - e_low, (1 + e_high) / sg(r) * r))`, for A < 0 also `min(L_t, -c A)`;
+    mean over tokens. Without `entropies` the advantages stay as they are; the registry refuses to build
+    the loss's trainer form without them, so that the scaling cannot be off unnoticed.
+
+    Args:
+        log_probs: float[B, T], nats, current policy.
+        old_log_probs: float[B, T], nats, at the start of the update.
+        advantages: float[B, T].
+        turn_ids: int64[B, T], -1 where the policy did not sample the token.
+        clip_low: e_low.
+        clip_high: e_high.
+        dual_clip: c > 1, or None for none.
+        entropies: float[B, T], entropy of each token's distribution in nats, or None.
+        entropy_weight: Weight of the standardised entropy.
+        totals: Counts of the whole minibatch when this call is a piece of it; with `entropies` it must
+            hold their mean and standard deviation (`LossTotals.of(turn_ids, entropies)`).
+        weights: float[B, T], replaces the mean over tokens (packed trees).
+
+    Returns:
+        loss, a scalar; metrics (`ratio_metrics`, `clip_metrics`, and entropy_scale, the mean |factor - 1| of
+        the advantages).
+
+    References:
+        AEPO, https://arxiv.org/abs/2510.14545.
+    """
+    check_at_least(0.0, entropy_weight=entropy_weight)
+    inputs = prepare(log_probs, old_log_probs, advantages, turn_ids)
+    clip = Clip(clip_low, clip_high, dual_clip, soft_high=True)
+    if entropies is None:
+        return _token_loss(inputs, clip, totals, weights)
+    factor = entropy_factor(entropies, inputs.sampled, weight=entropy_weight, totals=totals)
+    factor = factor.to(inputs.advantages.dtype)
+    loss, metrics = _token_loss(inputs._replace(advantages=inputs.advantages * factor), clip, totals, weights)
+    scale = (factor - 1.0).abs().sum() / token_count(inputs, totals)
+    return loss, metrics | {"entropy_scale": scale}
+
+
+@torch.no_grad()
+def entropy_factor(
+    entropies: Tensor, sampled: Tensor, *, weight: float = 0.2, totals: LossTotals | None = None
+) -> Tensor:
+    """`1 + weight * z(H_t)`, z over the sampled tokens of the minibatch (unbiased std).
+
+    Args:
+        entropies: float[B, T], nats.
+        sampled: bool[B, T].
+        weight: Weight of z.
+        totals: Holds mean and standard deviation of the whole minibatch when this call is a piece of it.
+
+    Returns:
+        float[B, T], 1 where not sampled and where the entropies do not vary.
+    """
+    if entropies.shape != sampled.shape:
+        raise ValueError(f"entropies must have shape {list(sampled.shape)}, got {list(entropies.shape)}")
+    values = mask(entropies.double(), sampled)
+    if totals is None:
+        count = sampled.sum()
+        mean = values.sum() / count.clamp(min=1)
+        squares = mask(values - mean, sampled).square().sum()
+        std = (squares / (count - 1).clamp(min=1)).sqrt()
+    elif totals.entropy_mean is None or totals.entropy_std is None:
+        raise ValueError(
+            "totals lack the entropies' mean and std: build them with LossTotals.of(turn_ids, entropies)"
+        )
+    else:
+        mean, std = values.new_tensor(totals.entropy_mean), values.new_tensor(totals.entropy_std)
+    z = (values - mean) / torch.where(std > 0, std, 1.0)
+    return 1.0 + weight * mask(z, sampled)
+
+
+def _token_loss(inputs: Inputs, clip: Clip, totals: LossTotals | None, weights: Tensor | None) -> LossResult:
+    ratio, log_ratio = token_ratio(inputs)
+    surrogate = clipped_surrogate(ratio, inputs.advantages, clip)
+    loss = -aggregate(surrogate, inputs, totals, weights, by="token")
+    kl_sum = k3(log_ratio, ratio.detach()).sum()
+    metrics = ratio_metrics(inputs, ratio, kl_sum, totals)
+    return loss, metrics | clip_metrics(inputs, ratio, surrogate, totals)
