@@ -1,1 +1,21 @@
 """Tools an agent can call."""
+
+from at2po_env.tools.base import UNCHANGED, Tool, ToolContext, ToolResult, call_tool
+from at2po_env.tools.calculator import CalculatorTool
+from at2po_env.tools.function import FunctionTool, as_tool, tool
+from at2po_env.tools.python import PythonTool
+from at2po_env.tools.search import SearchTool
+
+__all__ = [
+    "UNCHANGED",
+    "CalculatorTool",
+    "FunctionTool",
+    "PythonTool",
+    "SearchTool",
+    "Tool",
+    "ToolContext",
+    "ToolResult",
+    "as_tool",
+    "call_tool",
+    "tool",
+]

@@ -1,0 +1,235 @@
+"""What a tool is, and how it is called: validated, within its time, retried a bounded number of times.
+
+The error model: a tool that fails is data. Arguments that do not fit, a time-out and every exception in
+`Tool.failures` become a `ToolResult` with `ok=False` whose text says why; the episode goes on. Anything else
+raises, because it is a bug in our own code.
+
+A tool keeps nothing between calls. What an episode has to remember is its *state*: an immutable JSON value
+that is handed in with the context and given back with the result, so that a forked episode shares and never
+disturbs it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from at2po_env.data.tasks import Task
+from at2po_env.errors import RetrievalError, ToolError
+from at2po_env.frozen import freeze
+from at2po_env.tools.deadline import DeadlineError, run_with_deadline
+
+MAX_BACKOFF_S = 5.0
+MAX_ERROR_CHARS = 500
+
+
+class _Unchanged:
+    """The type of `UNCHANGED`."""
+
+    def __repr__(self) -> str:
+        return "UNCHANGED"
+
+
+UNCHANGED: Any = _Unchanged()
+"""As a result's state: the tool's state stays as it was."""
+
+
+class ToolResult(NamedTuple):
+    """What a call shows and leaves behind.
+
+    Attributes:
+        text: What the policy sees.
+        state: The tool's new per-episode state; `UNCHANGED` keeps the old one.
+        ok: False when the call failed; `text` then says why.
+        ends: True when this call is the end of the episode (an order placed, a game won).
+    """
+
+    text: str
+    state: Any = UNCHANGED
+    ok: bool = True
+    ends: bool = False
+
+
+class ToolContext:
+    """What a call may know of its episode.
+
+    Attributes:
+        task: The episode's task.
+        state: The tool's own per-episode state, immutable.
+        seed: The episode's seed.
+        turn: Number of turns taken before this one.
+    """
+
+    __slots__ = ("_rng", "seed", "state", "task", "turn")
+
+    def __init__(self, task: Task, state: Any = None, *, seed: int = 0, turn: int = 0) -> None:
+        self.task = task
+        self.state = state
+        self.seed = seed
+        self.turn = turn
+        self._rng: np.random.Generator | None = None
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """The generator of this call, a function of (seed, turn) alone: a fork draws the same numbers."""
+        if self._rng is None:
+            self._rng = np.random.default_rng([self.seed, self.turn])
+        return self._rng
+
+    def again(self) -> ToolContext:
+        """The same context with its generator at the start, for another attempt."""
+        return ToolContext(self.task, self.state, seed=self.seed, turn=self.turn)
+
+
+class Tool(ABC):
+    """A tool: a name, a description, a pydantic model of its arguments, and `run`.
+
+    Attributes:
+        name: Name by which the policy calls it.
+        description: One sentence for the prompt.
+        Arguments: Model of the arguments; the prompt and the validation follow it.
+        timeout_s: Seconds after which an attempt counts as failed; None = no limit (and no thread).
+        retries: Further attempts after a failed one. Arguments that do not fit are never tried again.
+        backoff_s: Pause before the first retry; doubles each time, at most `MAX_BACKOFF_S`.
+        max_chars: Longest text shown; the rest is cut, with a note.
+        failures: Exceptions of `run` that are failures of the tool; any other is a bug and raises. A time-out
+            is always a failure.
+    """
+
+    name: str
+    description: str
+    Arguments: type[BaseModel]
+    timeout_s: float | None = None
+    retries: int = 0
+    backoff_s: float = 0.1
+    max_chars: int = 20_000
+    failures: ClassVar[tuple[type[Exception], ...]] = (Exception,)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if DeadlineError not in cls.failures:
+            cls.failures = (*cls.failures, DeadlineError)
+
+    def start(self, task: Task) -> Any:
+        """The tool's state at the start of an episode about `task`: a JSON value."""
+        del task
+        return None
+
+    def validate(self, arguments: Mapping[str, Any]) -> Any:
+        """Turn raw arguments into what `run` gets; raises pydantic's `ValidationError`."""
+        return self.Arguments.model_validate(arguments)
+
+    @abstractmethod
+    def run(self, arguments: Any, context: ToolContext) -> Any:
+        """Do the work.
+
+        Args:
+            arguments: An instance of `Arguments`.
+            context: Task, state and generator.
+
+        Returns:
+            A `ToolResult`, a string, or any JSON value, which is shown as JSON.
+        """
+
+
+def call_tool(tool: Tool, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+    """Call a tool; what fails is a result, never an exception.
+
+    Args:
+        tool: The tool.
+        arguments: Raw arguments, as the policy wrote them.
+        context: The episode's side of the call.
+
+    Returns:
+        The result; its state is frozen, its text encodable as UTF-8 and at most `tool.max_chars` long.
+    """
+    try:
+        checked = tool.validate(arguments)
+    except ValidationError as error:
+        return _failure(f"wrong arguments for {tool.name}: {_explain(error)}")
+    try:
+        result = tool.run(checked, context) if tool.timeout_s is None else _attempt(tool, checked, context)
+    except tool.failures as error:
+        return _retry(tool, checked, context, error)
+    if type(result) is str and result.isascii() and len(result) <= tool.max_chars:
+        return ToolResult(result)
+    return _shown(result, tool.max_chars)
+
+
+def _attempt(tool: Tool, checked: Any, context: ToolContext) -> Any:
+    if tool.timeout_s is None:
+        return tool.run(checked, context)
+    return run_with_deadline(lambda: tool.run(checked, context), tool.timeout_s, name=tool.name)
+
+
+def _retry(tool: Tool, checked: Any, context: ToolContext, error: Exception) -> ToolResult:
+    for retry in range(tool.retries):
+        time.sleep(min(tool.backoff_s * 2**retry, MAX_BACKOFF_S))
+        try:
+            result = _attempt(tool, checked, context.again())
+        except tool.failures as another:
+            error = another
+        else:
+            return _shown(result, tool.max_chars)
+    tries = f" ({tool.retries + 1} attempts)" if tool.retries else ""
+    return _failure(f"{tool.name} failed{tries}: {_message(error)}")
+
+
+def _shown(result: Any, max_chars: int) -> ToolResult:
+    if not isinstance(result, ToolResult):
+        result = ToolResult(_text(result))
+    text, state, ok, ends = result
+    if len(text) > max_chars:
+        text = f"{text[:max_chars]}\n[cut: {len(text):,} characters in all]"
+    if not text.isascii():
+        text = encodable(text)
+    if state is not UNCHANGED:
+        state = freeze(state)
+    return ToolResult(text, state, ok, ends)
+
+
+def encodable(text: str) -> str:
+    """`text` with lone surrogates, which no tokenizer takes, replaced by '?'."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _failure(reason: str) -> ToolResult:
+    return ToolResult(encodable(reason[:MAX_ERROR_CHARS]), UNCHANGED, ok=False)
+
+
+def _message(error: Exception) -> str:
+    """What went wrong; the class is named unless the message was written for the reader."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - a user's exception may fail to describe itself
+        text = ""
+    if isinstance(error, ToolError | RetrievalError | TimeoutError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _explain(error: ValidationError) -> str:
+    """One line per wrong field, without echoing the input."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    return "; ".join(
+        ".".join(str(part)[:80] for part in fault["loc"]) + ": " + fault["msg"]
+        if fault["loc"]
+        else fault["msg"]
+        for fault in faults[:5]
+    )
