@@ -1,1 +1,5 @@
-"""Question answering over a searched corpus."""
+"""Question answering over a searched corpus: the seven QA ids and MiniWiki."""
+
+from at2po_envs.search_qa.making import make, make_vector
+
+__all__ = ["make", "make_vector"]
