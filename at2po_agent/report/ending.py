@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from at2po_agent.report.live import duration
+from at2po_agent.report.run_folder import TreeRecord
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
@@ -25,6 +26,41 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(
             name, _share(before), _share(after), _change(before, after), style="bold" if not prefix else ""
         )
+    return table
+
+
+def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Figures of evaluations by mode: exact match with its 95% interval, F1, turns, tokens."""
+    table = Table(title="Evaluation", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("questions", "exact match", "95% interval", "F1", "reward", "turns", "tokens"):
+        table.add_column(name, justify="right")
+    for mode, figures in results.items():
+        interval = f"{figures['em_low']:.3f} – {figures['em_high']:.3f}"
+        table.add_row(
+            mode,
+            str(figures["questions"]),
+            _share(figures["em"]),
+            interval,
+            _share(figures["f1"]),
+            _share(figures["reward"]),
+            f"{figures['turns']:.2f}",
+            f"{figures['tokens']:.1f}",
+        )
+    return table
+
+
+def tree_table(records: Sequence[TreeRecord], title: str) -> Table:
+    """Trees by number: question, leaves, how many of them are right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name, side in (("number", "right"), ("id", "left"), ("question", "left"), ("leaves", "right")):
+        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+    table.add_column("correct", justify="right")
+    for number, record in enumerate(records):
+        outcomes = [record.tree.outcomes[leaf] or {} for leaf in record.tree.leaves()]
+        correct = sum(1 for outcome in outcomes if outcome.get("em") == 1)
+        cells = [str(number), record.tree.task_id, record.question, str(len(outcomes)), str(correct)]
+        table.add_row(*(Text(cell) for cell in cells))
     return table
 
 

@@ -50,13 +50,16 @@ class LiveBars(Listener):
         self._console = console
         self._bars = Bars(*_columns(), console=console)
         self._tasks: dict[str, TaskID] = {}
+        self._open: dict[str, None] = {}
 
     def start(self, phase: str, total: int) -> None:
-        """Show a bar, or a new one for a phase that comes again."""
+        """Show a bar; a phase that comes again gets its old place."""
         self._bars.start()
         if phase in self._tasks:
-            self._bars.remove_task(self._tasks[phase])
-        self._tasks[phase] = self._bars.add_task(phase, total=total, figures="")
+            self._bars.reset(self._tasks[phase], total=total, visible=True, figures="")
+        else:
+            self._tasks[phase] = self._bars.add_task(phase, total=total, figures="")
+        self._open[phase] = None
 
     def advance(self, phase: str, amount: int = 1, **values: float) -> None:
         """Move a bar."""
@@ -67,16 +70,16 @@ class LiveBars(Listener):
             self._bars.update(self._tasks[phase], figures=figures(values))
 
     def finish(self, phase: str) -> None:
-        """Leave a bar as it is; a phase that ended early says so by its count."""
+        """Leave a bar as it is, or hide it while another phase is around it."""
+        self._open.pop(phase, None)
         if phase in self._tasks:
             self._bars.stop_task(self._tasks[phase])
+            self._bars.update(self._tasks[phase], visible=not self._open)
 
     def step(self, record: Mapping[str, object]) -> None:
         """Show a step's figures beside the outermost bar that is under way."""
-        text = figures(record)
-        open_tasks = [task for task in self._bars.tasks if task.stop_time is None]
-        if text and open_tasks:
-            self._bars.update(open_tasks[0].id, figures=text)
+        for phase in list(self._open)[:1]:
+            self._bars.update(self._tasks[phase], figures=figures(record))
 
     def message(self, text: str) -> None:
         """Print a line above the bars."""
@@ -107,8 +110,8 @@ class PlainLines(Listener):
         self._last_line = clock()
 
     def start(self, phase: str, total: int) -> None:
-        """Say that a phase begins, once for a phase that comes again."""
-        if phase not in self._done:
+        """Say that a phase begins, unless it is part of another."""
+        if not self._started:
             self._line(f"{phase}: 0/{total}")
         self._done[phase], self._totals[phase], self._started[phase] = 0, total, self._clock()
 
@@ -118,18 +121,21 @@ class PlainLines(Listener):
         if values:
             self._figures[phase] = figures(values)
         if self._clock() - self._last_line >= self._every_s:
-            self._line(self._status(phase))
+            self._line(", ".join(self._status(name) for name in self._started) or self._status(phase))
 
     def finish(self, phase: str) -> None:
-        """Say that a phase is over and how long it took."""
+        """Say that a phase is over and how long it took, unless it was a short part of another."""
         took = self._clock() - self._started.pop(phase, self._clock())
-        self._line(f"{self._status(phase)}  in {duration(took)}")
+        if not self._started or took >= self._every_s:
+            self._line(f"{self._status(phase)}  in {duration(took)}")
         self._figures.pop(phase, None)
 
     def step(self, record: Mapping[str, object]) -> None:
         """Keep a step's figures for the next line of the outermost phase."""
         for phase in list(self._started)[:1]:
             self._figures[phase] = figures(record)
+            if self._clock() - self._last_line >= self._every_s:
+                self._line(self._status(phase))
 
     def message(self, text: str) -> None:
         """Print a line."""
@@ -167,7 +173,7 @@ def duration(seconds: float) -> str:
 
 def _columns() -> list[ProgressColumn]:
     return [
-        TextColumn("{task.description:<12}"),
+        TextColumn("{task.description:<18}"),
         BarColumn(bar_width=28),
         TaskProgressColumn(),
         MofNCompleteColumn(),

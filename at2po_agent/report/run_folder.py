@@ -7,14 +7,16 @@ is a last line of `metrics.jsonl` without its end: the run was killed while it w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from at2po_agent.tree import Tree
+from at2po_agent.types import FloatArray
 from at2po_env.errors import DataError
 
 METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.yaml"
@@ -35,6 +37,8 @@ class TreeRecord:
         golden_answers: The right answers, empty when the file does not say.
         step: Training step, None when the file does not say.
         rounds: Expansion round that created each node, None when the file does not say.
+        values: float[N] values that training gave the nodes, None when the file does not say.
+        advantages: What training gave the nodes, the branches, or both (see `credit`); None likewise.
     """
 
     tree: Tree
@@ -42,6 +46,8 @@ class TreeRecord:
     golden_answers: tuple[str, ...] = ()
     step: int | None = None
     rounds: tuple[int, ...] | None = None
+    values: FloatArray | None = None
+    advantages: FloatArray | None = None
 
 
 def check_run_folder(path: Path) -> Path:
@@ -70,6 +76,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             if line.endswith(b"\n"):
                 raise
     return records
+
+
+def read_rollout_settings(run: Path) -> dict[str, Any]:
+    """The section `rollout` of a run's `config.yaml` as it stands there, empty when there is none.
+
+    Read as plain YAML, so that a run whose parts were registered by a program can be looked at without it.
+    """
+    path = run / CONFIG
+    try:
+        section = (yaml.safe_load(path.read_bytes()) or {}).get("rollout") if path.exists() else None
+    except (yaml.YAMLError, AttributeError) as error:
+        raise DataError(f"{path}: not a configuration ({error}).") from error
+    return section if isinstance(section, dict) else {}
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -120,6 +139,27 @@ def most_telling(records: Iterable[TreeRecord]) -> TreeRecord:
     return max(records, key=key)
 
 
+def pick(records: Sequence[TreeRecord], question: str | None) -> TreeRecord:
+    """The tree of a question.
+
+    Args:
+        records: Where to look.
+        question: Its id, or its number in the order of the file from 0; None takes the most telling.
+
+    Raises:
+        DataError: There is none.
+    """
+    if question is None:
+        return most_telling(records)
+    for record in records:
+        if record.tree.task_id == question:
+            return record
+    if question.isdecimal() and int(question) < len(records):
+        return records[int(question)]
+    known = ", ".join(f"{number} ({record.tree.task_id})" for number, record in enumerate(records))
+    raise DataError(f"no tree of question {question!r}. Fix: use one of {known}.")
+
+
 def _entries(path: Path) -> Iterator[tuple[int | None, Any]]:
     """(line number, JSON value) of each tree of a file; no number where the file is one JSON value."""
     data = path.read_bytes()
@@ -139,6 +179,7 @@ def _tree_record(entry: Any, path: Path, number: int | None) -> TreeRecord:
     body = beside["tree"]
     try:
         tree = Tree.from_json(body if isinstance(body, str) else json.dumps(body))
+        leaves = len(tree.leaves())
         step, rounds = beside.get("step"), beside.get("rounds")
         return TreeRecord(
             tree,
@@ -146,9 +187,20 @@ def _tree_record(entry: Any, path: Path, number: int | None) -> TreeRecord:
             tuple(str(answer) for answer in beside.get("golden_answers") or ()),
             None if step is None else int(step),
             None if rounds is None or len(rounds) != len(tree) else tuple(int(r) for r in rounds),
+            _numbers(beside.get("values"), {(len(tree),)}),
+            _numbers(beside.get("advantages"), {(len(tree),), (leaves,), (leaves, len(tree))}),
         )
     except (ValueError, TypeError) as error:
         raise DataError(f"{_at(path, number)}: not a tree ({error}).") from error
+
+
+def _numbers(values: Any, shapes: set[tuple[int, ...]]) -> FloatArray | None:
+    if values is None:
+        return None
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape not in shapes:
+        raise ValueError(f"credit of shape {array.shape}, expected one of {sorted(shapes)}")
+    return array
 
 
 def _json_object(data: bytes, path: Path, number: int | None) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from at2po_agent.algorithms import give_credit
-from at2po_agent.config import load_config
+from at2po_agent.credit import node_advantages, node_values, normalize_leaf_rewards
 from at2po_agent.report.curves import draw_run
 from at2po_agent.report.run_folder import (
     CONFIG,
@@ -15,11 +14,11 @@ from at2po_agent.report.run_folder import (
     TreeRecord,
     check_run_folder,
     most_telling,
+    read_rollout_settings,
     read_trees,
 )
 from at2po_agent.report.token_text import run_decoder
 from at2po_agent.report.tree_page import PageOptions, write_tree_page
-from at2po_agent.settings import AlgorithmSettings
 from at2po_agent.tree import Tree
 from at2po_agent.types import FloatArray
 
@@ -65,42 +64,48 @@ def page_options(record: TreeRecord, run: Path | None) -> PageOptions:
 
     Args:
         record: The tree.
-        run: The run's folder; None applies the defaults of the credit and leaves forks and tokens unmarked.
+        run: The run's folder; None leaves forks and tokens unmarked.
     """
+    values, advantages = node_credit(record)
     if run is None:
-        return PageOptions(*node_credit(record.tree, AlgorithmSettings()))
-    config = load_config(run)
-    values, advantages = node_credit(record.tree, config.algorithm)
-    rollout = config.rollout
+        return PageOptions(values, advantages)
+    rollout = read_rollout_settings(run)
     return PageOptions(
         values,
         advantages,
-        chains=rollout.chains if rollout.rounds else None,
-        forks=rollout.forks,
+        chains=int(rollout.get("chains", 0)) if rollout.get("rounds") else None,
+        forks=int(rollout.get("forks", 0)),
         decode=run_decoder(run),
         facts=(f"run {run.name}",),
     )
 
 
-def node_credit(tree: Tree, settings: AlgorithmSettings) -> tuple[FloatArray | None, FloatArray | None]:
-    """Values and advantages of a tree's nodes as training would give them.
+def node_credit(record: TreeRecord) -> tuple[FloatArray | None, FloatArray | None]:
+    """Values and advantages of a tree's nodes: those that training gave, else AT²PO's.
 
     Where a turn has its own advantage in each branch through it, the mean over these branches is shown.
 
     Returns:
-        float64[N] values, None where the credit rule has none; float64[N] advantages; None for both when the
-        tree is not complete.
+        float64[N] values, None where training had none; float64[N] advantages; None for both when the tree is
+        unfinished and has neither.
     """
+    tree = record.tree
+    if record.advantages is not None:
+        return record.values, _per_node(tree, record.advantages)
     try:
-        credit = give_credit(tree, settings)
-    except ValueError:  # an unfinished turn or no leaf: nothing that could be credited
+        values = node_values(tree.parent, tree.entropy, normalize_leaf_rewards(tree.leaf_reward))
+    except ValueError:  # a turn that is neither ended nor gone on from
         return None, None
-    advantages, leaves = credit.advantages, tree.leaves()
+    return values, node_advantages(tree.parent, values)
+
+
+def _per_node(tree: Tree, advantages: FloatArray) -> FloatArray:
     if advantages.shape == (len(tree),):
-        return credit.values, advantages
+        return advantages
+    leaves = tree.leaves()
     through = np.zeros((len(leaves), len(tree)), dtype=bool)
     for row, leaf in enumerate(leaves):
         through[row, tree.path(leaf)] = True
     each = advantages[:, None] if advantages.ndim == 1 else advantages
     total = np.where(through, each, 0.0).sum(axis=0)
-    return credit.values, np.asarray(total / np.maximum(1, through.sum(axis=0)), dtype=np.float64)
+    return np.asarray(total / np.maximum(1, through.sum(axis=0)), dtype=np.float64)

@@ -1,7 +1,7 @@
 """One question's tree as one self-contained HTML file.
 
 The page loads nothing (a Content-Security-Policy says so), works from `file://`, follows the reader's
-light or dark preference and can be read with the keyboard alone. What a policy wrote can be any text: it travels
+light or dark preference and can be read with the keyboard alone. What a policy wrote can be any text: it goes
 as JSON whose `<`, `>` and `&` are escaped, and the script only ever sets it as text.
 """
 

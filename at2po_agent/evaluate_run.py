@@ -1,0 +1,76 @@
+"""Evaluating what a run has learned, or any model, without training: what `at2po eval` does."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from at2po_agent.agent import build_agent
+from at2po_agent.checkpoint import check_checkpoint, list_checkpoints
+from at2po_agent.config import CONFIG_FILE, load_config
+from at2po_agent.environments import first_tasks, make_eval_env
+from at2po_agent.evaluate import Evaluation, evaluate
+from at2po_agent.progress import Progress
+from at2po_agent.run_files import CHECKPOINTS
+from at2po_agent.seeding import RunPurpose, run_seed
+from at2po_agent.settings import Config
+from at2po_env.errors import ConfigError
+
+DEFAULT_CONFIG = "qwen3-4b-multihop"
+
+
+def evaluation_config(target: str, overrides: Sequence[str], config: str | None = None) -> Config:
+    """The configuration that evaluates a run's newest checkpoint, one of its checkpoints, or any model.
+
+    Args:
+        target: A run's folder, a checkpoint's folder, a model's folder, or a hub name.
+        overrides: `key=value` texts; they win.
+        config: Where everything but the model comes from; None takes the run's own, or for a model that
+            belongs to no run `DEFAULT_CONFIG`.
+
+    Raises:
+        ConfigError: The run has no whole checkpoint, or a setting is wrong.
+    """
+    path = Path(target)
+    if (path / CONFIG_FILE).is_file():
+        checkpoints = list_checkpoints(path / CHECKPOINTS)
+        if not checkpoints:
+            raise ConfigError(
+                f"{path}: no checkpoint to evaluate yet; train it first: at2po train {path} --resume"
+            )
+        return _with_model(config or str(path), checkpoints[0], overrides)
+    run = path.resolve().parent.parent
+    if path.is_dir() and (run / CONFIG_FILE).is_file():
+        return _with_model(config or str(run), path, overrides)
+    return load_config(
+        config or DEFAULT_CONFIG, [f"model.path={target}", "model.random_init=false", *overrides]
+    )
+
+
+def evaluate_config(config: Config, progress: Progress, modes: Sequence[str]) -> dict[str, Evaluation]:
+    """Evaluate the model of a configuration on its evaluation questions, in each mode.
+
+    With the settings of a run this gives the figures that the run itself measured.
+    """
+    agent, env = build_agent(config), make_eval_env(config)
+    tasks = first_tasks(env, config.eval.questions)
+    results = {}
+    for mode in modes:
+        phase = f"evaluate ({mode})"
+        progress.start(phase, len(tasks))
+        results[mode], _ = evaluate(
+            tasks,
+            env,
+            agent.policy,
+            config.rollout,
+            seed=run_seed(config.run.seed, RunPurpose.EVALUATION),
+            temperature=0.0 if mode == "greedy" else 1.0,
+            batch=config.eval.batch,
+            on_question=lambda phase=phase: progress.advance(phase),
+        )
+        progress.finish(phase)
+    return results
+
+
+def _with_model(config: str, checkpoint: Path, overrides: Sequence[str]) -> Config:
+    check_checkpoint(checkpoint)
+    own = [f"model.path={checkpoint}", "model.random_init=false", "model.tokenizer=null"]
+    return load_config(config, [*own, *overrides])

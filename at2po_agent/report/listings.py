@@ -1,0 +1,150 @@
+"""What there is on this machine: environment ids with what they need, and data sets with where they lie."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium
+from gymnasium.envs.registration import EnvSpec
+from rich import box
+from rich.table import Table
+
+import at2po_env  # noqa: F401  registers the shipped ids and those of plug-ins
+from at2po_env.data.cache import cache_dir
+from at2po_env.data.catalog import CORPORA, INDEXES, QA_SETS, WIKI_18, QaSet, files_of
+
+_FOREIGN = ("gymnasium.", "shimmy.")
+_LINE_EVERY_S = 5.0
+_GET = "at2po data get "
+
+
+class EnvironmentRow(NamedTuple):
+    """One id.
+
+    Attributes:
+        id: What `gymnasium.make` takes.
+        questions: Where its questions come from here, when `dataset=` does not say it.
+        passages: Where its passages come from here, when `corpus=` does not say it; "" when it has none.
+        get: Command that gets the real data, "" when nothing is missing.
+    """
+
+    id: str
+    questions: str
+    passages: str
+    get: str
+
+
+class DataRow(NamedTuple):
+    """One data set: its name, its kind, how much there is, and the files that are on this machine."""
+
+    name: str
+    kind: str
+    content: str
+    files: list[str]
+    complete: bool
+
+
+def environment_rows() -> list[EnvironmentRow]:
+    """All ids that at2po, its plug-ins and this process registered, sorted."""
+    own = (spec.id for spec in gymnasium.registry.values() if not _origin(spec).startswith(_FOREIGN))
+    return [_environment_row(env_id) for env_id in sorted(own)]
+
+
+def environment_table(rows: Sequence[EnvironmentRow]) -> Table:
+    """The ids as a table."""
+    table = Table(title="Environments", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("id", no_wrap=True)
+    for name in ("questions", "passages", "at2po data get ..."):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(
+            f"[cyan]{row.id}", row.questions, row.passages or "–", row.get.removeprefix(_GET) or "–"
+        )
+    return table
+
+
+def data_rows() -> list[DataRow]:
+    """All data sets that `at2po data get` knows."""
+    rows = [_data_row(qa.name, "questions", _counts(qa)) for qa in QA_SETS.values()]
+    rows += [_data_row(name, "passages", "Wikipedia 2018, about 21 million") for name in CORPORA]
+    rows += [_data_row(name, "index", "for dense retrieval, 64.5 GB") for name in INDEXES]
+    return rows
+
+
+def data_table(rows: Sequence[DataRow]) -> Table:
+    """The data sets as a table."""
+    table = Table(
+        title=f"Data in {cache_dir()}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+    )
+    for name in ("name", "kind", "content", "here"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        here = "[green]yes" if row.complete else "partly" if row.files else "[dim]no"
+        table.add_row(f"[cyan]{row.name}", row.kind, row.content, here)
+    return table
+
+
+def data_files(name: str) -> list[Path]:
+    """The files of a data set that are on this machine.
+
+    Raises:
+        DataError: There is nothing of that name.
+    """
+    return [path for path in _targets(name) if path.exists()]
+
+
+def plain_download_report(
+    write: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+) -> Callable[[str, int, int | None], None]:
+    """A listener of downloads that writes one line every few seconds, for output that is no terminal."""
+    last = clock()
+
+    def report(name: str, done: int, total: int | None) -> None:
+        nonlocal last
+        if clock() - last < _LINE_EVERY_S and done != total:
+            return
+        last = clock()
+        write(f"{name}: {done / 1e6:,.1f} MB" + ("" if total is None else f" of {total / 1e6:,.1f} MB"))
+
+    return report
+
+
+def _origin(spec: EnvSpec) -> str:
+    """The module that builds an environment."""
+    entry = spec.entry_point
+    return entry if isinstance(entry, str) else str(getattr(entry, "__module__", ""))
+
+
+def _environment_row(env_id: str) -> EnvironmentRow:
+    name = env_id.removeprefix("at2po/").rpartition("-v")[0].lower()
+    qa = next((qa for qa in QA_SETS.values() if qa.title.lower() == name), None)
+    if not env_id.startswith("at2po/") or qa is None:
+        generated = env_id.startswith("at2po/MiniWiki")
+        return EnvironmentRow(
+            env_id, "generated" if generated else "its own", "generated" if generated else "", ""
+        )
+    splits = [path.stem for path in data_files(qa.name)]
+    corpus = bool(data_files(WIKI_18))
+    missing = [data for data, here in ((qa.name, bool(splits)), (WIKI_18, corpus)) if not here]
+    return EnvironmentRow(
+        env_id,
+        f"{', '.join(splits)} (downloaded)" if splits else "sample of 12",
+        f"{WIKI_18} (downloaded)" if corpus else "sample",
+        _GET + " ".join(missing) if missing else "",
+    )
+
+
+def _data_row(name: str, kind: str, content: str) -> DataRow:
+    here = data_files(name)
+    return DataRow(name, kind, content, [str(path) for path in here], len(here) == len(_targets(name)))
+
+
+def _targets(name: str) -> list[Path]:
+    return [cache_dir() / file.target for file in files_of(name)]
+
+
+def _counts(qa: QaSet) -> str:
+    return ", ".join(split if count is None else f"{split} {count:,}" for split, count in qa.splits.items())
