@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.utils import seeding
 
 from at2po_env.capture import clone_space
-from at2po_env.codec import name_of
+from at2po_env.encoding import name_of
 from at2po_env.errors import SnapshotError
 from at2po_env.layers import CapturedLayer, Layer, capture_layers, fork_layers, restore_layers
 from at2po_env.rng import RngState, build_rng, capture_rng, entropy

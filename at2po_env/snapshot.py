@@ -14,7 +14,8 @@ from typing import Annotated, Any, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
 from at2po_env.capture import ATOMIC
-from at2po_env.codec import Decoder, Encoder, decode_rng, encode_rng, name_of
+from at2po_env.decoding import Decoder, decode_rng
+from at2po_env.encoding import Encoder, encode_rng, name_of
 from at2po_env.errors import SnapshotError
 from at2po_env.layers import CapturedLayer, Layer, rules_of
 from at2po_env.rng import RngState, build_rng, capture_rng
@@ -223,15 +224,9 @@ def write_layers(captured: Sequence[CapturedLayer]) -> list[dict[str, Any]]:
     encoder = Encoder()
     layers = []
     for kind, values, _, _ in captured:
-        layers.append(
-            {
-                "class": name_of(kind),
-                "attributes": {
-                    name: encoder.encode(value, f"{kind.__name__}.{name}") for name, value in values.items()
-                },
-                "volatile": sorted(rules_of(kind).volatile & values.keys()),
-            }
-        )
+        attributes = {name: encoder.write(value, f"{kind.__name__}.{name}") for name, value in values.items()}
+        volatile = sorted(rules_of(kind).volatile & values.keys())
+        layers.append({"class": name_of(kind), "attributes": attributes, "volatile": volatile})
     return [{**layer, "attributes": encoder.finish(layer["attributes"])} for layer in layers]
 
 
