@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +32,7 @@ class CheckpointError(At2poError):
     """A checkpoint could not be written or read; the message names the file and the fix."""
 
 
+@runtime_checkable
 class Savable(Protocol):
     """What can write itself into a folder, as tokenizers of transformers can."""
 
@@ -222,7 +223,7 @@ def _save_model(model: nn.Module, folder: Path) -> None:
         tensors[name] = tensor.detach().contiguous()
     save_file(tensors, folder / MODEL, metadata={"format": "pt"})
     config = getattr(model, "config", None)
-    if hasattr(config, "save_pretrained"):
+    if isinstance(config, Savable):
         config.save_pretrained(str(folder))
 
 

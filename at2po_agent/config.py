@@ -40,7 +40,7 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
     """Read, compose and check a configuration.
 
     Args:
-        name_or_path: A shipped name, a YAML file, or the folder of a run.
+        name_or_path: A shipped name, a YAML file, or the folder of a run, which then is `run.dir`.
         overrides: `key=value` texts; `algorithm=NAME` chooses a preset.
 
     Raises:
@@ -49,7 +49,10 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
     path = find_config(name_or_path)
     problems: list[Problem] = []
     typed = _parse_overrides(overrides, problems)
-    merged = _compose(_read_yaml(path), typed, problems)
+    file = _read_yaml(path)
+    if path.name == CONFIG_FILE and Path(name_or_path).is_dir():
+        file = _merge(file, {"run": {"dir": str(name_or_path)}})
+    merged = _compose(file, typed, problems)
     config = _validate(merged, problems)
     problems += [Problem(key, text) for key, text in composition_problems(merged)]
     if problems or config is None:
@@ -58,8 +61,10 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write every setting of a run as YAML; `load_config` reads it back equal."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    """Write every setting of a run as YAML, but its folder: that is where the file lies."""
+    values = config.model_dump(mode="json")
+    values["run"]["dir"] = None
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def find_config(name_or_path: str | Path) -> Path:

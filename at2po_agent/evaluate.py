@@ -10,8 +10,6 @@ from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import Options, RolloutConfig, rollout
 from at2po_agent.tree import Tree
 
-_AT_ONCE = 256
-
 
 class Evaluation(NamedTuple):
     """Means over the questions.
@@ -43,7 +41,7 @@ class Evaluation(NamedTuple):
         return self._asdict()
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913  (what to ask whom, then three figures)
     tasks: Sequence[Options],
     env: gymnasium.Env[str, str],
     policy: Policy,
@@ -51,6 +49,7 @@ def evaluate(
     *,
     seed: int,
     temperature: float = 0.0,
+    batch: int = 256,
     on_question: Callable[[], None] | None = None,
 ) -> tuple[Evaluation, list[Tree]]:
     """Ask every question once.
@@ -62,6 +61,7 @@ def evaluate(
         config: Limits; the shape and the temperature in it are not used.
         seed: Decides every draw.
         temperature: 0 is greedy.
+        batch: Questions under way at the same time.
         on_question: Called after each question.
 
     Returns:
@@ -69,8 +69,8 @@ def evaluate(
     """
     chain = config.model_copy(update={"chains": 1, "forks": 0, "rounds": 0, "temperature": temperature})
     trees: list[Tree] = []
-    for start in range(0, len(tasks), _AT_ONCE):
-        part = tasks[start : start + _AT_ONCE]
+    for start in range(0, len(tasks), batch):
+        part = tasks[start : start + batch]
         trees += rollout(part, env, policy, chain, seed=seed + start, on_leaf=on_question)
     return summarise(trees), trees
 

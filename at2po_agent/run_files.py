@@ -1,8 +1,10 @@
 """The folder of a run: who may write into it, and the files it holds."""
 
 import contextlib
+import glob
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from at2po_env.errors import ConfigError
 
 METRICS_FILE, SUMMARY_FILE, LOCK_FILE = "metrics.jsonl", "summary.json", ".lock"
 CHECKPOINTS, TREES, TENSORBOARD = "checkpoints", "trees", "tensorboard"
+RUNS = Path("runs")
 MAY_CHANGE = (
     *("train.steps", "train.save_", "train.keep_", "train.micro_batch_tokens", "eval."),
     *("run.dir", "run.name", "run.threads", "run.dry_run"),
@@ -115,13 +118,9 @@ def open_run(config: Config, *, resume: bool = False) -> Iterator[tuple[RunFolde
 
 
 def newest_run(name: str) -> Path | None:
-    """The newest folder runs/NAME, runs/NAME-2 ...; None when there is none."""
-    last = None
-    for path in _numbered(name):
-        if not path.exists():
-            return last
-        last = path
-    return last
+    """The folder of runs/NAME, runs/NAME-2 ... with the highest number; None when there is none."""
+    number = _highest_number(name)
+    return _numbered(name, number) if number else None
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -140,18 +139,22 @@ def _choose_folder(config: Config, *, resume: bool) -> Path:
             )
         return path
     if not resume:
-        return next(path for path in _numbered(config.run.name) if not path.exists())
+        return _numbered(config.run.name, _highest_number(config.run.name) + 1)
     newest = newest_run(config.run.name)
     if newest is None:
         raise ConfigError(f"runs/{config.run.name}: no run to resume; leave --resume out, or name its folder")
     return newest
 
 
-def _numbered(name: str) -> Iterator[Path]:
-    number = 1
-    while True:
-        yield Path("runs") / (name if number == 1 else f"{name}-{number}")
-        number += 1
+def _numbered(name: str, number: int) -> Path:
+    return RUNS / (name if number == 1 else f"{name}-{number}")
+
+
+def _highest_number(name: str) -> int:
+    """0 when there is no run of this name."""
+    rests = [path.name.removeprefix(name) for path in RUNS.glob(f"{glob.escape(name)}*") if path.is_dir()]
+    numbers = [1 if not rest else int(rest[1:]) for rest in rests if not rest or re.fullmatch(r"-\d+", rest)]
+    return max(numbers, default=0)
 
 
 def _check_same_run(path: Path, config: Config) -> None:

@@ -33,6 +33,7 @@ class EvalSettings(Section):
     questions: int = Field(200, ge=0, description="How many questions; 0 evaluates nothing.")
     every: int = Field(0, ge=0, description="Greedy evaluation every so many steps; 0 only before and after.")
     sampled: bool = Field(True, description="Also evaluate at temperature 1 before and after training.")
+    batch: int = Field(256, ge=1, description="Questions under way at the same time.")
 
 
 class ModelSettings(Section):

@@ -190,6 +190,7 @@ class Trainer:
             self.config.rollout,
             seed=run_seed(self.config.run.seed, RunPurpose.EVALUATION),
             temperature=0.0 if mode == "greedy" else 1.0,
+            batch=settings.batch,
             on_question=lambda: self._progress.advance(phase),
         )
         self._progress.finish(phase)

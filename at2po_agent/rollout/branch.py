@@ -135,7 +135,9 @@ class Branch:
         return Place(snapshot(self.env), observation, ids, total, calls, errors)
 
     def _end_by_environment(self, info: Mapping[str, Any], *, terminated: bool, truncated: bool) -> None:
-        kind = str(info.get("outcome") or ("terminated" if terminated else "truncated"))
+        kind = str(info.get("outcome") or "terminated")
+        if truncated and not terminated and kind in ("tool", "tool_error", "terminated"):
+            kind = "limit"  # a wrapper's, over a turn that would have gone on
         self._end(
             self.place.reward, kind, str(info.get("reason", "")), terminated=terminated, truncated=truncated
         )
