@@ -7,23 +7,20 @@ Pyserini's wiki-18 indexes.
 
 import hashlib
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from at2po_env.data.corpus import Corpus
 from at2po_env.data.passages import Passage
 from at2po_env.errors import DataError, RetrievalError
-from at2po_env.retrieval.bm25_build import MemoryStore, Postings, Settings, build, term_hash
+from at2po_env.retrieval.bm25_build import MemoryStore, Postings, Settings, build
 from at2po_env.retrieval.bm25_index import open_index, open_or_build, settings_digest
+from at2po_env.retrieval.bm25_rank import Ranker
 from at2po_env.retrieval.tokens import STOP_WORDS, tokenize
 
 QUERY_CHARS = 8192
-_Span = tuple[int, int]
 
 
 class Bm25Retriever:
@@ -91,17 +88,11 @@ class Bm25Retriever:
         return self
 
     def _start(self, postings: Postings, settings: Settings) -> None:
-        self._terms, self._starts, self._rows, self._weights = postings
-        if not isinstance(self._rows.base, np.memmap):  # numpy indexes faster with its own integer type
-            self._rows = self._rows.astype(np.intp)
+        self._ranker = Ranker(postings, len(self._passages))
         self._stop_words = settings.stop_words
         self.digest = hashlib.sha256(
             f"bm25 {self._corpus_digest} {settings_digest(settings)}".encode()
         ).hexdigest()
-        self._span = lru_cache(1 << 16)(self._find)
-        # Score buffers, all zero between searches. Each search takes one, so there are as many as ran at
-        # once.
-        self._buffers: deque[np.ndarray[Any, np.dtype[np.float32]]] = deque()
 
     def __repr__(self) -> str:
         corpus = (
@@ -138,47 +129,14 @@ class Bm25Retriever:
 
     def _search(self, query: str, topk: int) -> list[Passage]:
         counts = Counter(tokenize(query[:QUERY_CHARS], self._stop_words))
-        spans = sorted((*span, count) for term, count in counts.items() if (span := self._span(term)))
-        if not spans:
-            return []
         try:
-            ranked, passages = self._rank(spans, topk), self._passages
+            ranked, passages = self._ranker.rank(counts, topk), self._passages
             return [Passage(*passages[row][:3], score) for row, score in ranked]
         except (DataError, IndexError) as error:
             what = f"the corpus or its index was damaged while in use ({error})"
             raise RetrievalError(
                 f"{self!r}: {what}. Fix: get the corpus again and delete its index."
             ) from error
-
-    def _find(self, term: str) -> _Span | None:
-        key = np.uint64(term_hash(term))
-        at = int(np.searchsorted(self._terms, key))
-        if at == len(self._terms) or self._terms[at] != key:
-            return None
-        return int(self._starts[at]), int(self._starts[at + 1])
-
-    def _rank(self, spans: list[tuple[int, int, int]], topk: int) -> list[tuple[int, float]]:
-        """Return the best (row, score); the same terms in any order give the same bits."""
-        rows = np.concatenate([self._rows[start:end] for start, end, _ in spans])
-        weights = np.concatenate(
-            [
-                self._weights[start:end] if count == 1 else self._weights[start:end] * np.float32(count)
-                for start, end, count in spans
-            ]
-        )
-        buffer = self._buffers.pop() if self._buffers else np.zeros(len(self), np.float32)
-        np.add.at(buffer, rows, weights)
-        scores = buffer[rows]
-        buffer[rows] = 0
-        self._buffers.append(buffer)
-        # A row occurs at most once per term, so the best topk * terms entries hold the best topk rows and
-        # their ties.
-        enough = topk * len(spans)
-        if len(scores) > enough:
-            best = scores >= np.partition(scores, -enough)[-enough]
-            rows, scores = rows[best], scores[best]
-        ranked = sorted(set(zip((-scores).tolist(), rows.tolist(), strict=True)))[:topk]
-        return [(row, -score) for score, row in ranked]
 
 
 def _settings(k1: float, b: float, stop_words: Iterable[str]) -> Settings:

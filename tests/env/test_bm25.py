@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 
 from at2po_env.data import Corpus
 from at2po_env.errors import DataError, RetrievalError
-from at2po_env.retrieval import Bm25Retriever, Passage, Retriever, bm25_build, bm25_index, open_retriever
+from at2po_env.retrieval import (
+    Bm25Retriever,
+    Passage,
+    Retriever,
+    bm25_build,
+    bm25_index,
+    bm25_rank,
+    open_retriever,
+)
 from at2po_env.retrieval.tokens import STOP_WORDS, tokenize
 
 REAL_CORPUS = Path(__file__).parents[2].parent / "shared/data/corpus/wiki_hotpotqa_musique.jsonl"
@@ -314,6 +322,32 @@ def test_scores_equal_those_of_bm25s_on_the_real_corpus() -> None:
         assert [passage.score for passage in found] == pytest.approx(best, rel=1e-5)
         rows = [int(passage.id) for passage in found]
         assert scores[rows] == pytest.approx(best, rel=1e-5)
+
+
+@needs_real_data
+@pytest.mark.parametrize("topk", [1, 3, 100])
+def test_pruning_changes_no_bit(topk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    retriever = Bm25Retriever(REAL_CORPUS)
+    queries = [json.loads(line)["question"] for line in REAL_QUESTIONS.read_text("utf-8").splitlines()]
+    exhaustive = retriever.search(queries, topk)
+    looked_up: list[object] = []
+    look_up = bm25_rank.Ranker._look_up
+    monkeypatch.setattr(bm25_rank.Ranker, "_look_up", lambda *a: (looked_up.append(a), look_up(*a))[1])
+    monkeypatch.setattr(bm25_rank, "PRUNE_FROM", 0)
+    assert retriever.search(queries, topk) == exhaustive
+    assert looked_up
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdefg"), max_size=6), min_size=1, max_size=40), st.data())
+def test_pruning_keeps_ties(texts: list[list[str]], data: st.DataObject) -> None:
+    retriever = Bm25Retriever.from_passages(
+        [Passage(str(row), "", " ".join(words)) for row, words in enumerate(texts)], stop_words=()
+    )
+    query = " ".join(data.draw(st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=9)))
+    expected = retriever.search([query], 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bm25_rank, "PRUNE_FROM", 0)
+        assert retriever.search([query], 2) == expected
 
 
 @needs_real_data
