@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from at2po_env.errors import ContractError
 from at2po_env.snapshot import Snapshot
 
 PROCESS_TIMEOUT_S = 300.0
+GYMNASIUM_WARNING = r"\x1b\[33mWARN: "
 
 
 def check_env(
@@ -85,11 +88,15 @@ def play_for(
 
 
 def check_gymnasium(env: Env) -> None:
-    """Run Gymnasium's checker on the environment under the wrappers."""
+    """Run Gymnasium's checker on the environment under the wrappers; its warnings are errors here."""
     base = env.unwrapped
     try:
-        env_checker.check_env(base, skip_render_check=base.spec is None and base.render_mode is None)
-    except (AssertionError, gymnasium.error.Error) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=GYMNASIUM_WARNING, category=UserWarning)
+            env_checker.check_env(base, skip_render_check=base.spec is None and base.render_mode is None)
+    except (AssertionError, gymnasium.error.Error, UserWarning) as error:
+        if isinstance(error, UserWarning) and not re.match(GYMNASIUM_WARNING, str(error)):
+            raise
         raise ContractError(f"Gymnasium's checker refuses {type(base).__name__}: {error}") from error
 
 

@@ -102,6 +102,21 @@ def check_fork(env: Env, play: Play) -> None:
         _expect_equal(expected, script.run(env, turn), turn, "the fork", "the parent", env, child)
 
 
+def check_spaces(env: Env, play: Play) -> None:
+    """Every observation lies in the observation space, through all wrappers and in every turn."""
+    for script in plays_of(play):
+        first, _ = env.reset(seed=script.seed, options=copy.deepcopy(script.options))
+        steps = script.run(env, 0)
+        for turn, observation in enumerate([first, *[step.observation for step in steps]]):
+            if not env.observation_space.contains(observation):
+                _fail(
+                    f"the observation after turn {turn} lies in the observation space",
+                    env.observation_space,
+                    _short(observation),
+                    "a space that is too small, or an observation of another type",
+                )
+
+
 def check_independence(env: Env, play: Play) -> None:
     """Neither side of a fork can change the other, whichever moves first; nor can closing one."""
     for script, turn in points_of(env, play):
@@ -204,6 +219,7 @@ def check_bad_actions(env: Env, play: Play) -> None:
 
 
 CHECKS: Mapping[str, Callable[[Env, Play], None]] = {
+    "spaces": check_spaces,
     "fork": check_fork,
     "independence": check_independence,
     "restore": check_restore,
@@ -273,7 +289,7 @@ def _shared(env: Env, child: Env) -> str:
 def _may_change(value: Any) -> bool:
     if isinstance(value, type) or (type(value).__module__ == "builtins" and callable(value)):
         return False
-    return isinstance(value, list | dict | set | np.ndarray | bytearray) or hasattr(value, "__dict__")
+    return isinstance(value, (list, dict, set, np.ndarray, bytearray, *_RNGS)) or hasattr(value, "__dict__")
 
 
 def _expect_same_state(env: Env, child: Env, rule: str, cause: str) -> None:

@@ -45,6 +45,10 @@ class EnvContract:
         """Gymnasium's own checker passes."""
         check_gymnasium(self.make_env())
 
+    def test_observations_lie_in_their_space(self) -> None:
+        """Every observation lies in the observation space."""
+        self._check("spaces")
+
     def test_fork_is_the_same_episode(self) -> None:
         """A fork has the state of its parent, and so has a fork of a fork."""
         self._check("fork")
