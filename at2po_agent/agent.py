@@ -85,7 +85,10 @@ def build_tokenizer(config: Config, folder: "Path | None" = None) -> HFTokenizer
     if source is not None:
         return HFTokenizer.load(source)
     return train_tokenizer(
-        example_texts(config), vocab_size=config.model.vocab_size, special_tokens=config.model.special_tokens
+        example_texts(config),
+        vocab_size=config.model.vocab_size,
+        special_tokens=config.model.special_tokens,
+        kind=config.model.tokenizer_kind,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from at2po_agent.losses.base import LossTotals
-from at2po_agent.packing import Batch
+from at2po_agent.packing import Batch, iter_micro_batches
 from at2po_agent.settings import OptimizerSettings
 from at2po_env.errors import At2poError
 
@@ -76,8 +76,8 @@ class Learner:
         """`trained_log_probs` of all rows without gradient, a micro-batch at a time; float32[B, T]."""
         out = torch.zeros(batch.turn_ids.shape, dtype=torch.float32, device=batch.turn_ids.device)
         with torch.no_grad():
-            for rows, length in row_groups(batch, self.token_budget):
-                piece = take_rows(batch, rows, length)
+            for rows, piece in iter_micro_batches(batch, self.token_budget):
+                length = piece.turn_ids.shape[1]
                 out[rows, :length] = trained_log_probs(self.model, piece, temperature=self.temperature)
         return out
 
@@ -114,11 +114,10 @@ class Learner:
         total = torch.zeros((), device=old_log_probs.device)
         sums: dict[str, Any] = {}
         computed = torch.zeros((), device=old_log_probs.device)
-        for rows, length in self._pieces(batch):
-            piece = take_rows(batch, rows, length)
+        for rows, piece in self._pieces(batch):
             loss, metrics = self.objective.loss(
                 trained_log_probs(self.model, piece, temperature=self.temperature),
-                old_log_probs[rows, :length],
+                old_log_probs[rows, : piece.turn_ids.shape[1]],
                 piece.advantages,
                 piece.turn_ids,
                 **({"totals": totals} if self.objective.divisible else {}),
@@ -131,10 +130,10 @@ class Learner:
         scale = totals.tokens / max(float(computed), 1.0)
         return total, {name: float(value) * scale for name, value in sums.items()}
 
-    def _pieces(self, batch: Batch) -> Iterator[tuple[Tensor, int]]:
+    def _pieces(self, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
         kept = _rows_with_advantage(batch) if self.objective.needs_advantage else None
         budget = self.token_budget if self.objective.divisible else batch.turn_ids.numel()
-        return row_groups(batch, budget, kept)
+        return iter_micro_batches(batch, budget, rows=kept)
 
 
 def trained_log_probs(model: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
@@ -158,34 +157,6 @@ def trained_log_probs(model: nn.Module, batch: Batch, *, temperature: float = 1.
     chosen = -functional.cross_entropy(logits, batch.input_ids[:, 1:][trained], reduction="none")
     out = torch.zeros(batch.input_ids.shape, dtype=chosen.dtype, device=chosen.device)
     return out.masked_scatter(functional.pad(trained, (1, 0)), chosen)
-
-
-def row_groups(batch: Batch, token_budget: int, rows: Tensor | None = None) -> Iterator[tuple[Tensor, int]]:
-    """Cut rows into groups of similar length, each of at most `token_budget` tokens with its padding.
-
-    Args:
-        batch: The rows.
-        token_budget: A row that is longer goes alone.
-        rows: int64[R], the rows to use; None means all.
-
-    Yields:
-        int64[G] indices of rows, and the length of the longest.
-    """
-    lengths = batch.attention_mask.sum(dim=1)
-    rows = torch.arange(len(lengths), device=lengths.device) if rows is None else rows
-    order = rows[torch.argsort(lengths[rows], descending=True, stable=True)]
-    sizes = lengths[order].tolist()
-    start = 0
-    while start < len(sizes):
-        longest = max(int(sizes[start]), 1)
-        end = start + max(1, token_budget // longest)
-        yield order[start:end], longest
-        start = end
-
-
-def take_rows(batch: Batch, rows: Tensor, length: int) -> Batch:
-    """Some rows of a batch, cut after `length` tokens."""
-    return Batch(**{name: value[rows, :length] for name, value in vars(batch).items()})
 
 
 def _rows_with_advantage(batch: Batch) -> Tensor:

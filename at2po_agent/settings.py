@@ -58,6 +58,9 @@ class ModelSettings(Section):
     vocab_size: int = Field(
         512, ge=260, description="Tokens of the vocabulary (the limit, when one is trained)."
     )
+    tokenizer_kind: Literal["bpe", "words"] = Field(
+        "bpe", description="What is trained: byte-pair merges, or whole words by frequency."
+    )
     hidden_size: int = Field(128, ge=8, description="Width of the residual stream.")
     layers: int = Field(3, ge=1, description="Number of layers.")
     heads: int = Field(4, ge=1, description="Attention heads.")

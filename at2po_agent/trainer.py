@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from at2po_agent.agent import Agent
@@ -259,7 +258,7 @@ class Trainer:
         batches = []
         for chosen in np.array_split(order, max(1, len(trees) // size)):
             batch = pack_rows([trees[i] for i in chosen], [credits[i].advantages for i in chosen])
-            batches.append(to_device(batch, device))
+            batches.append(batch.to(device))
         clock.lap("packing")
         old = [self._old_log_probs(batch) for batch in batches]
         clock.lap("old_log_probs")
@@ -309,13 +308,6 @@ class Trainer:
         self.folder.append_metrics(record)
         if self._scalars is not None:
             self._scalars.add(record)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with all its tensors on a device."""
-    if device.type == "cpu":
-        return batch
-    return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})
 
 
 def tree_record(env: Env, tree: Tree, credit: Credit, step: int) -> dict[str, Any]:
