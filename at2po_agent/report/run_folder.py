@@ -121,7 +121,7 @@ def tree_file(path: Path) -> Path:
     if path.is_file():
         return path
     folder = path / TREES if (path / TREES).is_dir() else path
-    files = sorted(folder.glob("*.json*")) if folder.is_dir() and folder.name == TREES else []
+    files = sorted(folder.glob("[!.]*.json*")) if folder.is_dir() and folder.name == TREES else []
     if not files:
         raise NothingYetError(
             f"{path}: no trees there. Fix: give a file of trees, or a run with train.save_trees_every > 0."

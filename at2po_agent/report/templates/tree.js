@@ -159,7 +159,7 @@
     const box = canvas.querySelector(`.node[data-id="${i}"]`);
     box.focus({ preventScroll: true });
     box.scrollIntoView({ block: "nearest", inline: "nearest" });
-    try { history.replaceState(null, "", "#node=" + i); } catch (error) { /* some browsers refuse this on file:// */ }
+    try { history.replaceState(null, "", "#node=" + i); } catch (error) { /* some browsers refuse this for local files */ }
     read();
   }
 
