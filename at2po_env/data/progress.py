@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,27 +13,43 @@ Advance = Callable[[int], None]
 PATIENCE_S = 2.0
 
 
-class _LateBar:
-    """Counts at once, shows itself only after `PATIENCE_S`."""
+class LateBar:
+    """A bar that counts from the start and shows itself after `PATIENCE_S`.
 
-    def __init__(self, description: str, total: int | None, *, unit: str, done: int = 0) -> None:
-        self._description, self._total, self._unit, self._done = description, total, unit, done
+    Args:
+        description: What is going on, shown before the bar.
+        total: The amount at which it is finished; `None` when unknown.
+        unit: "bytes" (shown with speed) or any word.
+    """
+
+    def __init__(self, description: str, total: int | None, *, unit: str = "bytes") -> None:
+        self._description, self._total, self._unit, self._done = description, total, unit, 0
         self._start = time.monotonic()
         self._bar: Progress | None = None
 
+    def __enter__(self) -> "LateBar":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
     def advance(self, amount: int) -> None:
-        self._done += amount
+        """Count `amount` more."""
+        self.show(self._done + amount, self._total)
+
+    def show(self, done: int, total: int | None) -> None:
+        """Set the count and the amount at which it is finished."""
+        self._done, self._total = done, total
         if self._bar is None:
             if time.monotonic() - self._start < PATIENCE_S:
                 return
             self._bar = _bar(self._unit)
-            self._bar.add_task(self._description, total=self._total)
+            self._bar.add_task(self._description)
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=self._done)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total)
 
 
 def _bar(unit: str) -> "Progress":
@@ -43,27 +60,16 @@ def _bar(unit: str) -> "Progress":
     amount: list[progress.ProgressColumn] = [progress.MofNCompleteColumn(), progress.TextColumn(unit)]
     if unit == "bytes":
         amount = [progress.DownloadColumn(), progress.TransferSpeedColumn()]
-    left = progress.TimeRemainingColumn()
-    text = progress.TextColumn("{task.description}")
-    return progress.Progress(
-        text, progress.BarColumn(), *amount, left, console=Console(stderr=True), transient=True
+    text, bar, left = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TimeRemainingColumn(),
     )
+    return progress.Progress(text, bar, *amount, left, console=Console(stderr=True), transient=True)
 
 
 @contextmanager
-def progress_bar(
-    description: str, total: int | None, *, unit: str = "bytes", done: int = 0
-) -> Iterator[Advance]:
-    """Yield a function that takes the amount just done.
-
-    Args:
-        description: What is going on, shown before the bar.
-        total: The amount at which it is finished; `None` when unknown.
-        unit: "bytes" (shown with speed) or any word.
-        done: What was done before this call.
-    """
-    bar = _LateBar(description, total, unit=unit, done=done)
-    try:
+def progress_bar(description: str, total: int | None, *, unit: str = "bytes") -> Iterator[Advance]:
+    """Yield a function that takes the amount just done."""
+    with LateBar(description, total, unit=unit) as bar:
         yield bar.advance
-    finally:
-        bar.close()
