@@ -125,10 +125,11 @@ def beside_or_cached(path: Path, name: str) -> Path:
     """Return where the derived file or folder `name` of `path` lies, or is to be made.
 
     Beside `path` when it is there already or when that folder can be written to; otherwise in the cache
-    folder. A folder without any write permission counts as read-only even for root.
+    folder. A folder without any write permission counts as read-only even for root, and nothing is written
+    into the installed package.
     """
     beside = path.parent / name
-    if beside.exists() or _writable(path.parent):
+    if beside.exists() or (path.parent.resolve() != SAMPLE.resolve() and _writable(path.parent)):
         return beside
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
     return cache_dir() / "indexes" / key / name

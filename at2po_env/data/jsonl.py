@@ -68,7 +68,8 @@ def parse_line(model: type[Model], line: bytes, path: Path, number: int) -> Mode
 def _explain(error: ValidationError, line: bytes) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     if first["type"] != "json_invalid":
-        field = ".".join(str(part) for part in first["loc"]) or "the row"
+        where = [str(part) for at, part in enumerate(first["loc"]) if at == 0 or isinstance(part, int)]
+        field = ".".join(where) or "the row"
         return f"{field}: {first['msg']} (got {_short(first['input'])})"
     try:
         line.decode("utf-8")
