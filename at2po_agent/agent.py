@@ -55,15 +55,13 @@ def build_agent(config: Config) -> Agent:
 def build_weights(
     config: Config, *, vocab_size: int, eos_id: int | None = None, device: str | None = None
 ) -> Any:
-    """The model of a configuration; on device "meta" nothing is allocated."""
+    """The model of a configuration; on device "meta" it has the configured shape and nothing is allocated."""
     settings = config.model
     where, seed = device or settings.device, run_seed(config.run.seed, RunPurpose.MODEL)
-    if settings.path is not None:
-        return load_model(
-            settings.path, dtype=settings.dtype, device=where, random_init=settings.random_init, seed=seed
-        )
+    if settings.path is not None and not settings.random_init and where != "meta":
+        return load_model(settings.path, dtype=settings.dtype, device=where)
     shape = ModelShape(
-        vocab_size=vocab_size,
+        vocab_size=settings.vocab_size if settings.random_init else vocab_size,
         hidden_size=settings.hidden_size,
         layers=settings.layers,
         heads=settings.heads,
@@ -81,7 +79,8 @@ def build_weights(
 
 def build_tokenizer(config: Config, folder: "Path | None" = None) -> HFTokenizer:
     """Load the tokenizer, or train one on what the environment shows (and the expert writes)."""
-    source = folder or config.model.tokenizer or config.model.path
+    own = None if config.model.random_init else config.model.path
+    source = folder or config.model.tokenizer or own
     if source is not None:
         return HFTokenizer.load(source)
     return train_tokenizer(

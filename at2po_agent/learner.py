@@ -63,6 +63,7 @@ class Learner:
         token_budget: Most tokens, padding included, that go through the model at once.
         max_grad_norm: Gradients are scaled down to this norm.
         temperature: What the logits are divided by, as in sampling; 0 counts as 1.
+        autocast: Number format of the matrix products; None is that of the weights.
     """
 
     model: nn.Module
@@ -71,6 +72,7 @@ class Learner:
     token_budget: int
     max_grad_norm: float
     temperature: float = 1.0
+    autocast: torch.dtype | None = None
 
     def log_probs(self, batch: Batch) -> Tensor:
         """`trained_log_probs` of all rows without gradient, a micro-batch at a time; float32[B, T]."""
@@ -78,7 +80,7 @@ class Learner:
         with torch.no_grad():
             for rows, piece in iter_micro_batches(batch, self.token_budget):
                 length = piece.turn_ids.shape[1]
-                out[rows, :length] = trained_log_probs(self.model, piece, temperature=self.temperature)
+                out[rows, :length] = self._forward(piece)
         return out
 
     def update(self, batch: Batch, old_log_probs: Tensor) -> dict[str, float]:
@@ -109,6 +111,11 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return figures
 
+    def _forward(self, piece: Batch) -> Tensor:
+        device = piece.turn_ids.device.type
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            return trained_log_probs(self.model, piece, temperature=self.temperature)
+
     def _backward(self, batch: Batch, old_log_probs: Tensor) -> tuple[Tensor, dict[str, float]]:
         totals = LossTotals.of(batch.turn_ids)
         total = torch.zeros((), device=old_log_probs.device)
@@ -116,7 +123,7 @@ class Learner:
         computed = torch.zeros((), device=old_log_probs.device)
         for rows, piece in self._pieces(batch):
             loss, metrics = self.objective.loss(
-                trained_log_probs(self.model, piece, temperature=self.temperature),
+                self._forward(piece),
                 old_log_probs[rows, : piece.turn_ids.shape[1]],
                 piece.advantages,
                 piece.turn_ids,

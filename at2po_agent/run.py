@@ -10,6 +10,7 @@ from at2po_agent.agent import Agent, build_agent
 from at2po_agent.coldstart import cold_start, record_demonstrations
 from at2po_agent.environments import Env, make_cold_start_env
 from at2po_agent.interrupts import InterruptibleProgress, Interrupts, StopRequested, TrainingInterrupted
+from at2po_agent.plan import describe_plan, plan_run
 from at2po_agent.progress import NoProgress, Progress
 from at2po_agent.run_files import RunFolder, open_run
 from at2po_agent.seeding import RunPurpose, run_generator
@@ -40,7 +41,7 @@ def run_training(
         eval_env: The environment of evaluations; None makes the configured one.
 
     Returns:
-        What `summary.json` holds.
+        What `summary.json` holds; the plan of `plan_run` for a dry run.
 
     Raises:
         TrainingInterrupted: A signal stopped the run; a checkpoint is saved unless the message says
@@ -49,6 +50,10 @@ def run_training(
         CheckpointError: A checkpoint cannot be written or read.
     """
     progress = progress or NoProgress()
+    if config.run.dry_run:
+        plan = plan_run(config)
+        progress.message(describe_plan(config, plan))
+        return plan
     with open_run(config, resume=resume) as (folder, config), Interrupts() as interrupts:
         listener = InterruptibleProgress(progress, interrupts)
         if config.run.threads:

@@ -43,7 +43,7 @@ class ModelSettings(Section):
         None, description="Folder or hub name of a model with its tokenizer; none makes one."
     )
     random_init: bool = Field(
-        False, description="Ignore the weights at path and draw random ones of this shape."
+        False, description="Leave path alone: random weights of the shape below, vocab_size included."
     )
     tokenizer: str | None = Field(
         None, description="Folder or hub name of a tokenizer; none takes that of path, or trains one."
@@ -118,6 +118,12 @@ class TrainSettings(Section):
     )
     old_log_probs: Literal["sampler", "recompute"] = Field(
         "recompute", description="Log-probs at the start of the update: as sampled, or from a forward pass."
+    )
+    autocast: Literal["none", "bfloat16"] = Field(
+        "none", description="Number format of the learner's matrix products; weights keep model.dtype."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, a third more time."
     )
     save_every: int = Field(20, ge=0, description="Checkpoint every so many steps; 0 only at the end.")
     keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints are kept.")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from at2po_agent.agent import Agent
 from at2po_agent.algorithms import Credit, give_credit, objective
@@ -36,6 +37,7 @@ from at2po_agent.scalars import Scalars
 from at2po_agent.seeding import RunPurpose, run_generator, run_seed
 from at2po_agent.settings import Config
 from at2po_agent.tree import Tree
+from at2po_env.errors import ConfigError
 
 
 @dataclass
@@ -111,7 +113,10 @@ class Trainer:
             config.train.micro_batch_tokens,
             config.optimizer.max_grad_norm,
             config.rollout.temperature,
+            None if config.train.autocast == "none" else getattr(torch, config.train.autocast),
         )
+        if config.train.gradient_checkpointing:
+            _checkpoint_activations(agent.model)
         self._scalars: Scalars | None = None
         self._started = time.monotonic()
 
@@ -308,6 +313,15 @@ class Trainer:
         self.folder.append_metrics(record)
         if self._scalars is not None:
             self._scalars.add(record)
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise ConfigError(
+            f"train.gradient_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable"
+        )
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def tree_record(env: Env, tree: Tree, credit: Credit, step: int) -> dict[str, Any]:
