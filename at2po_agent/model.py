@@ -5,20 +5,24 @@ This module knows neither policies nor training; a model is a plain `transformer
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from at2po_agent.policies.tokenizer import HFTokenizer
 from at2po_env.errors import ConfigError
 
 Architecture: TypeAlias = Literal["qwen3", "qwen2", "llama"]
+TokenizerKind: TypeAlias = Literal["bpe", "words"]
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+_WORD = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +157,9 @@ def train_tokenizer(
     vocab_size: int,
     special_tokens: Sequence[str] = (),
     eos_token: str = "<|endoftext|>",
+    kind: TokenizerKind = "bpe",
 ) -> HFTokenizer:
-    """Learn a byte-level BPE vocabulary from texts; any text can be encoded and comes back verbatim.
+    """Learn a byte-level vocabulary from texts; any text can be encoded and comes back verbatim.
 
     A special token swallows the space before it, so that the words around it keep their leading-space form.
 
@@ -163,6 +168,8 @@ def train_tokenizer(
         vocab_size: Most tokens, the special ones and the 256 bytes included.
         special_tokens: Strings that are always one token, such as the tags of a protocol.
         eos_token: The end-of-sequence token (also used for padding).
+        kind: "bpe" learns merges; "words" takes whole words by frequency, the shortest sequences for a small
+            closed world.
 
     Returns:
         The tokenizer; save it beside the checkpoint with `save_pretrained`.
@@ -176,10 +183,19 @@ def train_tokenizer(
             f"vocab_size {vocab_size} does not hold 256 bytes and {len(names)} special tokens; "
             f"give at least {256 + len(names)}"
         )
+    added = [AddedToken(name, lstrip=name != eos_token, normalized=False, special=False) for name in names]
+    make = _bpe if kind == "bpe" else _words
+    return HFTokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=make(texts, vocab_size, added), eos_token=eos_token, pad_token=eos_token
+        )
+    )
+
+
+def _bpe(texts: Iterable[str], vocab_size: int, added: list[AddedToken]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    added = [AddedToken(name, lstrip=name != eos_token, normalized=False, special=False) for name in names]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=added,
@@ -187,6 +203,23 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return HFTokenizer(
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos_token, pad_token=eos_token)
+    return tokenizer
+
+
+def _words(texts: Iterable[str], vocab_size: int, added: list[AddedToken]) -> Tokenizer:
+    """The most frequent words are one token each; any other is spelt in bytes, as there are no merges."""
+    split = pre_tokenizers.Split(Regex(_WORD), "isolated")
+    words = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
+    counts = Counter(word for text in texts for word, _ in words.pre_tokenize_str(text))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    reserved = {*alphabet, *(str(token.content) for token in added)}
+    frequent = sorted(counts.keys() - reserved, key=lambda word: (-counts[word], word))
+    tokens = list(dict.fromkeys([*(str(token.content) for token in added), *alphabet, *frequent]))
+    vocab = {token: number for number, token in enumerate(tokens[:vocab_size])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.add_tokens(added)
+    tokenizer.pre_tokenizer = words
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
