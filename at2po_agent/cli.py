@@ -1,7 +1,7 @@
 """The command line: `at2po train | eval | view | plot | envs | data`.
 
 Nothing heavy is imported before a command needs it: help, `envs` and `data` never load torch. An error that
-at2po raises on purpose is one message without a traceback and exit code 2; anything else is a bug and shows one.
+at2po raises on purpose is one message without a traceback and exit code 2; anything else is a bug with one.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def smoke_overrides(config: Config) -> list[str]:
     """Settings that cut a run down to a check that everything works, as far as it is larger."""
     largest = {
         "cold_start.steps": (config.cold_start.steps, 360),
+        "cold_start.demonstrations": (config.cold_start.demonstrations, 2000),
         "train.steps": (config.train.steps, 6),
         "train.save_trees_every": (config.train.save_trees_every, 3),
         "eval.questions": (config.eval.questions, 50),

@@ -19,13 +19,13 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     """Exact match before and after, greedy and sampled, and what it cost; "–" where nothing was measured."""
     table = Table(title="Exact match on held-out questions", title_justify="left", title_style="bold")
     table.add_column("")
-    for name in ("before", "after", "change"):
+    for name in ("before", "after", "95% interval", "change"):
         table.add_column(name, justify="right")
     for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
         before, after = summary.get(f"{prefix}em_before"), summary.get(f"{prefix}em_after")
-        table.add_row(
-            name, _share(before), _share(after), _change(before, after), style="bold" if not prefix else ""
-        )
+        interval = _interval(summary, f"{prefix}em_low_after", f"{prefix}em_high_after")
+        cells = (_share(before), _share(after), interval, _change(before, after))
+        table.add_row(name, *cells, style="" if prefix else "bold")
     return table
 
 
@@ -36,7 +36,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in ("questions", "exact match", "95% interval", "F1", "reward", "turns", "tokens"):
         table.add_column(name, justify="right")
     for mode, figures in results.items():
-        interval = f"{figures['em_low']:.3f} – {figures['em_high']:.3f}"
+        interval = _interval(figures, "em_low", "em_high")
         table.add_row(
             mode,
             str(figures["questions"]),
@@ -68,7 +68,7 @@ def cost_line(summary: Mapping[str, Any]) -> str:
     """Sampled tokens, steps and wall time in one line."""
     parts = []
     if summary.get("steps") is not None:
-        parts.append(f"{summary['steps']} steps")
+        parts.append(f"{summary['steps']} step" + ("" if summary["steps"] == 1 else "s"))
     if summary.get("sampled_tokens") is not None:
         parts.append(f"{int(summary['sampled_tokens']):,} sampled tokens")
     if summary.get("wall_seconds") is not None:
@@ -128,6 +128,12 @@ def _names(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> Non
 
 def _share(value: Any) -> str:
     return "–" if value is None else f"{float(value):.3f}"
+
+
+def _interval(figures: Mapping[str, Any], low: str, high: str) -> str:
+    if figures.get(low) is None or figures.get(high) is None:
+        return "–"
+    return f"{_share(figures[low])} – {_share(figures[high])}"
 
 
 def _change(before: Any, after: Any) -> str:

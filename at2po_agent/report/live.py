@@ -120,7 +120,8 @@ class PlainLines(Listener):
         self._done[phase] = self._done.get(phase, 0) + amount
         if values:
             self._figures[phase] = figures(values)
-        if self._clock() - self._last_line >= self._every_s:
+        complete = self._done[phase] >= self._totals.get(phase, 0)  # `finish` will say so
+        if not complete and self._clock() - self._last_line >= self._every_s:
             self._line(", ".join(self._status(name) for name in self._started) or self._status(phase))
 
     def finish(self, phase: str) -> None:
@@ -134,8 +135,6 @@ class PlainLines(Listener):
         """Keep a step's figures for the next line of the outermost phase."""
         for phase in list(self._started)[:1]:
             self._figures[phase] = figures(record)
-            if self._clock() - self._last_line >= self._every_s:
-                self._line(self._status(phase))
 
     def message(self, text: str) -> None:
         """Print a line."""

@@ -35,7 +35,8 @@ def outcome(em: float, text: str = "Ada") -> dict[str, Any]:
 def small_tree(task_id: str = "q1") -> Tree:
     """Two chains, then two rounds of one fork: leaves 2, 4, 5, 7 with rewards 1, 0, 1, 0.
 
-    Chains 0 -> 1 -> 2 (right) and 0 -> 3 -> 4 (wrong); round 1 forks 1 -> 5 (right), round 2 0 -> 6 -> 7 (wrong).
+    The chains are 0 -> 1 -> 2 (right) and 0 -> 3 -> 4 (wrong); round 1 adds 1 -> 5 (right), round 2 adds
+    0 -> 6 -> 7 (wrong).
     """
     tree = Tree(tuple(PROMPT.encode()), PROMPT, task_id)
     first = tree.add(0, search("Oak Marrow", surprisal=0.9))

@@ -489,8 +489,8 @@ def test_plain_lines_stay_few_and_say_how_far_it_is() -> None:
     listener.finish("train")
     assert lines[0] == "train: 0/100"
     assert lines[-1] == "train: 100/100  EM 0.500  reward -0.250  in 10.0 s"
-    assert lines[1].startswith("train: 49/100  EM 0.500")  # the 50th rollout ends at 5.0 s
-    assert len(lines) == 4  # start, 5 s, 10 s, end
+    assert lines[1] == "train: 50/100  EM 0.500  reward -0.250"  # the 50th step ends at 5.0 s
+    assert len(lines) == 3  # start, 5 s, end
 
 
 def test_plain_lines_report_a_long_part_of_a_phase() -> None:

@@ -25,7 +25,7 @@
     .replace(/[\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]/gu,
       (c) => "\u27e8U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "\u27e9");
   const number = (x, sign) => x === null || x === undefined ? "–"
-    : (x < 0 ? "\u2212" : sign ? "+" : "") + Math.abs(x).toFixed(2);
+    : (Math.abs(x) < 0.005 ? "" : x < 0 ? "\u2212" : sign ? "+" : "") + Math.abs(x).toFixed(2);
 
   nodes.forEach((node, i) => { node.id = i; node.children = []; });
   nodes.forEach((node, i) => { if (i > 0) nodes[node.parent].children.push(i); });
@@ -181,8 +181,8 @@
     const known = { em: "Exact match", f1: "F1" };
     for (const [key, value] of Object.entries(node.outcome ?? {})) {
       if (value === null || value === "" || value === false) continue;
-      const text = value === true ? "yes" : typeof value === "number" ? number(value) : typeof value === "object" ? JSON.stringify(value) : String(value);
-      put(known[key] ?? key.charAt(0).toUpperCase() + key.slice(1), text, text.length > 12);
+      const text = value === true ? "yes" : Number.isInteger(value) ? String(value) : typeof value === "number" ? number(value) : typeof value === "object" ? JSON.stringify(value) : String(value);
+      put(known[key] ?? (key.charAt(0).toUpperCase() + key.slice(1)).replaceAll("_", " "), text, text.length > 12);
     }
     return list;
   }
