@@ -56,10 +56,17 @@ class TurnSegments:
         Raises:
             ValueError: On a CPU, ids outside -1 to T-1. (Checking elsewhere would wait for the device.)
         """
+        if turn_ids.device.type != "cpu":
+            return cls.scattered(turn_ids, dtype)
         batch, tokens = turn_ids.shape
-        if turn_ids.device.type == "cpu":
-            runs, turns = _find_runs(turn_ids)
-            return cls((batch, tokens), _add_up(runs.lengths, runs, batch, turns, dtype), runs)
+        runs, turns = _find_runs(turn_ids)
+        return cls((batch, tokens), _add_up(runs.lengths, runs, batch, turns, dtype), runs)
+
+    @classmethod
+    @torch.no_grad()
+    def scattered(cls, turn_ids: Tensor, dtype: torch.dtype = torch.float32) -> Self:
+        """Index the turns token by token, as is done where runs cannot be found without waiting."""
+        batch, tokens = turn_ids.shape
         rows = torch.arange(batch, device=turn_ids.device)
         slots = (turn_ids + 1 + (rows * (tokens + 1))[:, None]).view(-1)
         ones = torch.ones((), dtype=dtype, device=turn_ids.device).expand(slots.shape)

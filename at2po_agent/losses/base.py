@@ -67,8 +67,8 @@ class LossTotals:
             branches=turn_ids.shape[0],
             tokens=int(sampled.sum()),
             turns=int((counts > 0).sum()),
-            entropy_mean=None if chosen is None or not len(chosen) else float(chosen.mean()),
-            entropy_std=None if chosen is None or len(chosen) < 2 else float(chosen.std()),
+            entropy_mean=None if chosen is None else float(chosen.mean()) if len(chosen) else 0.0,
+            entropy_std=None if chosen is None else float(chosen.std()) if len(chosen) > 1 else 0.0,
         )
 
 

@@ -203,18 +203,16 @@ def entropy_factor(
     if entropies.shape != sampled.shape:
         raise ValueError(f"entropies must have shape {list(sampled.shape)}, got {list(entropies.shape)}")
     values = mask(entropies.double(), sampled)
-    if totals is None:
+    if totals is not None:
+        if totals.entropy_mean is None or totals.entropy_std is None:
+            raise ValueError("totals lack the entropies' statistics: use LossTotals.of(turn_ids, entropies)")
+        z = (values - totals.entropy_mean) / (totals.entropy_std or 1.0)
+    else:
         count = sampled.sum()
         mean = values.sum() / count.clamp(min=1)
         squares = mask(values - mean, sampled).square().sum()
         std = (squares / (count - 1).clamp(min=1)).sqrt()
-    elif totals.entropy_mean is None or totals.entropy_std is None:
-        raise ValueError(
-            "totals lack the entropies' mean and std: build them with LossTotals.of(turn_ids, entropies)"
-        )
-    else:
-        mean, std = values.new_tensor(totals.entropy_mean), values.new_tensor(totals.entropy_std)
-    z = (values - mean) / torch.where(std > 0, std, 1.0)
+        z = (values - mean) / torch.where(std > 0, std, 1.0)
     return 1.0 + weight * mask(z, sampled)
 
 
