@@ -14,6 +14,7 @@ from at2po_env.snapshot import Snapshot
 from at2po_env.spaces import Text
 from at2po_env.tool_env import Ending, ToolEnv
 from at2po_env.tools import SearchTool, Tool, ToolContext, ToolResult, call_tool, tool
+from at2po_env.vector import TextVectorEnv
 
 __all__ = [
     "At2poError",
@@ -29,6 +30,7 @@ __all__ = [
     "TaskList",
     "TaskSource",
     "Text",
+    "TextVectorEnv",
     "Tool",
     "ToolCall",
     "ToolContext",

@@ -14,9 +14,13 @@ A plug-in that fails is reported by a warning that names it; it breaks nothing e
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import gymnasium
@@ -26,6 +30,7 @@ from at2po_env.errors import EnvError
 from at2po_env.tool_env import Reward, ToolEnv
 from at2po_env.tools.base import Tool
 from at2po_env.tools.function import as_tool
+from at2po_env.vector import TextVectorEnv, make_vector
 
 PLUGIN_GROUP = "at2po.envs"
 SEARCH_QA = (
@@ -40,6 +45,7 @@ SEARCH_QA = (
 )
 
 _recipes: dict[str, dict[str, Any]] = {}
+_loading_plugins = False
 
 
 class PluginWarning(UserWarning):
@@ -55,6 +61,9 @@ def register_tool_env(
     **options: Any,
 ) -> None:
     """Register a tool environment, for `gymnasium.make(id)` and `gymnasium.make_vec(id)`.
+
+    Called at the top level of an importable module, or by a plug-in, the spec goes through JSON and works in
+    other processes; called in a function or a script, it holds for this process.
 
     Args:
         id: The id, e.g. "my/Shop-v0".
@@ -75,21 +84,46 @@ def register_tool_env(
         **options,
     }
     ToolEnv(**{**recipe, "tasks": [{"question": "?"}]})  # say now, not at make, what cannot work
-    gymnasium.register(
-        id,
-        entry_point="at2po_env.registry:make_tool_env",
-        vector_entry_point="at2po_env.registry:make_tool_env_vector",
-        kwargs={"recipe": id},
-    )
+    home = _home(sys._getframe(1))
+    if (
+        home is None
+    ):  # no other process can repeat this registration, so the spec must not claim to be portable
+        entry: Any = functools.partial(make_tool_env, recipe=id)
+        vector: Any = functools.partial(make_vector, entry)
+        gymnasium.register(id, entry_point=entry, vector_entry_point=vector)
+    else:
+        gymnasium.register(
+            id,
+            entry_point="at2po_env.registry:make_tool_env",
+            vector_entry_point="at2po_env.registry:make_tool_env_vector",
+            kwargs={"recipe": id, "module": home},
+        )
     _recipes[id] = recipe
 
 
-def make_tool_env(*, recipe: str, **options: Any) -> ToolEnv:
+def _home(caller: FrameType) -> str | None:
+    """The module whose import repeats a registration made by `caller`; None when there is none."""
+    if _loading_plugins:
+        return __name__
+    name = caller.f_globals.get("__name__", "__main__")
+    if caller.f_code.co_name != "<module>" or name == "__main__":
+        return None
+    return name if getattr(sys.modules.get(name), "__spec__", None) is not None else None
+
+
+def make_tool_env(*, recipe: str, module: str | None = None, **options: Any) -> ToolEnv:
     """Build a registered tool environment.
+
+    Args:
+        recipe: Its id.
+        module: The module that registers it, imported where that has not happened yet.
+        **options: Arguments of `ToolEnv` over those registered.
 
     Raises:
         EnvError: It is not registered in this process.
     """
+    if recipe not in _recipes and module is not None:
+        importlib.import_module(module)
     if recipe not in _recipes:
         raise EnvError(
             f"the tool environment {recipe!r} is not registered in this process. Fix: import the module that "
@@ -100,11 +134,9 @@ def make_tool_env(*, recipe: str, **options: Any) -> ToolEnv:
     return ToolEnv(**{**found, **options})
 
 
-def make_tool_env_vector(*, num_envs: int, recipe: str, **options: Any) -> Any:
-    """Build many, stepped concurrently."""
-    from at2po_env.vector import TextVectorEnv
-
-    return TextVectorEnv([lambda: make_tool_env(recipe=recipe, **options)] * num_envs)
+def make_tool_env_vector(**options: Any) -> TextVectorEnv:
+    """Build many, stepped concurrently; see `vector.make_vector`."""
+    return make_vector(make_tool_env, **options)
 
 
 def register_shipped() -> None:
@@ -120,6 +152,15 @@ def register_shipped() -> None:
 
 def load_plugins() -> None:
     """Call every entry point of the group "at2po.envs"; one that fails becomes a `PluginWarning`."""
+    global _loading_plugins
+    _loading_plugins = True
+    try:
+        _load_plugins()
+    finally:
+        _loading_plugins = False
+
+
+def _load_plugins() -> None:
     for point in importlib.metadata.entry_points(group=PLUGIN_GROUP):
         try:
             loaded = point.load()
@@ -131,5 +172,5 @@ def load_plugins() -> None:
                 f"the plug-in {point.name!r} ({point.value}) of {distribution!r} could not be loaded: "
                 f"{type(error).__name__}: {error}. Its environments are missing",
                 PluginWarning,
-                stacklevel=2,
+                stacklevel=3,
             )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from at2po_env import SearchTool, ToolEnv
+from at2po_env import SearchTool, TextVectorEnv, ToolEnv, vector
 from at2po_env.actions import ActionProtocol
 from at2po_env.data import load_qa, resolve_corpus, resolve_dataset
 from at2po_env.prompts import Prompt
@@ -24,11 +24,9 @@ def make(*, name: str, **options: Any) -> ToolEnv:
     return make_miniwiki(**options) if name == "MiniWiki" else make_qa(name, **options)
 
 
-def make_vector(*, num_envs: int, name: str, **options: Any) -> Any:
+def make_vector(**options: Any) -> TextVectorEnv:
     """Build many of one id, stepped concurrently; they share data and index."""
-    from at2po_env.vector import TextVectorEnv
-
-    return TextVectorEnv([lambda: make(name=name, **options)] * num_envs)
+    return vector.make_vector(make, **options)
 
 
 def make_qa(  # noqa: PLR0913 - the keyword arguments of gymnasium.make

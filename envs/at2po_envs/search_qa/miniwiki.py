@@ -33,6 +33,14 @@ def world_retriever(seed: int, split: Split) -> Retriever:
     return Bm25Retriever.from_passages(make_world(seed, split).passages)
 
 
+@lru_cache(maxsize=32)
+def _tasks(
+    split: Split, worlds: int, first_world: int, hops: tuple[int | str, ...], seed: int
+) -> MiniWikiTasks:
+    """Immutable, so all environments of a process share them."""
+    return MiniWikiTasks(split, worlds=worlds, first_world=first_world, hops=hops, seed=seed)
+
+
 def make_miniwiki(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
     *,
     split: Split = "train",
@@ -70,7 +78,7 @@ def make_miniwiki(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
     """
     if dataset is not None or corpus is not None:
         raise ConfigError("MiniWiki makes its own questions and passages. Fix: leave dataset and corpus out")
-    tasks = MiniWikiTasks(split, worlds=worlds, first_world=first_world, hops=hops, seed=seed)
+    tasks = _tasks(split, worlds, first_world, tuple(hops), seed)
     return ToolEnv(
         tasks=tasks,
         tools=[WorldSearchTool(tasks, topk=topk)],
