@@ -1,0 +1,229 @@
+"""The original release files of the seven question sets to FlashRAG rows.
+
+| set | original file |
+|---|---|
+| hotpotqa | `hotpot_train_v1.1.json`, `hotpot_dev_*_v1.json`: JSON array |
+| 2wikimultihopqa | `train.json`, `dev.json`: JSON array |
+| musique | `musique_ans_v1.0_*.jsonl`, `musique_full_v1.0_*.jsonl` (unanswerable questions are left out) |
+| nq | `NQ-open.*.jsonl`: JSON lines |
+| triviaqa | `unfiltered-web-*.json`, `wikipedia-*.json` and so on: JSON object with the array `Data` |
+| popqa | `popQA.tsv`: tab-separated with a header |
+| bamboogle | the published sheet as CSV with the columns Question and Answer |
+
+Test files without answers cannot be converted. The paragraphs that some files carry are left out.
+"""
+
+import csv
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, Field, Json, ValidationError
+
+from at2po_env.data.catalog import qa_set
+from at2po_env.data.json_array import read_array
+from at2po_env.data.jsonl import read_lines
+from at2po_env.data.progress import progress_bar
+from at2po_env.data.qa import QaRow
+from at2po_env.errors import DataError
+
+
+class _Original(BaseModel, ABC):
+    """One item of an original file."""
+
+    id: str | None = None
+    question: str
+
+    @abstractmethod
+    def answers(self) -> list[str]:
+        """Return the accepted answers; none where the question has no answer."""
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what else is worth keeping."""
+        return {}
+
+
+class _Hotpot(_Original):
+    """HotpotQA and 2WikiMultihopQA."""
+
+    id: str = Field(alias="_id")
+    answer: str
+    type: str
+    level: str | None = None
+    supporting_facts: list[tuple[str, int]]
+    evidences: list[tuple[str, str, str]] | None = None
+
+    def answers(self) -> list[str]:
+        return [self.answer]
+
+    def metadata(self) -> dict[str, Any]:
+        titles, sentences = (
+            [fact[0] for fact in self.supporting_facts],
+            [fact[1] for fact in self.supporting_facts],
+        )
+        rest = self.model_dump(include={"type", "level", "evidences"}, exclude_none=True)
+        return {**rest, "supporting_facts": {"title": titles, "sent_id": sentences}}
+
+
+class _Musique(_Original):
+    id: str
+    answer: str
+    answer_aliases: list[str] = []
+    answerable: bool = True
+    question_decomposition: list[dict[str, Any]]
+
+    def answers(self) -> list[str]:
+        return [self.answer, *self.answer_aliases] if self.answerable else []
+
+    def metadata(self) -> dict[str, Any]:
+        return {"question_decomposition": self.question_decomposition}
+
+
+class _NqOpen(_Original):
+    answer: list[str]
+
+    def answers(self) -> list[str]:
+        return self.answer
+
+
+class _TriviaAnswer(BaseModel):
+    value: str = Field(alias="Value")
+    aliases: list[str] = Field(alias="Aliases", default=[])
+
+
+class _Trivia(_Original):
+    id: str = Field(alias="QuestionId")
+    question: str = Field(alias="Question")
+    answer: _TriviaAnswer = Field(alias="Answer")
+
+    def answers(self) -> list[str]:
+        return [self.answer.value, *self.answer.aliases]
+
+
+class _PopQa(_Original):
+    id: str
+    subj: str
+    prop: str
+    obj: str
+    s_wiki_title: str
+    o_wiki_title: str
+    s_pop: int
+    o_pop: int
+    possible_answers: Annotated[list[str], Json()]
+
+    def answers(self) -> list[str]:
+        return self.possible_answers
+
+    def metadata(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"id", "question", "possible_answers"})
+
+
+class _Bamboogle(_Original):
+    question: str = Field(alias="Question")
+    answer: str = Field(alias="Answer")
+
+    def answers(self) -> list[str]:
+        return [self.answer]
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in read_lines(path, kind="question file"):
+        try:
+            yield f"line {number}", json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: {error}. Fix: get the original file again.") from error
+
+
+def _json_array(path: Path, key: str | None = None) -> Iterator[tuple[str, Any]]:
+    return ((f"item {number}", item) for number, item in read_array(path, key))
+
+
+def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            for row in reader:
+                yield f"line {reader.line_num}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error}). Fix: get the original file again.") from error
+
+
+class _Format(NamedTuple):
+    item: type[_Original]
+    read: Callable[[Path], Iterator[tuple[str, Any]]]
+
+
+_FORMATS = {
+    "hotpotqa": _Format(_Hotpot, _json_array),
+    "2wikimultihopqa": _Format(_Hotpot, _json_array),
+    "musique": _Format(_Musique, _json_lines),
+    "nq": _Format(_NqOpen, _json_lines),
+    "triviaqa": _Format(_Trivia, partial(_json_array, key="Data")),
+    "popqa": _Format(_PopQa, partial(_table, delimiter="\t")),
+    "bamboogle": _Format(_Bamboogle, partial(_table, delimiter=",")),
+}
+
+
+def convert(name: str, source: str | Path, target: str | Path) -> int:
+    """Convert an original release file to FlashRAG rows, in memory that does not grow with the file.
+
+    Args:
+        name: The question set.
+        source: The original file.
+        target: The file to write. Questions without an id in the original get `STEM_NUMBER`, with the
+            target's
+            stem ("test.jsonl" gives "test_0").
+
+    Returns:
+        The number of questions written.
+
+    Raises:
+        DataError: unknown set, an item that is not in the original's form or has no answer, or an existing
+            target.
+    """
+    source, target = Path(source), Path(target)
+    form = _FORMATS[qa_set(name).name]
+    if target.exists():
+        raise DataError(f"{target} exists already. Fix: delete it or give another target.")
+    new = target.with_name(f"{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            new.open("w", encoding="utf-8") as out,
+            progress_bar(f"Converting {source.name}", None, unit="rows") as count,
+        ):
+            written = 0
+            for row in _rows(form, source, target.stem):
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                written += 1
+                count(1)
+        os.replace(new, target)
+    except OSError as error:
+        raise DataError(f"{target}: cannot write ({error.strerror}). Fix: give another target.") from error
+    finally:
+        new.unlink(missing_ok=True)
+    return written
+
+
+def _rows(form: _Format, source: Path, stem: str) -> Iterator[dict[str, Any]]:
+    for number, (where, item) in enumerate(form.read(source)):
+        try:
+            original = form.item.model_validate(item)
+            if answers := list(dict.fromkeys(original.answers())):
+                row = QaRow(
+                    id=original.id if original.id is not None else f"{stem}_{number}",
+                    question=original.question,
+                    golden_answers=answers,
+                    metadata=original.metadata(),
+                )
+                yield row.model_dump()
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            field = ".".join(map(str, first["loc"])) or "the item"
+            what = f"{field}: {first['msg']} (got {first['input']!r:.80})"
+            fix = "convert the original release file of this set; one without answers cannot be used"
+            raise DataError(f"{source}, {where}: {what}. Fix: {fix}.") from error
