@@ -221,9 +221,10 @@ def aepo_root_chains(
     if budget < 1:
         raise ValueError(f"budget must be at least 1, got {budget}")
     after_tools = np.asarray(tool_entropies, dtype=np.float64)
-    difference = root_entropy - float(after_tools.mean()) if after_tools.size else 0.0
+    mean = float(after_tools.mean()) if after_tools.size else root_entropy
+    difference = root_entropy - mean
     if not math.isfinite(difference):
-        raise ValueError("entropies must be finite")
+        raise ValueError(f"entropies must be finite, got {root_entropy} and a mean of {mean}")
     share = 0.5 * (1.0 + math.tanh(0.5 * beta * difference))
     return min(budget, max(1, round(budget * share)))
 
