@@ -70,15 +70,19 @@ def main() -> None:
     app(prog_name="at2po")
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"at2po {version('at2po')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version)
     ] = False,
 ) -> None:
-    if show_version:
-        typer.echo(f"at2po {version('at2po')}")
-        raise typer.Exit
+    del show_version  # its callback has dealt with it
 
 
 @app.command(
@@ -103,13 +107,14 @@ def train(
     """Train a policy, evaluate it before and after, and leave a run's folder with pictures."""
     _need_agent_extra()
     from at2po_agent.config import load_config
+    from at2po_agent.report.live import make_listener
     from at2po_agent.run import run_training
 
-    settings = load_config(config, overrides or [])
+    # A run's folder may have been moved since its configuration was written.
+    given = [f"run.dir={config}", *(overrides or [])] if Path(config).is_dir() else overrides or []
+    settings = load_config(config, given)
     if smoke:
-        settings = load_config(config, [*smoke_overrides(settings), *(overrides or [])])
-    from at2po_agent.report.live import make_listener
-
+        settings = load_config(config, [*smoke_overrides(settings), *given])
     try:
         with make_listener(_errors()) as progress:
             summary = run_training(settings, resume=resume, progress=progress)
@@ -131,7 +136,7 @@ def smoke_overrides(config: Config) -> list[str]:
         "eval.every": (config.eval.every, 0),
     }
     smaller = [f"{key}={most}" for key, (value, most) in largest.items() if value > most]
-    return [*smaller, f"run.name={config.run.name}-smoke"]
+    return [*smaller, f"run.name={config.run.name.removesuffix('-smoke')}-smoke"]
 
 
 @app.command(
@@ -297,15 +302,12 @@ def _say_ending(config: str, run: Path, summary: dict[str, Any]) -> None:
     from at2po_agent.report.run_report import write_run_report
 
     program, folder = _program(), shown_path(run)
-    seed = int(summary.get("seed", 0)) + 1
-    again = config if not Path(config).is_dir() else f"{folder}/config.yaml"
+    other = "at2po" if summary.get("algorithm") == "grpo" else "grpo"
+    again = [config] if not Path(config).is_dir() else [f"{folder}/config.yaml", "run.dir=null"]
     commands = [
         (command_line(*program, "view", folder, "--list"), "the trees that were kept"),
         (command_line(*program, "eval", folder, "eval.questions=500"), "a tighter estimate"),
-        (
-            command_line(*program, "train", again, "algorithm=grpo", f"run.seed={seed}"),
-            "another algorithm, to compare",
-        ),
+        (command_line(*program, "train", *again, f"algorithm={other}"), "another algorithm, to compare"),
     ]
     print_ending(Console(), run, summary, write_run_report(run), commands)
 

@@ -1,6 +1,7 @@
 """Evaluating what a run has learned, or any model, without training: what `at2po eval` does."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from at2po_agent.agent import build_agent
@@ -64,7 +65,7 @@ def evaluate_config(config: Config, progress: Progress, modes: Sequence[str]) ->
             seed=run_seed(config.run.seed, RunPurpose.EVALUATION),
             temperature=0.0 if mode == "greedy" else 1.0,
             batch=config.eval.batch,
-            on_question=lambda phase=phase: progress.advance(phase),
+            on_question=partial(progress.advance, phase),
         )
         progress.finish(phase)
     return results
