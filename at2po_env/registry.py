@@ -142,8 +142,11 @@ def make_tool_env_vector(**options: Any) -> TextVectorEnv:
 def register_shipped() -> None:
     """Register the ids of the environments that ship with at2po."""
     for name in SEARCH_QA:
+        env_id = f"at2po/{name}-v0"
+        if env_id in gymnasium.registry:  # the package was reloaded
+            continue
         gymnasium.register(
-            f"at2po/{name}-v0",
+            env_id,
             entry_point="at2po_envs.search_qa:make",
             vector_entry_point="at2po_envs.search_qa:make_vector",
             kwargs={"name": name},
