@@ -95,10 +95,11 @@ def tree_page(record: TreeRecord, options: PageOptions | None = None) -> str:
     return str(html)
 
 
-def write_tree_page(path: Path, record: TreeRecord, options: PageOptions | None = None) -> Path:
+def write_tree_page(path: str | Path, record: TreeRecord, options: PageOptions | None = None) -> Path:
     """Write the page; characters that UTF-8 cannot hold are written as escapes."""
-    path.write_text(tree_page(record, options), encoding="utf-8", errors="backslashreplace")
-    return path
+    target = Path(path)
+    target.write_text(tree_page(record, options), encoding="utf-8", errors="backslashreplace")
+    return target
 
 
 def script_json(value: Any) -> str:
