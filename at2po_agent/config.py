@@ -3,7 +3,8 @@
 Order of precedence, whatever the order on the command line: defaults, then the parts of the chosen preset,
 then the file, then single keys of the command line. A preset chosen on the command line replaces the file's
 `algorithm` section and its expansion rule; the file's shape of the trees stays, so that algorithms meet at
-equal leaves.
+equal leaves. Options of a part in a file stand for themselves, beside the part's own defaults; on the command
+line they change single ones.
 """
 
 import difflib
@@ -144,7 +145,9 @@ def _compose(file: dict[str, Any], typed: dict[str, Any], problems: list[Problem
     if preset is None:
         problems.append(Problem("algorithm.preset", f"no preset {name!r}{_near(str(name), PRESETS)}"))
         return _merge(file, typed)
-    base = {"rollout": dict(preset.rollout), "algorithm": preset.algorithm()}
+    base: dict[str, Any] = {"rollout": dict(preset.rollout), "algorithm": preset.algorithm()}
+    written = [key for key in ("loss_options", "credit_options") if key in _section(file, "algorithm")]
+    base["algorithm"] |= {key: {} for key in written}
     for layer in (file, typed):
         base = _merge(_without_stale_options(base, layer), layer)
     return base

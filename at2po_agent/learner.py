@@ -64,6 +64,7 @@ class Learner:
         max_grad_norm: Gradients are scaled down to this norm.
         temperature: What the logits are divided by, as in sampling; 0 counts as 1.
         autocast: Number format of the matrix products; None is that of the weights.
+        checkpointing: Whether the model recomputes activations, which transformers does in train mode only.
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class Learner:
     max_grad_norm: float
     temperature: float = 1.0
     autocast: torch.dtype | None = None
+    checkpointing: bool = False
 
     def log_probs(self, batch: Batch) -> Tensor:
         """`trained_log_probs` of all rows without gradient, a micro-batch at a time; float32[B, T]."""
@@ -98,7 +100,9 @@ class Learner:
         """
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        self.model.train(self.checkpointing)
         total, figures = self._backward(batch, old_log_probs)
+        self.model.eval()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         figures |= {"loss": float(total), "grad_norm": float(norm)}
         if not math.isfinite(figures["grad_norm"]):

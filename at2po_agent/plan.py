@@ -35,11 +35,11 @@ def plan_run(config: Config) -> dict[str, Any]:
 def describe_plan(config: Config, plan: dict[str, Any]) -> str:
     """The plan as a few lines for a person."""
     memory = plan["weights_gb"] + plan["gradients_gb"] + plan["optimizer_gb"]
-    shape = config.rollout
+    shape, questions = config.rollout, config.train.questions
     lines = [
         f"model      {plan['parameters']:,} parameters in {config.model.dtype}",
         f"memory     {memory:,.1f} GB for weights, gradients and AdamW; activations and sampler come on top",
-        f"one step   {config.train.questions} questions x {shape.leaves} leaves = {plan['leaves_per_step']:,} "
+        f"one step   {questions} questions x {shape.leaves} leaves = {plan['leaves_per_step']:,} "
         f"episodes, at most {plan['most_tokens_per_step']:,} tokens, {plan['updates_per_step']} updates",
         f"algorithm  {config.algorithm.preset}: {shape.expansion} / {config.algorithm.credit} / "
         f"{config.algorithm.loss}",

@@ -114,6 +114,7 @@ class Trainer:
             config.optimizer.max_grad_norm,
             config.rollout.temperature,
             None if config.train.autocast == "none" else getattr(torch, config.train.autocast),
+            config.train.gradient_checkpointing,
         )
         if config.train.gradient_checkpointing:
             _checkpoint_activations(agent.model)
@@ -316,6 +317,11 @@ class Trainer:
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
+    """Switch it on by transformers' new name, else by its old one."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable()
+        return
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
         raise ConfigError(

@@ -4,6 +4,7 @@ The errors that live here: whatever an environment raises from `step` becomes a 
 (a bad rollout is data). Everything else that goes wrong is a bug, and stays an exception.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -125,6 +126,9 @@ class Branch:
         kind = info.get("outcome", "")
         place = self.place
         total = place.reward + float(reward)
+        if not math.isfinite(total):
+            self._end(config.error_reward, "env_error", f"the reward is {reward}", truncated=True)
+            return None
         calls = place.tool_calls + (kind in ("tool", "tool_error"))
         errors = place.tool_errors + (kind == "tool_error")
         if terminated or truncated:

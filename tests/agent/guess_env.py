@@ -20,7 +20,9 @@ class GuessEnv(at2po_env.ForkableEnv):
     def __init__(self, broken_guess: int | None = None) -> None:
         self.action_space = Text()
         self.observation_space = Text()
-        self.tasks = [Task(str(digit), f"Which digit is {digit}?", (str(digit),), {}) for digit in range(10)]
+        self.tasks = at2po_env.TaskList(
+            [Task(str(digit), f"Which digit is {digit}?", (str(digit),), {}) for digit in range(10)]
+        )
         self._broken_guess = broken_guess
         self._state: tuple[int, int] = (0, 0)
 
@@ -69,6 +71,19 @@ class CharTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
+
+
+class SmallTokenizer:
+    """One id for each of the characters that occur; id 0 ends a sequence."""
+
+    eos_id = 0
+    alphabet = "\0!\n0123456789Gues adigt:hrlow"
+
+    def encode(self, text: str) -> list[int]:
+        return [self.alphabet.index(character) for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.alphabet[index] for index in ids)
 
 
 class GuessingPolicy:

@@ -212,7 +212,7 @@ def test_a_disk_that_refuses_in_the_middle_of_a_file_leaves_nothing_half_there(t
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match="cannot write the checkpoint.*step_000001 is intact"):
+        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint.*step_000001 is intact"):
             save(tmp_path, 2, parts)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

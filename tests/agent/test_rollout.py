@@ -183,6 +183,19 @@ def test_a_failing_environment_ends_its_own_branch_only():
     assert guesses == {"7!"}
 
 
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_reward_that_is_no_number_is_an_outcome(reward):
+    class Miscounts(GuessEnv):
+        def step(self, action: str):
+            observation, _, terminated, truncated, info = super().step(action)
+            return observation, reward, terminated, truncated, info
+
+    shape = SHAPE.model_copy(update={"error_reward": -0.25})
+    (tree,) = rollout([{"index": 1}], Miscounts(), GuessingPolicy(), shape, seed=0)
+    assert {tree.outcomes[leaf]["outcome"] for leaf in tree.leaves()} == {"env_error"}
+    assert set(tree.leaf_reward[tree.is_leaf]) == {-0.25}
+
+
 def test_an_aborted_generation_is_an_outcome():
     class Aborts(GuessingPolicy):
         def answer(self, request: Request) -> Generation:

@@ -1,0 +1,359 @@
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from guess_env import GuessEnv, SmallTokenizer
+
+from at2po_agent import run as run_module
+from at2po_agent.agent import Agent
+from at2po_agent.config import load_config
+from at2po_agent.interrupts import TrainingInterrupted
+from at2po_agent.learner import TrainingError
+from at2po_agent.model import ModelShape, build_model
+from at2po_agent.policies.hf import HFPolicy
+from at2po_agent.progress import NoProgress
+from at2po_agent.run import run_training
+from at2po_agent.run_files import newest_run, open_run
+from at2po_agent.settings import Config
+from at2po_agent.tree import Tree
+from at2po_env.errors import ConfigError
+
+SHAPE = ModelShape(
+    vocab_size=len(SmallTokenizer.alphabet),
+    hidden_size=16,
+    layers=1,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    ffn_size=16,
+)
+
+
+def make_agent(config: Config) -> Agent:
+    model = build_model(SHAPE, seed=config.run.seed, eos_id=SmallTokenizer.eos_id)
+    return Agent(model, HFPolicy(model, SmallTokenizer(), slots=32))
+
+
+def settings(folder: Path, **changes: Any) -> Config:
+    values: dict[str, Any] = {
+        "run": {"dir": str(folder), "name": "guess", "seed": 1},
+        "env": {"id": "GuessEnv"},
+        "eval": {"questions": 5, "every": 3},
+        "rollout": {"chains": 4, "forks": 2, "rounds": 1, "max_turn_tokens": 2, "max_response_tokens": 60},
+        "optimizer": {"lr": 1e-2},
+        "train": {
+            "steps": 6,
+            "questions": 4,
+            "minibatch_questions": 2,
+            "old_log_probs": "sampler",
+            "save_every": 2,
+            "save_trees_every": 3,
+            "save_trees": 2,
+        },
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values.setdefault(section, {})[name] = value
+    return Config.model_validate(values)
+
+
+def train(config: Config, **options: Any) -> dict[str, Any]:
+    options = {"agent": make_agent, "env": GuessEnv(), "eval_env": GuessEnv(), **options}
+    return run_training(config, **options)
+
+
+def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if not key.startswith("seconds")}
+        for line in lines
+        if line["kind"] == kind
+    ]
+
+
+def final_weights(folder: Path) -> bytes:
+    return (folder / "checkpoints" / "step_000006" / "model.safetensors").read_bytes()
+
+
+class StopAt(NoProgress):
+    """Sends a signal to this process at a given step's n-th leaf, as a person would."""
+
+    def __init__(self, step: int, number: signal.Signals = signal.SIGINT, *, times: int = 1) -> None:
+        self.messages: list[str] = []
+        self._left, self._number, self._times = step, number, times
+
+    def step(self, record: Mapping[str, object]) -> None:
+        if record["step"] == self._left:
+            for _ in range(self._times):
+                os.kill(os.getpid(), self._number)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(settings(folder))
+    return folder
+
+
+def test_a_run_leaves_a_complete_folder(whole_run):
+    names = {path.name for path in whole_run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "trees", "tensorboard"} <= names
+    kept = sorted(path.name for path in (whole_run / "trees").iterdir())
+    assert kept == ["step_000001.jsonl", "step_000003.jsonl", "step_000006.jsonl"]
+    assert (whole_run / "checkpoints" / "latest").read_text() == "step_000006\n"
+    assert any((whole_run / "tensorboard").iterdir())
+
+
+def test_every_step_writes_one_line_with_what_happened(whole_run):
+    steps = records(whole_run)
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    for record in steps:
+        assert {"reward", "em", "f1", "loss", "grad_norm", "entropy", "learning_rate", "tool_errors"} <= set(
+            record
+        )
+        assert record["leaves"] == 4 * 6
+        outcomes = sum(value for key, value in record.items() if key.startswith("outcome/"))
+        assert outcomes == record["leaves"]
+    tokens = [record["sampled_tokens"] for record in steps]
+    assert tokens == sorted(tokens)
+    assert tokens[-1] == sum(record["step_tokens"] for record in steps)
+    evaluations = [(record["step"], record["mode"]) for record in records(whole_run, "eval")]
+    assert evaluations == [(0, "greedy"), (0, "sampled"), (3, "greedy"), (6, "greedy"), (6, "sampled")]
+
+
+def test_the_summary_says_what_changed(whole_run):
+    summary = json.loads((whole_run / "summary.json").read_text())
+    assert {"em_before", "em_after", "sampled_em_before", "sampled_em_after", "wall_seconds"} <= set(summary)
+    assert summary["steps"] == 6
+    assert summary["sampled_tokens"] == records(whole_run)[-1]["sampled_tokens"]
+    assert summary["wall_seconds"] > 0
+
+
+def test_kept_trees_can_be_read_back_with_their_credit(whole_run):
+    lines = (whole_run / "trees" / "step_000003.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        entry = json.loads(line)
+        tree = Tree.from_json(entry["tree"])
+        assert len(tree.leaves()) == 6
+        assert len(entry["values"]) == len(entry["advantages"]) == len(tree)
+        assert entry["golden_answers"] == [tree.task_id]
+        assert entry["question"].endswith("?")
+        assert entry["step"] == 3
+
+
+def test_the_same_seed_gives_the_same_run(whole_run, tmp_path):
+    train(settings(tmp_path / "run"))
+    assert records(tmp_path / "run") == records(whole_run)
+    assert final_weights(tmp_path / "run") == final_weights(whole_run)
+
+
+def test_another_seed_gives_another_run(whole_run, tmp_path):
+    train(settings(tmp_path / "run", run__seed=2))
+    assert final_weights(tmp_path / "run") != final_weights(whole_run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_stopped_run_goes_on_bit_for_bit(whole_run, tmp_path, number, step):
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingInterrupted, match=f"at2po train {folder} --resume"):
+        train(settings(folder), progress=StopAt(step, number))
+    assert len(records(folder)) == step
+    assert not (folder / "summary.json").exists()
+    listener = StopAt(99)
+    summary = train(settings(folder), resume=True, progress=listener)
+    assert f"step {step}" in listener.messages[0]
+    assert summary["steps"] == 6
+    assert records(folder) == records(whole_run)
+    assert records(folder, "eval") == records(whole_run, "eval")
+    assert final_weights(folder) == final_weights(whole_run)
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingInterrupted, match="stopped at once"):
+        train(settings(folder), progress=StopAt(3, times=2))
+    assert (folder / "checkpoints" / "latest").read_text() == "step_000002\n"
+    train(settings(folder), resume=True)
+
+
+def test_signals_are_as_before_after_a_run(whole_run):
+    assert whole_run.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_bit_for_bit(whole_run, tmp_path, monkeypatch):
+    # killed while step 6 was under way: the newest checkpoint is of step 4, and metrics know step 5 already
+    folder = tmp_path / "run"
+    monkeypatch.setattr(run_module.Trainer, "save", _no_save_after(run_module.Trainer.save, 4))
+    with pytest.raises(RuntimeError, match="killed"):
+        train(settings(folder), progress=_Killed(5))
+    monkeypatch.undo()
+    assert [record["step"] for record in records(folder)] == [1, 2, 3, 4, 5]
+    train(settings(folder), resume=True)
+    assert records(folder) == records(whole_run)
+    assert final_weights(folder) == final_weights(whole_run)
+    assert (folder / "metrics.after_step_000004.jsonl").exists()
+
+
+class _Killed(NoProgress):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def step(self, record: Mapping[str, object]) -> None:
+        if record["step"] == self._step:
+            raise RuntimeError("killed")
+
+
+def _no_save_after(save: Any, step: int) -> Any:
+    def limited(trainer: Any) -> None:
+        if trainer.state.step <= step:
+            save(trainer)
+
+    return limited
+
+
+def test_a_checkpoint_cut_short_is_passed_over(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingInterrupted):
+        train(settings(folder), progress=StopAt(5))
+    file = folder / "checkpoints" / "step_000005" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    listener = StopAt(99)
+    train(settings(folder), resume=True, progress=listener)
+    assert str(file) in listener.messages[0]
+    assert "step 4" in listener.messages[1]
+    assert records(folder) == records(whole_run)
+    assert final_weights(folder) == final_weights(whole_run)
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    config = settings(tmp_path / "run")
+    with open_run(config), pytest.raises(ConfigError, match="another run is using this folder"):
+        train(config)
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(whole_run):
+    before = final_weights(whole_run)
+    with pytest.raises(ConfigError, match=r"holds a run already; add --resume"):
+        train(settings(whole_run))
+    assert final_weights(whole_run) == before
+
+
+def test_without_a_folder_a_run_takes_a_free_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = settings(tmp_path)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": None})})
+    assert newest_run("guess") is None
+    for name in ("guess", "guess-2", "guess-3"):
+        with open_run(config) as (folder, filled):
+            assert str(folder.path) == filled.run.dir == f"runs/{name}"
+    assert newest_run("guess") == Path("runs/guess-3")
+    with open_run(config, resume=True) as (folder, _):
+        assert folder.path == Path("runs/guess-3")
+
+
+def test_resuming_needs_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no run to resume"):
+        train(settings(tmp_path / "nothing"), resume=True)
+    with pytest.raises(ConfigError, match="no run to resume"):
+        train(Config(), resume=True)
+
+
+def test_a_resumed_run_may_be_longer_but_not_another_one(tmp_path):
+    folder = tmp_path / "run"
+    train(settings(folder, train__steps=2))
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: was 0\.01, is 0\.02"):
+        train(settings(folder, optimizer__lr=0.02), resume=True)
+    assert train(settings(folder, train__steps=4), resume=True)["steps"] == 4
+    assert load_config(folder).train.steps == 4
+
+
+def test_a_finished_run_can_be_resumed_and_does_nothing_again(tmp_path):
+    folder = tmp_path / "run"
+    first = train(settings(folder, train__steps=2))
+    again = train(settings(folder, train__steps=2), resume=True)
+    assert again["em_after"] == first["em_after"]
+    assert len(records(folder)) == 2
+
+
+def test_a_step_in_which_every_environment_failed_is_an_error(tmp_path):
+    class Down(GuessEnv):
+        def step(self, action: str) -> Any:
+            raise ConnectionError(f"no server for {action!r}")
+
+    with pytest.raises(TrainingError, match="failed in every branch of a step: ConnectionError: no server"):
+        train(settings(tmp_path / "run", eval__questions=0), env=Down())
+
+
+def test_prompts_that_are_all_too_long_are_an_error(tmp_path):
+    with pytest.raises(TrainingError, match="max_prompt_tokens"):
+        train(settings(tmp_path / "run", rollout__max_prompt_tokens=3, eval__questions=0))
+
+
+def test_the_learning_rate_warms_up_linearly(tmp_path):
+    train(settings(tmp_path / "run", optimizer__warmup_steps=4, eval__questions=0))
+    rates = [record["learning_rate"] for record in records(tmp_path / "run")]
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+
+
+def test_recomputed_log_probs_agree_with_the_sampler(whole_run, tmp_path):
+    train(settings(tmp_path / "run", train__old_log_probs="recompute", train__steps=1, eval__questions=0))
+    recomputed, sampled = records(tmp_path / "run")[0], records(whole_run)[0]
+    assert recomputed["loss"] == pytest.approx(sampled["loss"], abs=1e-4)
+    assert recomputed["grad_norm"] == pytest.approx(sampled["grad_norm"], rel=1e-2)
+
+
+def test_more_epochs_make_more_updates(tmp_path):
+    train(settings(tmp_path / "run", train__epochs=3, train__steps=1, eval__questions=0))
+    assert records(tmp_path / "run")[0]["updates"] == 6
+
+
+def test_checkpointed_activations_give_the_same_step(whole_run, tmp_path):
+    train(settings(tmp_path / "run", train__gradient_checkpointing=True, train__steps=1, eval__questions=0))
+    assert records(tmp_path / "run")[0]["grad_norm"] == pytest.approx(
+        records(whole_run)[0]["grad_norm"], rel=1e-4
+    )
+
+
+def test_an_agent_learns_what_is_rewarded(tmp_path):
+    # At first 10 of 29 characters are digits (any other has reward -1); with digits alone it is at least 0.
+    config = settings(
+        tmp_path / "run", train__steps=24, train__questions=8, train__minibatch_questions=4, eval__questions=0
+    )
+    train(config)
+    rewards = [record["reward"] for record in records(tmp_path / "run")]
+    assert sum(rewards[:3]) / 3 < -0.3
+    assert sum(rewards[-3:]) / 3 > 0.05
+
+
+def test_a_dry_run_allocates_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    listener = StopAt(99)
+    plan = run_training(load_config("qwen3-4b-multihop", ["run.dry_run=true"]), progress=listener)
+    # Qwen3-4B: 4.02 G parameters, as its model card says; fp32 weights 16 GB, AdamW's moments twice that
+    assert plan["parameters"] == 4_022_468_096
+    assert (plan["weights_gb"], plan["optimizer_gb"]) == (16.09, 32.18)
+    assert plan["leaves_per_step"] == 64 * 22
+    assert plan["updates_per_step"] == 8
+    assert "4,022,468,096 parameters" in listener.messages[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_are_set(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        train(settings(tmp_path / "run", run__threads=1, train__steps=0, eval__questions=0))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
