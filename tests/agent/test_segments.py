@@ -12,7 +12,13 @@ from torch import Tensor
 from at2po_agent.segments import TurnSegments
 
 IDS = torch.tensor([[-1, 0, 0, -1, 2, 0], [1, 1, -1, -1, -1, -1], [-1] * 6])
-VALUES = torch.tensor([[math.nan, 1.0, 2.0, math.inf, 5.0, 4.0], [3.0, 4.0] + [math.nan] * 4, [math.nan] * 6])
+VALUES = torch.tensor(
+    [
+        [math.nan, 1.0, 2.0, math.inf, 5.0, 4.0],
+        [3.0, 4.0] + [math.nan] * 4,
+        [math.inf, -math.inf, *[math.nan] * 4],
+    ]
+)
 
 
 @pytest.mark.parametrize("index", [TurnSegments.of, TurnSegments.scattered])
