@@ -220,16 +220,17 @@ def test_time_outs_fire() -> None:
         return "late"
 
     hang.backoff_s = 0.001
+    before = abandoned_calls()
     start = time.monotonic()
     result = call_tool(hang, {}, context())
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
     assert result == ToolResult("hang failed (2 attempts): timed out after 0.05 s", UNCHANGED, ok=False)
-    assert abandoned_calls() == 2
+    assert abandoned_calls() == before + 2
     release.set()
-    limit = time.monotonic() + 10
-    while abandoned_calls() and time.monotonic() < limit:
+    limit = time.monotonic() + 20
+    while abandoned_calls() > before and time.monotonic() < limit:
         time.sleep(0.01)
-    assert abandoned_calls() == 0
+    assert abandoned_calls() <= before
 
 
 def test_a_call_within_its_time_gives_its_value_or_its_error() -> None:
@@ -240,6 +241,7 @@ def test_a_call_within_its_time_gives_its_value_or_its_error() -> None:
 
 def test_calls_that_never_return_cannot_fill_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadline, "MAX_ABANDONED", 1)
+    monkeypatch.setattr(deadline, "_abandoned", [])
     release = threading.Event()
     with pytest.raises(DeadlineError, match="timed out"):
         run_with_deadline(lambda: release.wait(30), 0.01)
@@ -456,7 +458,7 @@ def test_a_flood_of_output_is_cut_and_stopped() -> None:
     start = time.monotonic()
     result = run("while True: print('x' * 1000)", max_output=50)
     assert result.text == "x" * 50 + "\n[output cut]"
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize(

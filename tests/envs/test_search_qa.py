@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -161,16 +162,17 @@ def test_hermes_style(files: dict[str, str]) -> None:
 
 
 class Failing:
-    """A retriever that fails, or hangs, whenever it is asked."""
+    """A retriever that fails, or hangs until it is released, whenever it is asked."""
 
     digest = "failing"
 
-    def __init__(self, error: Exception | None, seconds: float = 0.0) -> None:
-        self.error, self.seconds, self.calls = error, seconds, 0
+    def __init__(self, error: Exception | None, release: threading.Event | None = None) -> None:
+        self.error, self.release, self.calls = error, release, 0
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
         self.calls += 1
-        time.sleep(self.seconds)
+        if self.release is not None:
+            self.release.wait(60)
         if self.error is not None:
             raise self.error
         return [[] for _ in queries[:topk]]
@@ -194,17 +196,19 @@ def test_a_dead_retriever_is_recorded_and_the_episode_goes_on(
 
 
 def test_a_hanging_retriever_times_out(files: dict[str, str]) -> None:
+    release = threading.Event()
     env = gymnasium.make(
         "at2po/NaturalQuestions-v0",
         dataset=files["dataset"],
-        retriever=Failing(None, 1.0),
+        retriever=Failing(None, release),
         tool_timeout_s=0.05,
     )
     env.reset(seed=0)
     start = time.monotonic()
     info = env.step(think("<search>q</search>"))[4]
-    assert time.monotonic() - start < 0.8
+    assert time.monotonic() - start < 30
     assert (info["outcome"], info["reason"]) == ("tool_error", "search failed: timed out after 0.05 s")
+    release.set()
 
 
 def test_environments_of_a_process_share_data_and_index(files: dict[str, str]) -> None:
