@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -48,6 +49,7 @@ class Malformed(NamedTuple):
 
 
 Action = ToolCall | FinalAnswer | Malformed
+new = tuple.__new__  # builds a NamedTuple in a third of the time of its constructor
 
 
 class ToolSpec(Protocol):
@@ -97,16 +99,17 @@ class _Scanner:
         self._tags = tuple((name, f"<{name}>", f"</{name}>") for name in names)
 
     def first(self, text: str) -> _Block | None:
-        best_end, best = -1, None
+        best_end, name, opening = sys.maxsize, "", ""
         for tag in self._tags:
-            end = text.find(tag[2], 0, best_end) if best is not None else text.find(tag[2])
+            end = text.find(tag[2], 0, best_end)
             if end >= 0:
-                best_end, best = end, tag
-        if best is None:
+                best_end = end
+                name, opening, _ = tag
+        if not name:
             return None
-        start = text.rfind(best[1], 0, best_end)
+        start = text.rfind(opening, 0, best_end)
         if start >= 0:
-            return best[0], text[start + len(best[1]) : best_end], start
+            return name, text[start + len(opening) : best_end], start
         return self._first_with_opening(text)
 
     def _first_with_opening(self, text: str) -> _Block | None:
@@ -168,6 +171,8 @@ def _load_object(text: str) -> dict[str, Any] | str:
 
 def _plain(content: str) -> str:
     """A plain-text argument: one line is stripped; several lines (code) keep their indentation."""
+    if "\n" not in content:
+        return content.strip()
     text = content.strip()
     return content.strip("\r\n").rstrip() if "\n" in text else text
 
@@ -219,6 +224,7 @@ class TaggedProtocol:
         self._json_tags = frozenset(json_tags)
         self._result_tag = result_tag
         self._scanner = _Scanner([*tags, "answer"])
+        self._first = self._scanner.first
         self._defuse = _Defuse(["think", "answer", result_tag, *tags])
         self.stop: tuple[str, ...] = tuple(f"</{tag}>" for tag in (*tags, "answer"))
         self.call_tags: Mapping[str, str] = {tag: result_tag for tag in tags}
@@ -236,18 +242,26 @@ class TaggedProtocol:
 
     def parse(self, action: str) -> Action:
         """Read one turn; never raises."""
-        block = self._scanner.first(action)
+        return self._read(action, think=True)
+
+    def parse_call(self, action: str) -> Action:
+        """The same with `think` left empty, which is all that an environment needs, and faster."""
+        return self._read(action, think=False)
+
+    def _read(self, action: str, *, think: bool) -> Action:
+        block = self._first(action)
         if block is None:
             return Malformed(self._scanner.why_none(action))
         name, content, start = block
+        thought = _think(action, start) if think else ""
         if name == "answer":
-            return FinalAnswer(content.strip(), _think(action, start))
+            return new(FinalAnswer, (content.strip(), thought))
         if name in self._json_tags:
-            arguments = self._object_arguments(name, content)
-            if isinstance(arguments, str):
-                return Malformed(f"<{name}>: {arguments}")
-            return ToolCall(name, arguments, _think(action, start))
-        return ToolCall(name, {self._text_fields[name]: _plain(content)}, _think(action, start))
+            loaded = self._object_arguments(name, content)
+            if isinstance(loaded, str):
+                return Malformed(f"<{name}>: {loaded}")
+            return ToolCall(name, loaded, thought)
+        return new(ToolCall, (name, {self._text_fields[name]: _plain(content)}, thought))
 
     def _object_arguments(self, name: str, content: str) -> dict[str, Any] | str:
         text = content.strip()

@@ -199,12 +199,22 @@ def _unstack(env: gymnasium.Env[Any, Any]) -> tuple[list[Layer], ForkableEnv]:
     while isinstance(layer, gymnasium.Wrapper):
         wrappers.append(layer)
         layer = layer.env
+    if type(layer) not in _FORKABLE:
+        _expect_forkable(layer)
+    return wrappers, layer
+
+
+_FORKABLE: set[type] = set()
+"""Classes known to be forkable: asking an abstract base class costs more than the rest of the walk."""
+
+
+def _expect_forkable(layer: object) -> None:
     if not isinstance(layer, ForkableEnv):
         raise SnapshotError(
             f"{type(layer).__name__} cannot be forked. Expected a subclass of at2po_env.ForkableEnv under "
             "the wrappers. Fix: derive it from ForkableEnv and keep the episode in one immutable value"
         )
-    return wrappers, layer
+    _FORKABLE.add(type(layer))
 
 
 def env_id(base: gymnasium.Env[Any, Any]) -> str:

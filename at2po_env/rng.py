@@ -89,6 +89,20 @@ def clone_random_state(generator: np.random.RandomState) -> np.random.RandomStat
     return twin
 
 
+def next_seed(seed: int) -> int:
+    """Derive a seed of 63 bits that shares no pattern with `seed`, without building a generator.
+
+    The finaliser of SplitMix64; calling it again on the result gives a sequence of independent seeds.
+
+    References:
+        Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
+    """
+    bits = ((seed ^ (seed >> 64)) + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (bits ^ (bits >> 31)) >> 1
+
+
 def entropy() -> int:
     """Draw a seed from the operating system, as wide as NumPy's own default."""
     return secrets.randbits(128)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -87,6 +87,8 @@ def _f1(prediction: str, gold: str) -> float:
     if prediction in _CLOSED_ANSWERS or gold in _CLOSED_ANSWERS:
         return 0.0
     ours, theirs = prediction.split(), gold.split()
+    if set(ours).isdisjoint(theirs):
+        return 0.0
     left: dict[str, int] = {}
     for token in theirs:
         left[token] = left.get(token, 0) + 1
@@ -95,7 +97,7 @@ def _f1(prediction: str, gold: str) -> float:
         if left.get(token, 0):
             left[token] -= 1
             shared += 1
-    return 2.0 * shared / (len(ours) + len(theirs)) if shared else 0.0
+    return 2.0 * shared / (len(ours) + len(theirs))
 
 
 def extract_answer(text: str) -> str | None:
@@ -128,7 +130,7 @@ def format_fault(text: str, *, call_tags: Mapping[str, str] = CALL_TAGS) -> str 
     `</answer>`, in this order; every call tag followed in order by its close, its result tag and that tag's
     close; `\boxed{` and a `}` inside the answer.
     """
-    tags = _tag_pattern("think", "answer", *call_tags, *call_tags.values()).findall(text)
+    tags = "".join(_tag_pattern("think", "answer", *call_tags, *call_tags.values()).findall(text))
     opened, closed = tags.count("<think>"), tags.count("</think>")
     if opened != closed or opened == 0:
         return f"{opened} <think> and {closed} </think>, expected equally many and at least one"
@@ -153,20 +155,22 @@ def _tag_pattern(*names: str) -> re.Pattern[str]:
     return re.compile("</?(?:" + "|".join(map(re.escape, dict.fromkeys(names))) + ")>")
 
 
-def _call_fault(tags: Sequence[str], call: str, result: str) -> str | None:
+def _call_fault(tags: str, call: str, result: str) -> str | None:
     """The first `<call>` that is not followed by `</call>`, `<result>` and `</result>` in this order."""
     opening, close, shown, ended = f"<{call}>", f"</{call}>", f"<{result}>", f"</{result}>"
-    if opening not in tags:
+    if tags.count(opening) == tags.count(opening + close + shown + ended):
         return None
-    after = {opening: close, close: shown, shown: ended, ended: opening}
-    expected, number = opening, 0
-    for tag in tags:
-        if tag == expected:
-            expected = after[tag]
-            number += tag == opening
-        elif tag == shown and expected == close:
+    number, start = 1, tags.find(opening)
+    while start >= 0:
+        closed, results = tags.find(close, start), tags.find(shown, start)
+        if results >= 0 and (closed < 0 or results < closed):
             return f"{opening} number {number}: {shown} comes before {close}"
-    return None if expected == opening else f"{opening} number {number} is not followed by {expected}"
+        end = tags.find(ended, results) if results >= 0 else -1
+        if end < 0:
+            missing = close if closed < 0 else shown if results < 0 else ended
+            return f"{opening} number {number} is not followed by {missing}"
+        number, start = number + 1, tags.find(opening, end)
+    return None
 
 
 def _scored(
@@ -178,15 +182,18 @@ def _scored(
     normal = normalize_answer(answer)
     normal_golds = [normalize_answer(gold) for gold in _gold_list(golds)]
     em = 1.0 if normal in normal_golds else 0.0
-    f1 = max((_f1(normal, gold) for gold in normal_golds), default=0.0)
+    f1 = max([_f1(normal, gold) for gold in normal_golds], default=0.0)
     reason = reason or ("correct" if em else "wrong answer")
-    return ScoredResponse(em if reward is None else reward, em, f1, answer, reason)
+    return tuple.__new__(ScoredResponse, (em if reward is None else reward, em, f1, answer, reason))
 
 
 def _score_boxed(text: str, golds: str | Iterable[str], call_tags: Mapping[str, str]) -> ScoredResponse:
-    block = extract_answer(text)
-    answer = None if block is None else extract_boxed(block)
     fault = format_fault(text, call_tags=call_tags)
+    if fault is None:  # then there is one answer block, and it is found faster from the end
+        block: str | None = text[text.rfind("<answer>") + len("<answer>") : text.rfind("</answer>")]
+    else:
+        block = extract_answer(text)
+    answer = None if block is None else extract_boxed(block)
     if fault is None and answer is None:
         fault = "the braces of the last \\boxed{ do not balance"
     if fault is not None:

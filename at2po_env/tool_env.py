@@ -23,6 +23,7 @@ from at2po_env.episode import Episode, TurnLink, dump_episode, load_episode, tur
 from at2po_env.errors import ConfigError, DataError, EnvError
 from at2po_env.frozen import EMPTY, FrozenDict, freeze
 from at2po_env.prompts import Prompt, make_prompt
+from at2po_env.rng import next_seed
 from at2po_env.schemas import example_arguments
 from at2po_env.scoring import ScoredResponse, exact_match, reward_rule, token_f1
 from at2po_env.spaces import Text
@@ -105,7 +106,7 @@ class ToolEnv(ForkableEnv):
         described = self.protocol.describe(list(self.tools.values()))
         self._prompt = make_prompt(prompt, tools=described, calls=max_turns - 1)
         self._reward = _reward_function(reward, self.protocol.call_tags)
-        self._parse = self.protocol.parse
+        self._parse = getattr(self.protocol, "parse_call", self.protocol.parse)
         self._format_result = self.protocol.format_result
         self._starts = any(type(tool).start is not Tool.start for tool in self.tools.values())
         self._episode: Episode | None = None
@@ -127,8 +128,10 @@ class ToolEnv(ForkableEnv):
             EnvError: No such task, or another option.
         """
         super().reset(seed=seed)
-        # One draw of 63 bits is the episode's seed and picks the task; the remainder's bias is below 1e-12.
-        drawn = int(self.np_random.bit_generator.random_raw()) >> 1
+        # The episode's seed follows from the seed given, or from the last episode's: building and forking a
+        # generator for it would cost more than the rest. It picks the task; the bias is below 1e-12.
+        before = self._episode
+        drawn = next_seed(self.np_random_seed if seed is not None or before is None else before.seed)
         task = self._find(options) if options else self.tasks[drawn % len(self.tasks)]
         prompt = self._prompt(task)
         states = EMPTY
@@ -167,12 +170,17 @@ class ToolEnv(ForkableEnv):
         parsed = self._parse(action)
         if isinstance(parsed, FinalAnswer):
             return self._end(episode, action, "answer", "", parsed.text)
-        if isinstance(parsed, Malformed) and self.on_malformed == "end":
-            return self._end(episode, action, "malformed", parsed.reason)
-        if episode.turn + 1 >= self.max_turns:
-            return self._end(episode, action, "limit", "max_turns")
+        last = episode.turn + 1 >= self.max_turns
         if isinstance(parsed, ToolCall):
-            return self._call(episode, action, parsed)
+            return (
+                self._end(episode, action, "limit", "max_turns")
+                if last
+                else self._call(episode, action, parsed)
+            )
+        if self.on_malformed == "end":
+            return self._end(episode, action, "malformed", parsed.reason)
+        if last:
+            return self._end(episode, action, "limit", "max_turns")
         return self._notice(episode, action, parsed)
 
     def _call(self, episode: Episode, action: str, call: ToolCall) -> Step:
@@ -182,7 +190,7 @@ class ToolEnv(ForkableEnv):
         if tool is None:
             result = ToolResult(f"there is no tool {name[:80]!r}; tools: {', '.join(self.tools)}", ok=False)
         else:
-            context = ToolContext(task, states.get(name), seed=seed, turn=turn)
+            context = ToolContext(task, states.get(name), seed, turn)
             result = call_tool(tool, call.arguments, context)
         text, state, ok, ends = result
         if state is not UNCHANGED:
@@ -221,7 +229,9 @@ class ToolEnv(ForkableEnv):
         task, prompt, last, turn, calls, states, seed, _ = episode
         assert last is not None
         response = "".join([link.action + link.observation for link in turns(last)])
-        reward, em, f1, extracted, score_reason = self._reward(Ending(task, answer, response, states, why))
+        reward, em, f1, extracted, score_reason = self._reward(
+            new(Ending, (task, answer, response, states, why))
+        )
         link = new(TurnLink, (*last[:3], reward, last.outcome))
         self._episode = new(Episode, (task, prompt, link, turn, calls, states, seed, why))
         if not info["reason"]:

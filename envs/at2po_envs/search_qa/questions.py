@@ -31,5 +31,7 @@ class Questions:
 
 
 def _normalized(task: Task) -> Task:
-    question = normalize_question(task.question)
-    return task if question == task.question else task._replace(question=question)
+    question = task.question
+    if question[-1:] == "?" and not question[0].isspace():
+        return task
+    return task._replace(question=normalize_question(question))
