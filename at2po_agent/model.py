@@ -135,20 +135,25 @@ def load_model(
         config = AutoConfig.from_pretrained(str(path))
         if random_init or device == "meta":
             return _from_config(config, seed=seed, dtype=dtype, device=device)
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise ConfigError(f"no model can be loaded from {str(path)!r}: {error}") from error
-    ready: PreTrainedModel = model.to(device).eval()
-    return ready
+    return _ready(model.to(device))
 
 
 def _from_config(config: Any, *, seed: int, dtype: DType, device: str) -> PreTrainedModel:
     where = torch.device(device)
     devices = [where] if where.type == "cuda" else []
+    factory: Any = AutoModelForCausalLM
     with torch.random.fork_rng(devices=devices, device_type="cuda"), where:
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    return model.eval()
+        model = factory.from_config(config, dtype=getattr(torch, dtype))
+    return _ready(model)
+
+
+def _ready(model: Any) -> PreTrainedModel:
+    evaluating: PreTrainedModel = model.eval()
+    return evaluating
 
 
 def train_tokenizer(
@@ -185,11 +190,9 @@ def train_tokenizer(
         )
     added = [AddedToken(name, lstrip=name != eos_token, normalized=False, special=False) for name in names]
     make = _bpe if kind == "bpe" else _words
-    return HFTokenizer(
-        PreTrainedTokenizerFast(
-            tokenizer_object=make(texts, vocab_size, added), eos_token=eos_token, pad_token=eos_token
-        )
-    )
+    wrap: Any = PreTrainedTokenizerFast
+    made = make(texts, vocab_size, added)
+    return HFTokenizer(wrap(tokenizer_object=made, eos_token=eos_token, pad_token=eos_token))
 
 
 def _bpe(texts: Iterable[str], vocab_size: int, added: list[AddedToken]) -> Tokenizer:

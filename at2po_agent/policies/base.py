@@ -43,7 +43,8 @@ class Step:
         ids: The ids generated so far, forced ones included.
         entropy: Shannon entropy in nats of the distribution the next token is about to be drawn from, at the
             request's temperature and before top-p.
-        top_log_probs: float32[`Intervention.top_log_probs`], the largest log-probs of that distribution, sorted.
+        top_log_probs: float32[`Intervention.top_log_probs`], the largest log-probs of that distribution,
+            sorted.
     """
 
     ids: Sequence[int]

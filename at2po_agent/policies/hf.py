@@ -1,12 +1,13 @@
 """A transformers model as a policy, with our own continuous batching.
 
 Every step runs one forward pass over a packed batch: the next token of every live sequence, and the uncached
-part of every new prefix. Prefixes are looked up in a radix tree, so that a forked prefix is never computed twice,
-not even by requests that arrive together. Ids come back verbatim; stop strings are found without re-tokenising.
+part of every new prefix. Prefixes are looked up in a radix tree, so that a forked prefix is never computed
+twice, not even by requests that arrive together. Ids come back verbatim; stop strings are found without
+re-tokenising.
 
 Log-probs are those of the model at the request's temperature (a greedy request: at temperature 1) before
-top-p, in nats. At temperature 1 and top-p 1 that is both the distribution sampled from and what a full forward
-pass gives.
+top-p, in nats. At temperature 1 and top-p 1 that is both the distribution sampled from and what a full
+forward pass gives.
 
 This module knows no environment, no tree and no training.
 """
@@ -21,8 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from at2po_agent.policies.base import Request, Tokenizer, request_uniforms
-from at2po_agent.policies.batching import Batcher, PolicyStats, Row
-from at2po_agent.policies.slots import Slots
+from at2po_agent.policies.batching import Batcher, PolicyStats
+from at2po_agent.policies.choosing import choose
+from at2po_agent.policies.decoder import ModelDecoder
+from at2po_agent.policies.fused import FusedDecoder, fits
+from at2po_agent.policies.prefix_cache import PrefixCache
+from at2po_agent.policies.rows import Row
+from at2po_agent.policies.slots import LayerShape, Slots
 from at2po_agent.policies.stops import StopTable
 from at2po_agent.types import Generation
 from at2po_env.errors import PolicyError
@@ -32,12 +38,13 @@ class HFPolicy:
     """Samples from a decoder of transformers.
 
     Args:
-        model: Any causal language model that uses the attention interface; shared with the trainer, which calls
-            `weights_changed` after each update.
+        model: Any causal language model that uses the attention interface; shared with the trainer, which
+            calls `weights_changed` after each update.
         tokenizer: Its tokenizer.
         slots: Sequences decoded at the same time; further requests wait.
         cache_tokens: Tokens whose KV the prefix cache keeps.
-        kv_tokens: Most slots x positions of the KV buffers; None takes 4 GiB (CPU) or half of the free memory.
+        kv_tokens: Most slots x positions of the KV buffers; None takes 4 GiB (CPU) or half of the free
+            memory.
         max_prefill: Prefix tokens of one step, beyond which further requests wait.
         eos_ids: Ids that end a generation; None takes the tokenizer's.
 
@@ -58,21 +65,29 @@ class HFPolicy:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.version = 0
-        buffers = Slots(model)
         self._vocab_size = int(model.config.vocab_size)
         self._max_positions = getattr(model.config, "max_position_embeddings", None)
-        self._kv_tokens = kv_tokens or _default_kv_bytes(model.device) // buffers.token_bytes
+        self._stops = StopTable(tokenizer, self._vocab_size, eos_ids or (tokenizer.eos_id,))
+        general = ModelDecoder(model)
+        self._decoder = FusedDecoder(model) if fits(model) else general
+        token_bytes = _token_bytes(general.shapes, model.dtype)
+        self._kv_tokens = kv_tokens or _default_kv_bytes(model.device) // token_bytes
         self._batcher = Batcher(
-            buffers,
-            StopTable(tokenizer, self._vocab_size, eos_ids or (tokenizer.eos_id,)),
+            self._decoder,
+            Slots(general.shapes, max_tokens=self._kv_tokens, dtype=model.dtype, device=model.device),
+            PrefixCache(cache_tokens),
             max_rows=slots,
-            kv_tokens=self._kv_tokens,
-            cache_tokens=cache_tokens,
             max_prefill=max_prefill,
         )
         self._finished: dict[int, Generation] = {}
         self._tickets = 0
+        self._parameters = list(model.parameters())
+        self._weights = self._fingerprint()
+
+    @property
+    def version(self) -> int:
+        """Counts weight updates; every generation carries the version that sampled its first token."""
+        return self._batcher.version
 
     @property
     def stats(self) -> PolicyStats:
@@ -114,7 +129,7 @@ class HFPolicy:
             Row(
                 ticket=ticket,
                 request=request,
-                stop=self._batcher.stops.number(request.stop),
+                stop=self._stops.number(request.stop),
                 uniforms=request_uniforms(request.seed, request.max_tokens).tolist(),
                 version=self.version,
                 context=request.prefix_ids,
@@ -133,7 +148,8 @@ class HFPolicy:
     def cancel(self, ticket: int) -> None:
         """Forget a request, finished or not; `poll` will not report it."""
         if self._finished.pop(ticket, None) is None:
-            self._batcher.remove(ticket)
+            with torch.inference_mode():
+                self._batcher.remove(ticket)
 
     def abort(self, ticket: int) -> Generation:
         """Stop a request now and return what it generated so far.
@@ -144,7 +160,8 @@ class HFPolicy:
         finished = self._finished.pop(ticket, None)
         if finished is not None:
             return finished
-        row = self._batcher.remove(ticket)
+        with torch.inference_mode():
+            row = self._batcher.remove(ticket)
         if row is None:
             raise PolicyError(f"no request with ticket {ticket} is under way")
         return row.generation("abort")
@@ -170,16 +187,38 @@ class HFPolicy:
     def weights_changed(self) -> None:
         """The model's weights were changed in place: forget all KV and count up `version`.
 
-        Requests under way go on with the new weights, their KV computed afresh; their generation carries the
-        version that sampled its first token.
+        Requests under way go on with the new weights, their KV computed afresh. A change that autograd's
+        version counters show (any optimiser's, `copy_`, `load_state_dict`) is noticed without this call.
         """
-        self.version += 1
-        self._batcher.restart()
-
-    def _advance(self) -> None:
         with torch.inference_mode():
-            for row, reason in self._batcher.step():
-                self._finished[row.ticket] = row.generation(reason)
+            self._batcher.version += 1
+            self._batcher.restart()
+            self._decoder.refresh()
+            self._weights = self._fingerprint()
+
+    @torch.inference_mode()
+    def _advance(self) -> None:
+        if self._weights != self._fingerprint():
+            self.weights_changed()
+        rows, logits = self._batcher.step()
+        if logits is None:
+            return
+        try:
+            ended = choose(rows, logits, self._stops)
+        except FloatingPointError as error:
+            self._batcher.reset()
+            raise PolicyError(f"{error}; all requests under way are dropped") from error
+        except BaseException:
+            self._batcher.rewind()
+            raise
+        for row, reason in ended:
+            self._batcher.leave(row)
+            self._finished[row.ticket] = row.generation(reason)
+        self._batcher.stats.decoded_tokens += len(rows)
+
+    def _fingerprint(self) -> list[tuple[int, int]]:
+        """Changes when a weight is written or replaced."""
+        return [(parameter._version, parameter.data_ptr()) for parameter in self._parameters]
 
     def _check(self, request: Request) -> None:
         length = len(request.prefix_ids) + request.max_tokens
@@ -195,6 +234,11 @@ class HFPolicy:
         if smallest < 0 or largest >= self._vocab_size:
             wrong = smallest if smallest < 0 else largest
             raise PolicyError(f"{what} holds id {wrong}; the model's ids lie in 0..{self._vocab_size - 1}")
+
+
+def _token_bytes(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:
+    """What one position of one sequence takes, keys and values of all layers."""
+    return dtype.itemsize * sum(heads * width for layer in shapes for heads, width in layer)
 
 
 def _default_kv_bytes(device: torch.device) -> int:

@@ -1,8 +1,9 @@
 """Radix tree of token ids with the keys and values that a model computed for them.
 
-A node holds a run of ids, their KV segment and, where a request's prefix ended, the logits that follow. A node
-may be *pending*: its KV are being computed by the forward pass under way, at known positions of the packed
-batch. The least recently used leaves are evicted beyond a budget of tokens. Knows no model and no slots.
+A node holds a run of ids, their KV segment and, where a request's prefix ended, the logits that follow. A
+node may be *pending*: its KV are being computed by the forward pass under way, at known positions of the
+packed batch. The least recently used leaves are evicted beyond a budget of tokens. Knows no model and no
+slots.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class PrefixCache:
         self.tokens = 0
 
     def match(self, ids: Sequence[int], below: Node | None = None) -> list[tuple[Node, int]]:
-        """The longest known beginning of `ids`, as (node, how many of its ids), from the root or `below` a node.
+        """The longest known beginning of `ids`, from the root or `below` a node: (node, how many of its ids).
 
         Only the last entry can be partial.
         """

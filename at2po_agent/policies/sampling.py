@@ -45,7 +45,7 @@ def draw(
     top_p: Tensor | None = None,
     forced: Tensor | None = None,
 ) -> Draw:
-    """Choose one token per row; its log-prob is that of the whole distribution (top-p does not renormalise it).
+    """Choose one token per row; its log-prob is that of the whole distribution, not of the top-p set.
 
     Args:
         log_probs: float32[B, V] from `distribution`.

@@ -1,371 +1,276 @@
-"""Keys and values of many sequences in fixed slots, behind transformers' `Cache` interface.
+"""Keys and values of many sequences, kept side by side in arenas of equal room.
 
-One forward pass gets a *packed* batch, a single row of N tokens from many sequences: no padding reaches the
-model's matrices. Each token's KV go to the slot and position that the step's `Plan` names (to several slots,
-where sequences of the same step share it), and attention runs over the slots: one call for the last token of
-every live slot, one for each group of prompt pieces. It is registered with transformers as an attention
-implementation, so any decoder that uses the attention interface works unchanged.
+A sequence has a seat: a place of fixed room in the arena of the next larger room. It moves up when it
+outgrows its arena, and arenas stay compact, so attention runs over a few dense blocks and reads hardly any
+padding. All arenas of one kind of layer lie in one tensor; writes go there by row number, all tokens of a
+step at once.
+
+Knows shapes, devices and seats; no model, no requests.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from torch import Tensor
 
 from at2po_agent.policies.prefix_cache import Segment
-from at2po_env.errors import PolicyError
 
-ATTENTION = "at2po_slots"
-_NEVER = float("-inf")
+_SMALLEST_ROOM = 64
 
 
-class Group(NamedTuple):
-    """Prompt pieces of several slots, attended together: P pieces of at most Q tokens over T positions.
+class LayerShape(NamedTuple):
+    """Heads and width of a layer's keys, and of its values."""
 
-    Attributes:
-        slots: int64[P].
-        index: int64[P, Q], where the packed batch holds each query; padded with 0.
-        real: bool[P, Q], False where padded.
-        positions: int64[P, Q], of the queries in their sequences.
-        reach: T, positions that any query may see.
-    """
-
-    slots: Tensor
-    index: Tensor
-    real: Tensor
-    positions: Tensor
-    reach: int
+    keys: tuple[int, int]
+    values: tuple[int, int]
 
 
-@dataclass
-class Plan:
-    """Where the tokens of one packed batch go, and what they attend to.
+@dataclass(slots=True, eq=False)
+class Seat:
+    """Where a sequence's KV are.
 
     Attributes:
-        source: int64[W], packed index of each KV write; None when it is 0..N-1.
-        slots: int64[W], slot of each write.
-        positions: int64[W], position of each write.
-        live: n, slots 0..n-1 whose last token stands at the end of the packed batch, in slot order.
-        last: int64[n], position of that token.
-        reach: Longest live length after this step.
-        groups: The other tokens.
+        ticket: The sequence.
+        length: Positions that hold its KV.
+        arena: Number of its arena.
+        index: Its place there.
+        number: Its place in the order of the current step.
     """
 
-    source: Tensor | None
-    slots: Tensor
-    positions: Tensor
-    live: int
-    last: Tensor
-    reach: int
-    groups: list[Group] = field(default_factory=list)
-    _biases: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-
-    def live_bias(self, dtype: torch.dtype, window: int | None) -> Tensor:
-        """float[n, 1, 1, T] added to the scores of the last tokens."""
-        key = (-1, window)
-        if key not in self._biases:
-            self._biases[key] = _bias(self.last[:, None], self.reach, dtype, window)
-        return self._biases[key]
-
-    def group_bias(self, number: int, dtype: torch.dtype, window: int | None, repeats: int) -> Tensor:
-        """float[P, 1, repeats * Q, T] added to the scores of a group, its queries repeated per query head."""
-        key = (number, window)
-        if key not in self._biases:
-            group = self.groups[number]
-            bias = _bias(group.positions, group.reach, dtype, window)
-            self._biases[key] = bias.repeat(1, 1, repeats, 1)
-        return self._biases[key]
+    ticket: int
+    length: int = 0
+    arena: int = 0
+    index: int = 0
+    number: int = 0
 
 
-def _bias(positions: Tensor, reach: int, dtype: torch.dtype, window: int | None) -> Tensor:
-    keys = torch.arange(reach, device=positions.device)
-    hidden = keys > positions.unsqueeze(-1)
-    if window is not None:
-        hidden |= keys <= positions.unsqueeze(-1) - window
-    return (
-        torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, _NEVER).unsqueeze(1)
-    )
+@dataclass(slots=True, eq=False)
+class Arena:
+    """Places of equal room.
+
+    Attributes:
+        room: Positions of a place.
+        first: Tokens before it in the storage.
+        capacity: Places.
+        seats: Who sits where; None is a hole.
+    """
+
+    room: int
+    first: int
+    capacity: int
+    seats: list[Seat | None]
 
 
-class _SlotLayer(CacheLayerMixin):
-    """One layer's buffers [slots, heads, positions, width]; `update` writes where the plan says."""
+class LayerViews(NamedTuple):
+    """One layer's storage.
 
-    is_sliding = False
+    Attributes:
+        keys: float[tokens * heads, width].
+        values: As `keys`.
+        arena_keys: The same storage per arena, float[places, heads, room, width].
+        arena_values: As `arena_keys`.
+    """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.plan: Plan | None = None
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the slots own the buffers."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write KV [1, heads, N, width] and return the whole buffers."""
-        del args, kwargs
-        assert self.plan is not None
-        assert self.keys is not None
-        assert self.values is not None
-        plan = self.plan
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            rows = states[0].transpose(0, 1)
-            if plan.source is not None:
-                rows = rows[plan.source]
-            buffer[plan.slots, :, plan.positions] = rows
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Unused: masks come from the plan."""
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Unused: positions are always given."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """No maximum of its own."""
-        return -1
-
-
-class _SlotCache(Cache):
-    """What the model's layers call; `Slots` sets the plan before each forward pass."""
-
-    def __init__(self, layers: list[CacheLayerMixin]) -> None:
-        super().__init__(layers=layers)  # type: ignore[arg-type]
-
-
-class _Place(NamedTuple):
-    """Which plane and which row of it hold a layer's keys or values."""
-
-    plane: int
-    row: int
+    keys: Tensor
+    values: Tensor
+    arena_keys: list[Tensor]
+    arena_values: list[Tensor]
 
 
 class Slots:
-    """Growing buffers [layers, slots, heads, positions, width], one plane per shape of layer.
+    """The seats and their storage.
 
     Args:
-        model: Probed once with one token for the shapes of its layers.
-
-    Raises:
-        PolicyError: The model keeps something else than keys and values per token, or does not take its attention
-            from transformers' attention interface.
+        shapes: One per layer.
+        max_tokens: Most positions of all places together.
+        dtype: Of keys and values.
+        device: Where they live.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        shapes = _probe(model)
-        kinds = list(dict.fromkeys(shape for pair in shapes for shape in pair))
+    def __init__(
+        self, shapes: Sequence[LayerShape], *, max_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        kinds = sorted({shape for layer in shapes for shape in layer})
+        self._places = []
         rows = [0] * len(kinds)
-        self._places: list[tuple[_Place, _Place]] = []
-        for pair in shapes:
-            places = []
-            for shape in pair:
+        for layer in shapes:
+            pair = []
+            for shape in layer:
                 plane = kinds.index(shape)
-                places.append(_Place(plane, rows[plane]))
+                pair.append((plane, rows[plane]))
                 rows[plane] += 1
-            self._places.append((places[0], places[1]))
+            self._places.append((pair[0], pair[1]))
+        self._kinds = kinds
         self._planes = [
-            torch.zeros((number, 0, heads, 0, width), dtype=model.dtype, device=model.device)
-            for number, (heads, width) in zip(rows, kinds, strict=True)
+            torch.zeros((number, 0, width), dtype=dtype, device=device)
+            for number, (_, width) in zip(rows, kinds, strict=True)
         ]
-        self._layers = [_SlotLayer() for _ in shapes]
-        self.cache = _SlotCache(list(self._layers))
-        self.count = 0
-        self.positions = 0
-        self.token_bytes = sum(
-            plane.element_size() * plane.shape[0] * plane.shape[2] * plane.shape[4] for plane in self._planes
-        )
+        self.device = device
+        self.max_tokens = max_tokens
+        self.arenas: list[Arena] = []
+        self.layers: list[LayerViews] = []
+        self._lay_out([])
 
-    @property
-    def device(self) -> torch.device:
-        """Where the buffers live."""
-        return self._planes[0].device
+    def seat(self, ticket: int, room: int) -> Seat | None:
+        """Give a sequence a place of at least `room` positions; None where no more fit."""
+        arena = self._arena(room)
+        if arena is None:
+            return None
+        seat = Seat(ticket)
+        self._sit(seat, arena)
+        return seat
 
-    def resize(self, count: int, positions: int) -> None:
-        """Set the number of slots and of positions; what fits of what they hold stays."""
-        for number, plane in enumerate(self._planes):
-            layers, old_count, heads, old_positions, width = plane.shape
-            both = (min(count, old_count), min(positions, old_positions))
-            sized = plane.new_zeros((layers, count, heads, positions, width))
-            sized[:, : both[0], :, : both[1]] = plane[:, : both[0], :, : both[1]]
-            self._planes[number] = sized
-        self.count, self.positions = count, positions
-        for layer, (keys, values) in zip(self._layers, self._places, strict=True):
-            layer.keys = self._planes[keys.plane][keys.row]
-            layer.values = self._planes[values.plane][values.row]
+    def leave(self, seat: Seat) -> None:
+        """Free a place."""
+        self.arenas[seat.arena].seats[seat.index] = None
 
-    def read(self, slot: int, start: int, end: int) -> Segment:
+    def grow(self) -> bool:
+        """Move every sequence that has no room for one more position up; False where no more fit."""
+        for arena in list(self.arenas):
+            for seat in [seat for seat in arena.seats if seat is not None and seat.length >= arena.room]:
+                target = self._arena(seat.length + 1)
+                if target is None:
+                    return False
+                source = [
+                    self._region(plane, seat)[:, :, : seat.length] for plane in range(len(self._planes))
+                ]
+                self.leave(seat)
+                self._sit(seat, target)
+                for plane, part in enumerate(source):
+                    self._region(plane, seat)[:, :, : seat.length] = part
+        return True
+
+    def compact(self) -> None:
+        """Close all holes."""
+        for arena in self.arenas:
+            holes = [index for index, seat in enumerate(arena.seats) if seat is None]
+            for hole in holes:
+                while arena.seats and arena.seats[-1] is None:
+                    arena.seats.pop()
+                if hole >= len(arena.seats):
+                    break
+                seat = arena.seats.pop()
+                assert seat is not None
+                source = [
+                    self._region(plane, seat)[:, :, : seat.length] for plane in range(len(self._planes))
+                ]
+                seat.index = hole
+                arena.seats[hole] = seat
+                for plane, part in enumerate(source):
+                    self._region(plane, seat)[:, :, : seat.length] = part
+
+    def order(self) -> list[Seat]:
+        """All seats, arena by arena; numbers them."""
+        seats = [seat for arena in self.arenas for seat in arena.seats if seat is not None]
+        for number, seat in enumerate(seats):
+            seat.number = number
+        return seats
+
+    def read(self, seat: Seat, start: int, end: int) -> Segment:
         """A copy of the KV of positions start..end-1."""
-        return tuple(plane[:, slot, :, start:end].clone() for plane in self._planes)
+        return tuple(self._region(plane, seat)[:, :, start:end].clone() for plane in range(len(self._planes)))
 
-    def write(self, slot: int, start: int, segment: Segment, length: int) -> None:
+    def write(self, seat: Seat, start: int, segment: Segment, length: int) -> None:
         """Put the first `length` tokens of a segment at `start`."""
-        for plane, part in zip(self._planes, segment, strict=True):
-            plane[:, slot, :, start : start + length] = part[:, :, :length]
+        for plane, part in enumerate(segment):
+            self._region(plane, seat)[:, :, start : start + length] = part[:, :, :length]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of a slot to another one."""
-        for plane in self._planes:
-            plane[:, target, :, :length] = plane[:, source, :, :length]
-
-    def wipe(self) -> None:
-        """Zero all buffers: what a failed forward pass left must not reach later sequences through 0 * NaN."""
+    def clear(self) -> None:
+        """Free all places and zero the storage: NaN left there would reach other sequences as 0 * NaN."""
+        for arena in self.arenas:
+            arena.seats.clear()
         for plane in self._planes:
             plane.zero_()
 
-    def forward(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        """Run the packed batch; returns the logits [n, V] that follow each live slot's last token."""
-        model, config = self._model, self._model.config
-        for layer in self._layers:
-            layer.plan = plan
-        training, implementation = model.training, config._attn_implementation
-        try:
-            if training:
-                model.eval()
-            config._attn_implementation = ATTENTION
-            output = model(
-                input_ids=tokens[None],
-                position_ids=positions[None],
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=plan.live,
-                slot_plan=plan,
+    def place(self, seat: Seat) -> tuple[int, int]:
+        """(tokens before the seat in the storage, room of its place)."""
+        arena = self.arenas[seat.arena]
+        return arena.first + seat.index * arena.room, arena.room
+
+    def _region(self, plane: int, seat: Seat) -> Tensor:
+        """All layers of one sequence: [layers, heads, room, width]."""
+        (heads, width), (first, room) = self._kinds[plane], self.place(seat)
+        part = self._planes[plane][:, first * heads : (first + room) * heads]
+        return part.view(-1, heads, room, width)
+
+    def _sit(self, seat: Seat, arena: Arena) -> None:
+        seat.arena = self.arenas.index(arena)
+        for index, other in enumerate(arena.seats):
+            if other is None:
+                seat.index = index
+                arena.seats[index] = seat
+                return
+        seat.index = len(arena.seats)
+        arena.seats.append(seat)
+
+    def _arena(self, room: int) -> Arena | None:
+        """An arena with a free place of this room, made or enlarged where needed."""
+        size = min(_place_size(room), max(self.max_tokens, room))
+        arena = next((arena for arena in self.arenas if arena.room == size), None)
+        if arena is not None and (len(arena.seats) < arena.capacity or None in arena.seats):
+            return arena
+        wanted = [(other.room, other.capacity) for other in self.arenas if other.room != size]
+        bisect.insort(wanted, (size, max(2 * arena.capacity, 8) if arena is not None else 8))
+        if sum(room * capacity for room, capacity in wanted) > self.max_tokens:
+            self.compact()
+            needed = {other.room: len(other.seats) for other in self.arenas}
+            needed[size] = needed.get(size, 0) + 1
+            wanted = sorted((room, capacity) for room, capacity in needed.items() if capacity)
+            if sum(room * capacity for room, capacity in wanted) > self.max_tokens:
+                return None
+        self._lay_out(wanted)
+        return next(arena for arena in self.arenas if arena.room == size)
+
+    def _lay_out(self, wanted: Sequence[tuple[int, int]]) -> None:
+        """Make new storage for arenas of (room, capacity), and take over who sits in the old one."""
+        old = {arena.room: arena for arena in self.arenas}
+        arenas, first = [], 0
+        for number, (room, capacity) in enumerate(wanted):
+            seats = old[room].seats if room in old else []
+            arenas.append(Arena(room, first, capacity, seats))
+            for seat in seats:
+                if seat is not None:
+                    seat.arena = number
+            first += room * capacity
+        for plane, (heads, width) in enumerate(self._kinds):
+            before = self._planes[plane]
+            after = before.new_zeros((before.shape[0], first * heads, width))
+            for arena in arenas:
+                if arena.room in old and arena.seats:
+                    size = len(arena.seats) * arena.room * heads
+                    source, target = old[arena.room].first * heads, arena.first * heads
+                    after[:, target : target + size] = before[:, source : source + size]
+            self._planes[plane] = after
+        self.arenas = arenas
+        self.layers = [self._views(keys, values) for keys, values in self._places]
+
+    def _views(self, keys: tuple[int, int], values: tuple[int, int]) -> LayerViews:
+        tensors, arenas = [], []
+        for plane, row in (keys, values):
+            heads, width = self._kinds[plane]
+            whole = self._planes[plane][row]
+            tensors.append(whole)
+            arenas.append(
+                [
+                    whole[arena.first * heads : (arena.first + arena.capacity * arena.room) * heads].view(
+                        arena.capacity, heads, arena.room, width
+                    )
+                    for arena in self.arenas
+                ]
             )
-        finally:
-            config._attn_implementation = implementation
-            if training:
-                model.train()
-        logits: Tensor = output.logits[0]
-        return logits
+        return LayerViews(tensors[0], tensors[1], arenas[0], arenas[1])
 
 
-def _probe(model: PreTrainedModel) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """((heads, width) of the keys, of the values) for each layer."""
-    if not model._supports_attention_backend:
-        raise PolicyError(
-            f"{type(model).__name__} does not use transformers' attention interface, which the slots need; "
-            "use a decoder that does (Qwen, Llama, Mistral, Gemma, ...)"
-        )
-    with torch.no_grad():
-        tokens = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
-        cache = model(input_ids=tokens, use_cache=True).past_key_values
-    layers = cache.layers if isinstance(cache, DynamicCache) else []
-    if not layers or not all(isinstance(layer, DynamicLayer) and layer.keys is not None for layer in layers):
-        raise PolicyError(
-            f"{type(model).__name__} keeps other state than keys and values of every token "
-            f"({type(cache).__name__}: {sorted({type(layer).__name__ for layer in layers})}); not supported"
-        )
-    return [
-        ((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3]))
-        for layer in layers
-    ]
-
-
-def slot_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of a packed batch over slot buffers; the signature is transformers'.
-
-    Args:
-        module: The attention layer.
-        query: float[1, query heads, N, width].
-        key: float[slots, KV heads, positions, width], what the cache returned.
-        value: As `key`.
-        attention_mask: Ignored; the plan knows who sees whom.
-        kwargs: `slot_plan`, and what the layer passes: `scaling`, `sliding_window`.
-
-    Returns:
-        float[1, N, query heads, width] and no weights.
-    """
-    del module, attention_mask
-    plan: Plan = kwargs["slot_plan"]
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise PolicyError("attention with soft-capped scores or sinks is not supported by the slots")
-    window, scale = kwargs.get("sliding_window"), kwargs.get("scaling")
-    heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
-    repeats = heads // kv_heads
-    rows = query[0].transpose(0, 1)
-    others = rows.shape[0] - plan.live
-    # The query heads of one KV head become its queries: no key or value is repeated.
-    live = F.scaled_dot_product_attention(
-        rows[others:].reshape(plan.live, kv_heads, repeats, width),
-        key[: plan.live, :, : plan.reach],
-        value[: plan.live, :, : plan.reach],
-        attn_mask=plan.live_bias(query.dtype, window),
-        scale=scale,
-    ).reshape(plan.live, heads, value.shape[3])
-    if not others:
-        return live.unsqueeze(0), None
-    out = live.new_empty((rows.shape[0], heads, value.shape[3]))
-    out[others:] = live
-    for number, group in enumerate(plan.groups):
-        pieces, length = group.index.shape
-        queries = rows[group.index].view(pieces, length, kv_heads, repeats, width).permute(0, 2, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            queries.reshape(pieces, kv_heads, repeats * length, width),
-            key[:, :, : group.reach][group.slots],
-            value[:, :, : group.reach][group.slots],
-            attn_mask=plan.group_bias(number, query.dtype, window, repeats),
-            scale=scale,
-        )
-        attended = attended.view(pieces, kv_heads, repeats, length, -1).permute(0, 3, 1, 2, 4)
-        out[group.index[group.real]] = attended[group.real].reshape(-1, heads, value.shape[3])
-    return out.unsqueeze(0), None
-
-
-def plan_groups(
-    pieces: Sequence[tuple[int, int, Sequence[int]]], *, device: torch.device, longest: int = 128
-) -> list[Group]:
-    """Arrange prompt pieces into groups of similar length.
-
-    Args:
-        pieces: (slot, position of the first query, packed indices of the queries), at consecutive positions.
-        device: Where the tensors go.
-        longest: Longer pieces are cut: a cut sees no positions beyond its own end.
-    """
-    cuts = [
-        (slot, start + offset, index[offset : offset + longest])
-        for slot, start, index in pieces
-        for offset in range(0, len(index), longest)
-    ]
-    cuts.sort(key=lambda cut: (-len(cut[2]), -cut[1], cut[0]))
-    groups, first = [], 0
-    while first < len(cuts):
-        length = len(cuts[first][2])
-        last = first
-        while last < len(cuts) and 2 * len(cuts[last][2]) >= length:
-            last += 1
-        groups.append(_group(cuts[first:last], length, device))
-        first = last
-    return groups
-
-
-def _group(cuts: Sequence[tuple[int, int, Sequence[int]]], length: int, device: torch.device) -> Group:
-    index = torch.tensor([[*packed, *([0] * (length - len(packed)))] for _, _, packed in cuts], device=device)
-    sizes = torch.tensor([len(packed) for _, _, packed in cuts], device=device)
-    steps = torch.arange(length, device=device)
-    return Group(
-        slots=torch.tensor([slot for slot, _, _ in cuts], device=device),
-        index=index,
-        real=steps < sizes[:, None],
-        positions=torch.tensor([start for _, start, _ in cuts], device=device)[:, None] + steps,
-        reach=max(start + len(packed) for _, start, packed in cuts),
-    )
-
-
-AttentionInterface.register(ATTENTION, slot_attention)
+def _place_size(room: int) -> int:
+    """The next of 64, 96, 128, 192, 256, 384, ..."""
+    size = _SMALLEST_ROOM
+    while size < room:
+        if 3 * size // 2 >= room and size >= _SMALLEST_ROOM:
+            return 3 * size // 2
+        size *= 2
+    return size

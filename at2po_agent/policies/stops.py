@@ -1,7 +1,7 @@
 """When does a generation end? Stop strings found in the text of sampled ids, without re-tokenising.
 
-An id can complete a stop string only if its own piece holds the string or begins with one of its endings. That
-set is computed once per stop string; only when such an id is sampled are the last few ids decoded.
+An id can complete a stop string only if its own piece holds the string or begins with one of its endings.
+That set is computed once per stop string; only when such an id is sampled are the last few ids decoded.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class StopTable:
         if ids[-1] in self._eos_ids:
             return "eos"
         for mark in self._stops[number]:
-            # Every id but those of split characters (at most 4 bytes) and empty pieces decodes to one character
-            # or more, so this tail holds the string and one id of context.
+            # Every id but those of split characters (at most 4 bytes) and empty pieces decodes to one
+            # character or more, so this tail holds the string and one id of context.
             tail = ids[-(4 * len(mark) + 4) :]
             if mark in self._tokenizer.decode(tail):
                 return "stop"
