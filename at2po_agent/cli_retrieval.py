@@ -1,0 +1,79 @@
+"""`at2po index` and `at2po serve-retriever`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import at2po_env.retrieval as retrieval
+
+app = typer.Typer()
+
+_Corpus = Annotated[Path, typer.Argument(help="JSON lines in wiki-18 form.")]
+_Option = Annotated[
+    list[str] | None, typer.Option("--option", "-o", help="Setting of the retriever, NAME=VALUE; repeatable.")
+]
+
+
+@app.command("index")
+def index(
+    corpus: _Corpus,
+    kind: Annotated[str, typer.Option(help="bm25, lucene, flat, ivf, hnsw or ivfpq.")] = "bm25",
+    out: Annotated[Path | None, typer.Option(help="Folder; default: beside the corpus.")] = None,
+    encoder: Annotated[
+        str, typer.Option(help="e5, bge, gte, minilm, or any sentence-transformers model.")
+    ] = "e5",
+    device: Annotated[str | None, typer.Option(help="Where the encoder runs.")] = None,
+    tokens: Annotated[str, typer.Option(help="Of lucene: english (stemmed) or plain.")] = "english",
+) -> None:
+    """Build a search index of a corpus; one that was killed goes on where it stopped."""
+    from at2po_env.retrieval.index import build_index
+
+    folder = build_index(corpus, kind, out=out, encoder=encoder, device=device, tokens=tokens)
+    typer.echo(f"{kind} index: {folder}")
+
+
+@app.command("serve-retriever")
+def serve_retriever(
+    corpus: _Corpus,
+    retriever: Annotated[str, typer.Option(help="bm25, lucene, dense or hybrid.")] = "bm25",
+    host: Annotated[str, typer.Option(help="Others than loopback need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="AT2PO_RETRIEVER_TOKEN", help="Bearer token that requests must carry."),
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="SQLite file that keeps results.")] = None,
+    option: _Option = None,
+) -> None:
+    """Serve searches over HTTP: POST /retrieve as Search-R1's clients expect, /health, /metrics."""
+    from at2po_env.retrieval.server import ServerSettings, serve
+
+    settings = ServerSettings.model_validate({"host": host, "port": port, "token": token})
+    settings.check_address()
+    opened = retrieval.open_retriever(retriever, corpus, cache=cache, **_options(option or []))
+    typer.echo(f"serving {opened!r} on http://{host}:{port} (process {os.getpid()}; Ctrl-C stops it)")
+    serve(opened, settings)
+
+
+def _options(given: list[str]) -> dict[str, object]:
+    """Parse NAME=VALUE; numbers and true/false become what they say."""
+    options: dict[str, object] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{text!r} is not NAME=VALUE")
+        options[name] = _value(value)
+    return options
+
+
+def _value(text: str) -> object:
+    if text in ("true", "false"):
+        return text == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
