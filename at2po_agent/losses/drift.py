@@ -65,6 +65,5 @@ def _spread(turn_sums: Tensor, present: Tensor) -> Tensor:
     share = torch.where(moved, turn_sums / torch.where(moved, whole, 1.0), 0.0)
     log_p = share.masked_fill(~present, -torch.inf).log_softmax(dim=1)
     entropy = -torch.where(present, log_p.exp() * log_p, 0.0).sum(dim=1)
-    turns = present.sum(dim=1)
-    counted = moved[:, 0] & (turns > 1)
-    return torch.where(counted, entropy / turns.clamp(min=2).to(entropy.dtype).log(), 0.0)
+    turns = present.sum(dim=1).clamp(min=2)
+    return torch.where(moved[:, 0], entropy / turns.to(entropy.dtype).log(), 0.0)

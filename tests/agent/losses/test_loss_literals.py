@@ -234,8 +234,8 @@ def test_kl_literal(estimator: losses.kl.Estimator, value: float, slope: float) 
 
 
 def test_kl_is_clamped_and_aggregated_as_asked() -> None:
-    # d = -5: exp(5) - 6 = 142.4, clamped to 10 and without gradient; d = -500 would overflow
-    log_probs, ref, turn_ids = kl_rows([[-5.0, -500.0, 0.0], [0.1, 0.0, 0.0]], [[0, 0, 0], [0, -1, -1]])
+    # d = -5: exp(5) - 6 = 142.4, clamped to 10 and without gradient; d = -1000 would overflow
+    log_probs, ref, turn_ids = kl_rows([[-5.0, -1000.0, 0.0], [0.1, 0.0, 0.0]], [[0, 0, 0], [0, -1, -1]])
     term, _ = losses.kl_penalty(log_probs, ref, turn_ids)
     assert term.item() == pytest.approx((10 + 10 + 0.0048374) / 4, abs=1e-6)
     (grad,) = torch.autograd.grad(term, log_probs)
