@@ -117,6 +117,7 @@ class Preset:
         loss: Loss.
         credit_options: Keywords of the credit rule, beyond its defaults.
         loss_options: Keywords of the loss, beyond its defaults.
+        keep: Which questions are trained on.
     """
 
     reference: str
@@ -125,10 +126,12 @@ class Preset:
     loss: str
     credit_options: Mapping[str, Any] = field(default_factory=dict)
     loss_options: Mapping[str, Any] = field(default_factory=dict)
+    keep: str = "all"
 
     def algorithm(self) -> dict[str, Any]:
         """The `algorithm` section that this preset stands for, its name left out."""
         return {
+            "keep": self.keep,
             "credit": self.credit,
             "credit_options": dict(self.credit_options),
             "loss": self.loss,
@@ -153,6 +156,14 @@ PRESETS: Mapping[str, Preset] = {
         credit="group",
         loss="grpo",
         loss_options={"clip_low": 0.2, "clip_high": 0.2},
+    ),
+    "dapo": Preset(
+        reference="https://arxiv.org/abs/2503.14476",
+        rollout={**_CHAINS, "overlong_share": 2000 / 6192},
+        credit="group",
+        loss="dapo",
+        loss_options={"clip_low": 0.2, "clip_high": 0.28},
+        keep="informative",
     ),
     "gspo": Preset(
         reference="https://arxiv.org/abs/2507.18071",

@@ -58,7 +58,7 @@ def evaluate(  # noqa: PLR0913  (what to ask whom, then three figures)
         tasks: Reset options of each question.
         env: The environment.
         policy: The policy.
-        config: Limits; the shape and the temperature in it are not used.
+        config: Limits; the shape, the temperature and the reward shaping in it are not used.
         seed: Decides every draw.
         temperature: 0 is greedy.
         batch: Questions under way at the same time.
@@ -67,7 +67,8 @@ def evaluate(  # noqa: PLR0913  (what to ask whom, then three figures)
     Returns:
         The figures, and one tree of a single chain per question.
     """
-    chain = config.model_copy(update={"chains": 1, "forks": 0, "rounds": 0, "temperature": temperature})
+    plain = {"chains": 1, "forks": 0, "rounds": 0, "overlong_share": 0.0}
+    chain = config.model_copy(update={**plain, "temperature": temperature})
     trees: list[Tree] = []
     for start in range(0, len(tasks), batch):
         part = tasks[start : start + batch]

@@ -17,7 +17,7 @@ from torch.nn import functional
 from at2po_agent.losses.base import LossTotals
 from at2po_agent.packing import Batch, iter_micro_batches
 from at2po_agent.settings import OptimizerSettings
-from at2po_env.errors import At2poError
+from at2po_env.errors import At2poError, ConfigError
 
 LossFunction = Callable[..., tuple[Tensor, Mapping[str, Any]]]
 
@@ -50,6 +50,24 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
         eps=settings.eps,
         weight_decay=settings.weight_decay,
     )
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let a model recompute its activations in the backward pass (transformers' new name, else the old one).
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable()
+        return
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise ConfigError(
+            f"train.gradient_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable"
+        )
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 @dataclass(frozen=True)

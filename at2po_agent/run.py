@@ -55,12 +55,13 @@ def run_training(
         progress.message(describe_plan(config, plan))
         return plan
     with open_run(config, resume=resume) as (folder, config), Interrupts() as interrupts:
+        started = time.monotonic()
         listener = InterruptibleProgress(progress, interrupts)
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         try:
             ready = agent if isinstance(agent, Agent) else (agent or build_agent)(config)
-            trainer = Trainer(config, ready, folder, listener, env=env, eval_env=eval_env)
+            trainer = Trainer(config, ready, folder, listener, env=env, eval_env=eval_env, started=started)
             return _run(config, trainer, folder, listener, resume=resume)
         except StopRequested as stop:
             raise TrainingInterrupted(_farewell(folder)) from stop
@@ -73,6 +74,7 @@ def _run(
         restored = trainer.restore()
         progress.message(f"resumed from {restored.path}, step {trainer.state.step}")
     else:
+        folder.rewind_metrics(-1)
         _prepare(config, trainer, progress)
     trainer.train()
     after = {mode: trainer.evaluate(mode).to_json() for mode in _modes(config)}

@@ -88,6 +88,12 @@ class AlgorithmSettings(Section):
     """How rewards become gradients. A preset fills the parts; any of them may be replaced."""
 
     preset: str = Field("at2po", description="Named composition of rollout, credit and loss.")
+    keep: Literal["all", "informative"] = Field(
+        "all", description="Train on all questions, or on those whose leaves earn different rewards (DAPO)."
+    )
+    oversampling: int = Field(
+        3, ge=1, description="With keep = informative: ask at most so many times train.questions in a step."
+    )
     credit: str = Field("tree", description="Registered credit rule: rewards of a tree -> advantages.")
     credit_options: dict[str, Any] = Field(default_factory=dict, description="Keywords of the credit rule.")
     loss: str = Field("atpo", description="Registered loss.")

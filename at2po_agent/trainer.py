@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from at2po_agent.agent import Agent
 from at2po_agent.algorithms import Credit, give_credit, objective
 from at2po_agent.checkpoint import Restored, load_newest, save_checkpoint
+from at2po_agent.collect import Collected, collect_trees
 from at2po_agent.environments import (
     Env,
     TaskOrder,
@@ -27,17 +28,15 @@ from at2po_agent.environments import (
 )
 from at2po_agent.evaluate import Evaluation, evaluate
 from at2po_agent.interrupts import StopRequested
-from at2po_agent.learner import Learner, TrainingError, make_optimizer
-from at2po_agent.metrics import sampled_tokens, tree_metrics
+from at2po_agent.learner import Learner, checkpoint_activations, make_optimizer
+from at2po_agent.metrics import tree_metrics
 from at2po_agent.packing import Batch, pack_rows
 from at2po_agent.progress import Progress
-from at2po_agent.rollout import rollout_with_stats
 from at2po_agent.run_files import RunFolder
 from at2po_agent.scalars import Scalars
 from at2po_agent.seeding import RunPurpose, run_generator, run_seed
 from at2po_agent.settings import Config
 from at2po_agent.tree import Tree
-from at2po_env.errors import ConfigError
 
 
 @dataclass
@@ -51,6 +50,7 @@ class TrainerState:
         seconds: Time that the run has taken so far, over all its parts.
         cold_start: What the cold start reported.
         before: Evaluations before training, by mode.
+        evaluated: The last step that was evaluated on the way.
     """
 
     step: int = 0
@@ -59,6 +59,7 @@ class TrainerState:
     seconds: float = 0.0
     cold_start: dict[str, float] = field(default_factory=dict)
     before: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluated: int = 0
 
 
 class Clock:
@@ -85,6 +86,7 @@ class Trainer:
         progress: Listener; it may raise `StopRequested` from `advance`.
         env: The environment that is trained on; None makes the configured one.
         eval_env: The environment of evaluations; None makes the configured one.
+        started: `time.monotonic()` when the run began; None means now.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Trainer:
         *,
         env: Env | None = None,
         eval_env: Env | None = None,
+        started: float | None = None,
     ) -> None:
         self.config = config
         self.agent = agent
@@ -117,9 +120,10 @@ class Trainer:
             config.train.gradient_checkpointing,
         )
         if config.train.gradient_checkpointing:
-            _checkpoint_activations(agent.model)
+            checkpoint_activations(agent.model)
         self._scalars: Scalars | None = None
-        self._started = time.monotonic()
+        self._started = time.monotonic() if started is None else started
+        self._saved_step: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -139,9 +143,12 @@ class Trainer:
             self._progress.start("train", settings.steps)
             self._progress.advance("train", self.state.step)
             try:
+                self._evaluate_if_due()
                 while self.state.step < settings.steps:
                     self._progress.step(self.step())
-                    self._after_step()
+                    self._evaluate_if_due()
+                    if settings.save_every and self.state.step % settings.save_every == 0:
+                        self.save()
                     self._progress.advance("train")
             except StopRequested:
                 self.save()
@@ -157,22 +164,23 @@ class Trainer:
         step.
         """
         clock, number = Clock(), self.state.step + 1
-        trees, cursor, figures = self._grow(number, clock)
+        collected = self._grow(number, clock)
+        trees = collected.trees
         credits = [give_credit(tree, self.config.algorithm) for tree in trees]
         clock.lap("credit")
-        figures |= self._learn(trees, credits, number, clock)
+        figures = self._learn(trees, credits, number, clock)
         self.agent.weights_changed()
-        tokens = sampled_tokens(trees)
-        self.state.step, self.state.cursor = number, cursor
-        self.state.sampled_tokens += tokens
+        self.state.step, self.state.cursor = number, collected.cursor
+        self.state.sampled_tokens += collected.tokens
         self._keep_trees(number, trees, credits)
         clock.lap("rest")
         record = {
             "kind": "train",
             "step": number,
             "sampled_tokens": self.state.sampled_tokens,
-            "step_tokens": tokens,
-            **tree_metrics(trees),
+            "step_tokens": collected.tokens,
+            **tree_metrics(collected.sampled),
+            "trained_questions": len(trees),
             **figures,
             "seconds": sum(clock.phases.values()),
             **{f"seconds/{phase}": seconds for phase, seconds in clock.phases.items()},
@@ -203,7 +211,9 @@ class Trainer:
         return result
 
     def save(self) -> None:
-        """Write a checkpoint of the current step."""
+        """Write a checkpoint of the current step, unless it was written or read before."""
+        if self._saved_step == self.state.step:
+            return
         self.state.seconds = self.seconds
         self._started = time.monotonic()
         tokenizer = getattr(self.agent.tokenizer, "hf", None)
@@ -216,6 +226,7 @@ class Trainer:
             state=vars(self.state),
             keep=self.config.train.keep_checkpoints,
         )
+        self._saved_step = self.state.step
 
     def restore(self) -> Restored:
         """Go back to the newest checkpoint that is whole; later lines of the metrics are set aside."""
@@ -226,49 +237,48 @@ class Trainer:
             report=self._progress.message,
         )
         self.state = TrainerState(**restored.state)
+        self._saved_step = self.state.step
         self.folder.rewind_metrics(self.state.step)
         self.agent.weights_changed()
         return restored
 
     # Parts of a step -------------------------------------------------------------------------------------
 
-    def _grow(self, number: int, clock: Clock) -> tuple[list[Tree], int, dict[str, float]]:
-        config = self.config
-        count = config.train.questions
+    def _grow(self, number: int, clock: Clock) -> Collected:
         phase = "rollout"
-        self._progress.start(phase, count * config.rollout.leaves)
-        trees, stats = rollout_with_stats(
-            self._order.options(self.state.cursor, count),
+        self._progress.start(phase, self.config.train.questions * self.config.rollout.leaves)
+        collected = collect_trees(
+            self._order,
+            self.state.cursor,
             self._env,
             self.agent.policy,
-            config.rollout,
-            seed=run_seed(config.run.seed, RunPurpose.ROLLOUT, number),
+            self.config,
+            step=number,
             on_leaf=lambda: self._progress.advance(phase),
         )
         self._progress.finish(phase)
         clock.lap("rollout")
-        clock.phases["rollout"] -= stats.policy_seconds
-        clock.phases["sampling"] = stats.policy_seconds
-        grown = [tree for tree in trees if tree.leaves()]
-        _check_rollout(trees, grown)
-        return grown, self.state.cursor + count, {"skipped_questions": len(trees) - len(grown)}
+        clock.phases["rollout"] -= collected.policy_seconds
+        clock.phases["sampling"] = collected.policy_seconds
+        return collected
 
     def _learn(
         self, trees: Sequence[Tree], credits: Sequence[Credit], number: int, clock: Clock
     ) -> dict[str, float]:
         settings = self.config.train
-        size = settings.minibatch_questions
+        rate = self._set_learning_rate(number)
+        if not trees:
+            return {"learning_rate": rate, "updates": 0}
         generator = run_generator(self.config.run.seed, RunPurpose.MINIBATCHES, number)
         device = next(self.agent.model.parameters()).device
         order = generator.permutation(len(trees))
         batches = []
-        for chosen in np.array_split(order, max(1, len(trees) // size)):
+        for chosen in np.array_split(order, max(1, len(trees) // settings.minibatch_questions)):
             batch = pack_rows([trees[i] for i in chosen], [credits[i].advantages for i in chosen])
             batches.append(batch.to(device))
         clock.lap("packing")
         old = [self._old_log_probs(batch) for batch in batches]
         clock.lap("old_log_probs")
-        rate = self._set_learning_rate(number)
         updates = []
         for epoch in range(settings.epochs):
             turn = range(len(batches)) if epoch == 0 else generator.permutation(len(batches))
@@ -288,16 +298,12 @@ class Trainer:
             group["lr"] = rate
         return rate
 
-    def _after_step(self) -> None:
-        step, settings = self.state.step, self.config
-        if settings.eval.every and step % settings.eval.every == 0 and step < settings.train.steps:
+    def _evaluate_if_due(self) -> None:
+        step, every = self.state.step, self.config.eval.every
+        due = every and step % every == 0 and 0 < step < self.config.train.steps
+        if due and self.config.eval.questions and self.state.evaluated < step:
             self.evaluate("greedy")
-        if (
-            settings.train.save_every
-            and step % settings.train.save_every == 0
-            and step < settings.train.steps
-        ):
-            self.save()
+            self.state.evaluated = step
 
     def _keep_trees(self, number: int, trees: Sequence[Tree], credits: Sequence[Credit]) -> None:
         every = self.config.train.save_trees_every
@@ -314,20 +320,6 @@ class Trainer:
         self.folder.append_metrics(record)
         if self._scalars is not None:
             self._scalars.add(record)
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    """Switch it on by transformers' new name, else by its old one."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    if enable is not None:
-        enable()
-        return
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise ConfigError(
-            f"train.gradient_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable"
-        )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def tree_record(env: Env, tree: Tree, credit: Credit, step: int) -> dict[str, Any]:
@@ -358,12 +350,3 @@ def _task(env: Env, task_id: str) -> Any:
         return by_id(task_id)
     except KeyError:
         return None
-
-
-def _check_rollout(trees: Sequence[Tree], grown: Sequence[Tree]) -> None:
-    """A step whose every branch failed teaches nothing: say why instead of going on."""
-    if not grown:
-        raise TrainingError(f"all {len(trees)} prompts are longer than rollout.max_prompt_tokens; raise it")
-    outcomes = [tree.outcomes[leaf] or {} for tree in grown for leaf in tree.leaves()]
-    if all(outcome.get("outcome") == "env_error" for outcome in outcomes):
-        raise TrainingError(f"the environment failed in every branch of a step: {outcomes[0].get('reason')}")

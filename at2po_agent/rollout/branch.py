@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import gymnasium
 
+from at2po_agent.group_credit import overlong_penalty
 from at2po_agent.policies.base import Tokenizer
 from at2po_agent.rollout.settings import RolloutConfig
 from at2po_agent.types import Generation, Turn
@@ -115,6 +116,13 @@ class Branch:
             if self.room(config) < 1:
                 reason = f"no room for another action in {config.max_response_tokens} response tokens"
                 self._end(config.cut_reward, "length", reason, truncated=True)
+        if self.outcome is not None and config.overlong_share:
+            self.reward += self._overlong_penalty(config)
+
+    def _overlong_penalty(self, config: RolloutConfig) -> float:
+        length, limit = len(self.prefix) - self.prompt_length, config.max_response_tokens
+        buffer = max(1, round(config.overlong_share * limit))
+        return float(overlong_penalty(length, max_length=limit, buffer=buffer, factor=config.overlong_factor))
 
     def _step(self, action: str, tokenizer: Tokenizer, config: RolloutConfig) -> Place | None:
         try:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import gymnasium
 
-from at2po_agent.policies.base import Policy, Request
+from at2po_agent.policies.base import Policy, Request, Tokenizer
 from at2po_agent.rollout.branch import Branch
 from at2po_agent.rollout.expansions import Expansion, expansion_rules
 from at2po_agent.rollout.question import EnvPool, Question, open_question
@@ -74,7 +74,7 @@ def rollout_with_stats(
 ) -> tuple[list[Tree], RolloutStats]:
     """As `rollout`, with what it cost."""
     start = time.perf_counter()
-    pool = EnvPool(env)
+    pool, tokenizer = EnvPool(env), _Remembering(policy.tokenizer)
     rule = expansion or _registered(config.expansion)
     questions = []
     for index, options in enumerate(tasks):
@@ -83,7 +83,7 @@ def rollout_with_stats(
             Question(
                 index,
                 opening,
-                tokenizer=policy.tokenizer,
+                tokenizer=tokenizer,
                 pool=pool,
                 config=config,
                 expansion=rule,
@@ -91,7 +91,7 @@ def rollout_with_stats(
             )
         )
     sampler = Sampler(policy)
-    _run(questions, sampler, policy, config, on_leaf or _ignore)
+    _run(questions, sampler, tokenizer, config, on_leaf or _ignore)
     seconds = time.perf_counter() - start
     stats = RolloutStats(sampler.tokens, sampler.seconds, seconds - sampler.seconds)
     return [question.tree for question in questions], stats
@@ -100,7 +100,7 @@ def rollout_with_stats(
 def _run(
     questions: Sequence[Question],
     sampler: Sampler,
-    policy: Policy,
+    tokenizer: Tokenizer,
     config: RolloutConfig,
     on_leaf: Callable[[], None],
 ) -> None:
@@ -125,7 +125,7 @@ def _run(
         while running:
             for ticket, generation in sampler.collect():
                 branch = running.pop(ticket)
-                branch.receive(generation, policy.tokenizer, config)
+                branch.receive(generation, tokenizer, config)
                 if branch.outcome is None:
                     ask(branch)
                     continue
@@ -134,6 +134,22 @@ def _run(
                     ask(fresh)
     finally:
         sampler.cancel_all()
+
+
+class _Remembering:
+    """A tokenizer that encodes a text once: branches of a question are often shown the same passages."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_id = tokenizer.eos_id
+        self.decode = tokenizer.decode
+        self._encode = tokenizer.encode
+        self._known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        if text not in self._known:
+            self._known[text] = self._encode(text)
+        return self._known[text]
 
 
 def _registered(name: str) -> Expansion:

@@ -104,5 +104,5 @@ def _continued(
 
 register_expansion("entropy", _by_entropy)
 register_expansion("random", _at_random)
-register_expansion("tree_grpo", _continued, attach="child")
+register_expansion("continue", _continued, attach="child")
 register_expansion("chains", None)

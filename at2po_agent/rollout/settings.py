@@ -1,8 +1,46 @@
 """The shape and the limits of a rollout."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from at2po_agent.uncertainty import SignalKind
+
+
+class SignalSettings(BaseModel):
+    """T2PO's uncertainty of a token, for both interventions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: SignalKind = Field("paper", description="Signal of the paper, or that of the released code.")
+    weight: float = Field(0.4, ge=0, le=1, description="a: weight of the entropy.")
+    top: int = Field(10, ge=2, description="j: highest log-probs that the paper's confidence averages.")
+
+
+class ThinkingSettings(BaseModel):
+    """T2PO's thinking intervention; the forced tokens are not trained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = Field(False, description="End thinking that has stalled.")
+    min_tokens: int = Field(32, ge=0, description="L_min: tokens of thinking before it can be ended.")
+    max_tokens: int = Field(256, ge=1, description="L_max: tokens of thinking at which it is ended anyway.")
+    window: int = Field(20, ge=1, description="N: changes of the signal that are looked at.")
+    epsilon: float = Field(1e-4, ge=0, description="Changes below this mean that thinking has stalled.")
+    force: str = Field(
+        "</think><search>", min_length=1, description="Text that is forced: the end, and an action's opening."
+    )
+
+
+class ResamplingSettings(BaseModel):
+    """T2PO's dynamical sampling: a turn as uncertain as the one before is discarded and sampled again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = Field(False, description="Discard repetitive turns before the environment steps.")
+    threshold: float = Field(0.3, ge=0, description="eta: difference in uncertainty that a turn must make.")
+    attempts: int = Field(2, ge=0, description="B: most attempts at a turn that are discarded.")
+
 
 
 class RolloutConfig(BaseModel):
@@ -14,6 +52,7 @@ class RolloutConfig(BaseModel):
     forks: int = Field(6, ge=0, description="K: forks of one round of expansion.")
     rounds: int = Field(2, ge=0, description="L: rounds of expansion; leaves = chains + rounds * forks.")
     expansion: str = Field("entropy", description="Rule that chooses the nodes to fork (see `algorithms`).")
+    expansion_options: dict[str, Any] = Field(default_factory=dict, description="Keywords of the rule.")
     alpha: float = Field(0.05, ge=0, description="Penalty on a turn's entropy for every sibling it has.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
     top_p: float = Field(
@@ -29,6 +68,18 @@ class RolloutConfig(BaseModel):
     )
     error_reward: float = Field(
         0.0, allow_inf_nan=False, description="Reward of a branch whose environment or policy failed."
+    )
+
+    overlong_share: float = Field(
+        0.0, ge=0, le=1, description="Last share of max_response_tokens, over which the reward falls (DAPO)."
+    )
+    overlong_factor: float = Field(1.0, ge=0, description="How far it has fallen at the limit.")
+    signal: SignalSettings = Field(default_factory=SignalSettings, description="Uncertainty (T2PO).")
+    thinking: ThinkingSettings = Field(
+        default_factory=ThinkingSettings, description="Intervention in thinking (T2PO)."
+    )
+    resampling: ResamplingSettings = Field(
+        default_factory=ResamplingSettings, description="Second attempts at a turn (T2PO)."
     )
 
     @model_validator(mode="after")

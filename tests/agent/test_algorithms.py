@@ -29,7 +29,8 @@ def small_tree(rewards: list[float], entropies: list[float]) -> Tree:
 
     shared = tree.add(0, turn(entropies[0]))
     places = (shared, shared, 0)
-    leaves = [tree.add(parent, turn(e)) for parent, e in zip(places, entropies[1:], strict=True)]
+    later = zip(places, entropies[1:], strict=True)
+    leaves = [tree.add(parent, turn(entropy)) for parent, entropy in later]
     for leaf, reward in zip(leaves, rewards, strict=True):
         tree.close(leaf, reward)
     return tree
@@ -50,7 +51,7 @@ def test_every_preset_is_a_valid_configuration(name, tmp_path):
 
 
 def test_tree_credit_is_at2pos():
-    # rewards 1, 0, 0 over the leaves: mean 1/3, population std sqrt(2)/3, so z = sqrt 2, -1/sqrt 2, -1/sqrt 2;
+    # rewards 1, 0, 0: mean 1/3, population std sqrt(2)/3, so z = sqrt 2, -1/sqrt 2, -1/sqrt 2;
     # equal entropies below the shared turn: its value is the mean of z_1 and z_2.
     tree = small_tree([1.0, 0.0, 0.0], [0.5, 0.7, 0.7, 0.5])
     credit = give_credit(tree, AlgorithmSettings())
@@ -125,7 +126,7 @@ def test_without_training_any_shape_will_do():
 
 @pytest.mark.parametrize("loss", ["atpo", "grpo", "gspo", "sapo"])
 @pytest.mark.parametrize("credit", ["tree", "group", "group_shared"])
-@pytest.mark.parametrize("expansion", ["entropy", "random", "chains", "tree_grpo"])
+@pytest.mark.parametrize("expansion", ["entropy", "random", "chains", "continue"])
 def test_parts_go_with_each_other(loss, credit, expansion):
     parts = {"loss": loss, "credit": credit}
     assert problems(algorithm=parts, rollout={"expansion": expansion}) == {}

@@ -289,7 +289,7 @@ def test_an_expansion_rule_must_choose_inner_nodes():
 
 
 def test_an_unknown_expansion_rule_is_named():
-    with pytest.raises(ConfigError, match=r"no rule named 'entropic'; known: chains, entropy"):
+    with pytest.raises(ConfigError, match=r"no rule named 'entropic'; known: chains, continue, entropy"):
         rollout(
             [{"index": 4}],
             GuessEnv(),
@@ -322,6 +322,18 @@ def test_without_options_the_seed_draws_the_question():
     again = rollout([None] * 6, GuessEnv(), GuessingPolicy(), SHAPE, seed=0)
     assert len({tree.task_id for tree in trees}) > 1
     assert dumps(trees) == dumps(again)
+
+
+def test_overlong_answers_lose_reward():
+    # "5!" and "lower\n" make 8 tokens a turn, the last one 2: 26 tokens of at most 30, and the last 30% cost.
+    # DAPO: -(26 - (30 - 9)) / 9 = -5/9 comes on top of the 0 of four wrong guesses.
+    policy = ScriptedPolicy(lambda _: "5!", CharTokenizer())
+    shape = RolloutConfig(chains=2, rounds=0, max_response_tokens=30, overlong_share=0.3)
+    (tree,) = rollout([{"index": 1}], GuessEnv(), policy, shape, seed=0)
+    assert tree.leaf_reward[tree.leaves()] == pytest.approx([-5 / 9, -5 / 9])
+    plain = shape.model_copy(update={"overlong_share": 0.0})
+    (tree,) = rollout([{"index": 1}], GuessEnv(), policy, plain, seed=0)
+    assert tree.leaf_reward[tree.leaves()] == pytest.approx([0.0, 0.0])
 
 
 def test_rounds_without_forks_are_refused():

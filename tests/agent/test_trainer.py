@@ -314,6 +314,74 @@ def test_recomputed_log_probs_agree_with_the_sampler(whole_run, tmp_path):
     assert recomputed["grad_norm"] == pytest.approx(sampled["grad_norm"], rel=1e-2)
 
 
+def test_dynamic_sampling_trains_on_questions_whose_leaves_differ(tmp_path):
+    changes = {"algorithm__keep": "informative", "train__steps": 2, "eval__questions": 0}
+    train(settings(tmp_path / "run", **changes))
+    for record in records(tmp_path / "run"):
+        assert 4 <= record["questions"] <= 12  # asked in rounds of 4, at most 3 times
+        informative = round(record["questions"] * (1 - record["groups_without_signal"]))
+        assert record["trained_questions"] == min(4, informative)
+    plain = tmp_path / "plain"
+    train(settings(plain, **(changes | {"algorithm__keep": "all"})))
+    assert records(plain)[0]["trained_questions"] == records(plain)[0]["questions"] == 4
+    assert records(plain)[0]["loss"] != records(tmp_path / "run")[0]["loss"]
+
+
+def test_a_step_without_any_informative_question_changes_nothing(tmp_path):
+    class Indifferent(GuessEnv):
+        def step(self, action: str) -> Any:
+            observation, _, terminated, truncated, info = super().step(action)
+            return observation, 0.0, terminated, truncated, info
+
+    config = settings(
+        tmp_path / "run",
+        algorithm__keep="informative",
+        train__steps=1,
+        eval__questions=0,
+        train__save_every=1,
+    )
+    train(config, env=Indifferent())
+    (record,) = records(tmp_path / "run")
+    assert (record["questions"], record["trained_questions"], record["updates"]) == (12, 0, 0)
+    names = ("step_000000", "step_000001")
+    first, last = (tmp_path / "run" / "checkpoints" / name / "model.safetensors" for name in names)
+    assert first.read_bytes() == last.read_bytes()
+
+
+def test_an_evaluation_that_was_stopped_is_made_after_resuming(whole_run, tmp_path):
+    class StopInEvaluation(NoProgress):
+        def __init__(self) -> None:
+            self.steps = 0
+
+        def step(self, record: Mapping[str, object]) -> None:
+            self.steps = int(str(record["step"]))
+
+        def start(self, phase: str, total: int) -> None:
+            if self.steps == 3 and phase == "evaluate (greedy)" and total:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingInterrupted):
+        train(settings(folder), progress=StopInEvaluation())
+    assert [record["step"] for record in records(folder, "eval")] == [0, 0]
+    train(settings(folder), resume=True)
+    assert records(folder, "eval") == records(whole_run, "eval")
+    assert final_weights(folder) == final_weights(whole_run)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(whole_run, tmp_path):
+    class StopAtOnce(NoProgress):
+        def start(self, phase: str, total: int) -> None:
+            if phase == "evaluate (sampled)" and total:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingInterrupted, match="before the first checkpoint"):
+        train(settings(folder), progress=StopAtOnce())
+    train(settings(folder), resume=True)
+    assert records(folder, "eval") == records(whole_run, "eval")
+
+
 def test_more_epochs_make_more_updates(tmp_path):
     train(settings(tmp_path / "run", train__epochs=3, train__steps=1, eval__questions=0))
     assert records(tmp_path / "run")[0]["updates"] == 6
@@ -329,7 +397,7 @@ def test_checkpointed_activations_give_the_same_step(whole_run, tmp_path):
 def test_an_agent_learns_what_is_rewarded(tmp_path):
     # At first 10 of 29 characters are digits (any other has reward -1); with digits alone it is at least 0.
     config = settings(
-        tmp_path / "run", train__steps=24, train__questions=8, train__minibatch_questions=4, eval__questions=0
+        tmp_path / "run", train__steps=20, train__questions=8, optimizer__lr=0.03, eval__questions=0
     )
     train(config)
     rewards = [record["reward"] for record in records(tmp_path / "run")]

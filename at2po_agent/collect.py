@@ -1,0 +1,93 @@
+"""The trees of one training step: how many questions are asked, and which of them are trained on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from at2po_agent.environments import Env, TaskOrder
+from at2po_agent.group_credit import is_informative
+from at2po_agent.learner import TrainingError
+from at2po_agent.policies.base import Policy
+from at2po_agent.rollout import rollout_with_stats
+from at2po_agent.seeding import RunPurpose, run_seed
+from at2po_agent.settings import Config
+from at2po_agent.tree import Tree
+
+
+@dataclass
+class Collected:
+    """What was sampled for a step.
+
+    Attributes:
+        cursor: Position in the order of questions after it.
+        sampled: All trees.
+        trees: Those that are trained on: trees with leaves and, under `keep: informative`, with rewards that
+            differ.
+        tokens: Sampled tokens, those of trees that are not trained on included.
+        policy_seconds: Time within the policy.
+    """
+
+    cursor: int
+    sampled: list[Tree] = field(default_factory=list)
+    trees: list[Tree] = field(default_factory=list)
+    tokens: int = 0
+    policy_seconds: float = 0.0
+
+
+def collect_trees(
+    order: TaskOrder,
+    cursor: int,
+    env: Env,
+    policy: Policy,
+    config: Config,
+    *,
+    step: int,
+    on_leaf: Callable[[], None],
+) -> Collected:
+    """Sample the trees of a step.
+
+    Under `keep: informative` (DAPO's dynamic sampling) questions whose leaves all earn the same are dropped,
+    and more are asked until the step is full or `oversampling` times its questions were asked.
+
+    Args:
+        order: The questions.
+        cursor: Where in the order to go on.
+        env: The environment.
+        policy: The policy.
+        config: The run.
+        step: Number of the step; with `run.seed` it decides every draw.
+        on_leaf: Called whenever a branch has ended.
+
+    Raises:
+        TrainingError: Every prompt was too long, or the environment failed in every branch.
+    """
+    count, algorithm = config.train.questions, config.algorithm
+    dynamic = algorithm.keep == "informative"
+    collected = Collected(cursor)
+    for attempt in range(algorithm.oversampling if dynamic else 1):
+        seed = run_seed(config.run.seed, RunPurpose.ROLLOUT, step, attempt)
+        tasks = order.options(collected.cursor, count)
+        trees, stats = rollout_with_stats(tasks, env, policy, config.rollout, seed=seed, on_leaf=on_leaf)
+        _check(trees)
+        collected.cursor += count
+        collected.sampled += trees
+        collected.tokens += stats.sampled_tokens
+        collected.policy_seconds += stats.policy_seconds
+        collected.trees += [tree for tree in trees if _is_kept(tree, dynamic=dynamic)]
+        if len(collected.trees) >= count:
+            break
+    del collected.trees[count:]
+    return collected
+
+
+def _is_kept(tree: Tree, *, dynamic: bool) -> bool:
+    rewards = tree.leaf_reward[tree.is_leaf]
+    return bool(len(rewards)) and (not dynamic or is_informative(rewards))
+
+
+def _check(trees: Sequence[Tree]) -> None:
+    """Questions of which every branch failed teach nothing: say why instead of going on."""
+    outcomes = [tree.outcomes[leaf] or {} for tree in trees for leaf in tree.leaves()]
+    if not outcomes:
+        raise TrainingError(f"all {len(trees)} prompts are longer than rollout.max_prompt_tokens; raise it")
+    if all(outcome.get("outcome") == "env_error" for outcome in outcomes):
+        raise TrainingError(f"the environment failed in every branch of a step: {outcomes[0].get('reason')}")
