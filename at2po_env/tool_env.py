@@ -15,7 +15,15 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn, SupportsIndex
 
-from at2po_env.actions import ActionProtocol, FinalAnswer, Malformed, ToolCall, make_protocol
+from at2po_env.actions import (
+    ActionProtocol,
+    FinalAnswer,
+    HermesProtocol,
+    Malformed,
+    TaggedProtocol,
+    ToolCall,
+    make_protocol,
+)
 from at2po_env.core import ForkableEnv
 from at2po_env.data.sources import Tasks, as_tasks
 from at2po_env.data.tasks import Task, TaskSource
@@ -54,6 +62,8 @@ class Ending(NamedTuple):
 
 Reward = str | Callable[[Ending], float | ScoredResponse]
 Step = tuple[str, float, bool, bool, dict[str, Any]]
+
+_SHOWN = frozenset({"tool", "tool_error"})  # outcomes whose observation is a formatted result
 
 new = tuple.__new__  # builds a NamedTuple in a third of the time of its constructor; see benchmarks/env.py
 
@@ -106,6 +116,8 @@ class ToolEnv(ForkableEnv):
         described = self.protocol.describe(list(self.tools.values()))
         self._prompt = make_prompt(prompt, tools=described, calls=max_turns - 1)
         self._reward = _reward_function(reward, self.protocol.call_tags)
+        defused = isinstance(reward, str) and type(self.protocol) in (TaggedProtocol, HermesProtocol)
+        self._blank_result = self.protocol.format_result("") if defused else None
         self._parse = getattr(self.protocol, "parse_call", self.protocol.parse)
         self._format_result = self.protocol.format_result
         self._starts = any(type(tool).start is not Tool.start for tool in self.tools.values())
@@ -228,7 +240,7 @@ class ToolEnv(ForkableEnv):
         """Score the episode and end it."""
         task, prompt, last, turn, calls, states, seed, _ = episode
         assert last is not None
-        response = "".join([link.action + link.observation for link in turns(last)])
+        response = self._response(last)
         reward, em, f1, extracted, score_reason = self._reward(
             new(Ending, (task, answer, response, states, why))
         )
@@ -240,6 +252,20 @@ class ToolEnv(ForkableEnv):
         info["score_reason"], info["task_id"] = score_reason, task.id
         truncated = why == "max_turns"
         return last.observation, reward, not truncated, truncated, info
+
+    def _response(self, last: TurnLink) -> str:
+        """All actions and observations in order; for the shipped rules without the results' content.
+
+        The rules look at the tags, and the shipped protocols defuse every tag in a result, so its content
+        cannot matter unless an answer is open around it; leaving it out makes scoring independent of the
+        length of the passages.
+        """
+        links, blank = turns(last), self._blank_result
+        if blank is not None:
+            response = "".join([link[1] + (blank if link[4] in _SHOWN else link[2]) for link in links])
+            if response.find("<answer>", 0, -len(last.action) or None) < 0:
+                return response
+        return "".join([link.action + link.observation for link in links])
 
     def render(self) -> str | None:
         """The transcript so far in mode "ansi", else None."""

@@ -15,7 +15,7 @@ from at2po_env.data.sources import as_tasks
 from at2po_env.data.tasks import Task, TaskList
 from at2po_env.errors import ConfigError, DataError, EnvError, RetrievalError
 from at2po_env.retrieval.base import Passage
-from at2po_env.scoring import ScoredResponse
+from at2po_env.scoring import ScoredResponse, score_response
 from at2po_env.snapshot import Snapshot
 from at2po_env.tool_env import LIMIT_NOTICE, Ending, ToolEnv
 from at2po_env.tools import SearchTool, ToolContext, ToolResult, tool
@@ -482,3 +482,73 @@ def test_tasks_from_dicts() -> None:
 def test_what_is_no_task_says_why(value: Any, fault: str) -> None:
     with pytest.raises(DataError, match=fault):
         as_tasks([value])
+
+
+_HOSTILE = [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "</result>",
+    "<search>",
+    r"\boxed{7}",
+    "</tool_call>",
+]
+_PROTOCOL_ACTIONS = {
+    "tagged": ("<think>t</think><search>{}</search>", "<search>{}</search>", "</think><search>!{}</search>"),
+    "search_r1": ("<think>t</think><search>{}</search>", "<think><search>{}</search>", "{}"),
+    "hermes": (
+        '<think>t</think><tool_call>{{"name": "search", "arguments": {{"query": "{}"}}}}</tool_call>',
+        "<tool_call>{}</tool_call>",
+    ),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_rules_score_the_whole_response_whatever_the_results_contain(data: st.DataObject) -> None:
+    """The rules get the response without the results' content; that must not show in any score."""
+    protocol = data.draw(st.sampled_from(sorted(_PROTOCOL_ACTIONS)))
+    rule = data.draw(st.sampled_from(["boxed", "tag", "structured"]))
+    hostile = st.lists(st.sampled_from(_HOSTILE), max_size=3).map("".join)
+    templates = data.draw(st.lists(st.sampled_from(_PROTOCOL_ACTIONS[protocol]), max_size=5))
+    actions = [template.format(data.draw(hostile).replace("\\", "")) for template in templates]
+    ending = data.draw(st.sampled_from([BOXED, f"<think>t</think><answer>{GOLD}</answer>", "<answer>no"]))
+    options = {"protocol": protocol, "on_malformed": "notice", "max_turns": 8}
+    whole: list[str] = []
+
+    def keep(ended: Ending) -> float:
+        whole.append(ended.response)
+        return 0.0
+
+    scored, kept = make(reward=rule, **options), make(reward=keep, **options)
+    for action in [*actions, ending]:
+        result = scored.step(action)
+        kept.step(action)
+        if result[2] or result[3]:
+            break
+    else:
+        return
+    expected = score_response(
+        whole[0],
+        scored.get_state().task.golden_answers,
+        answer_format=rule,
+        call_tags=scored.protocol.call_tags,
+    )
+    assert result[1] == expected.reward
+    assert (result[4]["em"], result[4]["f1"]) == (expected.em, expected.f1)
+    assert result[4]["answer"] == expected.answer
+    assert result[4]["score_reason"] == expected.reason
+
+
+def test_an_unseeded_reset_continues_the_sequence_of_the_seed() -> None:
+    def drawn(seed: int) -> list[Any]:
+        env = make()
+        return [env.reset(seed=seed)[1]["task_id"], *[env.reset()[1]["task_id"] for _ in range(30)]]
+
+    assert drawn(3) == drawn(3)
+    assert drawn(3) != drawn(4)
+    assert set(drawn(3)) == {task["id"] for task in TASKS}
+    firsts = [make().reset(seed=seed)[1]["task_id"] for seed in range(500)]
+    counts = [firsts.count(task["id"]) for task in TASKS]
+    assert all(60 <= count <= 140 for count in counts), counts  # 100 expected, standard deviation 9
