@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,7 +68,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def main() -> None:
     """Entry point of the console script."""
+    warnings.formatwarning = _warning_line
     app(prog_name="at2po")
+
+
+def _warning_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """Our own warnings are meant for the person at the terminal; others keep the place they come from."""
+    if category.__module__.startswith("at2po"):
+        return f"Warning: {message}\n"
+    return f"{place[0]}:{place[1]}: {category.__name__}: {message}\n"
 
 
 def _say_version(wanted: bool) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from at2po_agent.agent import build_agent
 from at2po_agent.checkpoint import check_checkpoint, list_checkpoints
 from at2po_agent.config import CONFIG_FILE, load_config
@@ -51,6 +53,8 @@ def evaluate_config(config: Config, progress: Progress, modes: Sequence[str]) ->
 
     With the settings of a run this gives the figures that the run itself measured.
     """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
     agent, env = build_agent(config), make_eval_env(config)
     tasks = first_tasks(env, config.eval.questions)
     results = {}

@@ -127,6 +127,22 @@ def test_a_bug_is_not_dressed_up_as_a_users_error(cli: CliRunner, monkeypatch: p
     assert isinstance(result.exception, ZeroDivisionError)
 
 
+def test_our_warnings_are_one_line_for_the_person_at_the_terminal() -> None:
+    code = (
+        "import warnings\n"
+        "import at2po_agent.cli as cli\n"
+        "from at2po_env.data import At2poSampleWarning\n"
+        "def run(prog_name):\n"
+        "    warnings.warn(At2poSampleWarning('a sample'))\n"
+        "    warnings.warn('else')\n"
+        "cli.app = run\n"
+        "cli.main()"
+    )
+    lines = python(code).stderr.splitlines()
+    assert lines[0] == "Warning: a sample"
+    assert lines[1].endswith("UserWarning: else")
+
+
 # --- environments and data -------------------------------------------------------------------------------
 
 
