@@ -72,11 +72,13 @@ def main() -> None:
     app(prog_name="at2po")
 
 
-def _warning_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """Our own warnings are meant for the person at the terminal; others keep the place they come from."""
     if category.__module__.startswith("at2po"):
         return f"Warning: {message}\n"
-    return f"{place[0]}:{place[1]}: {category.__name__}: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n{line or ''}"
 
 
 def _say_version(wanted: bool) -> None:
