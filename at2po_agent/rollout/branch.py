@@ -30,6 +30,7 @@ class Place(NamedTuple):
         reward: Sum of the rewards up to here.
         tool_calls: Turns up to here that reached a tool.
         tool_errors: Those whose tool failed.
+        uncertainty: Phi of the turn that led here; None at the root, or where nobody measures.
     """
 
     state: Snapshot
@@ -38,14 +39,16 @@ class Place(NamedTuple):
     reward: float = 0.0
     tool_calls: int = 0
     tool_errors: int = 0
+    uncertainty: float | None = None
 
 
 class PendingTurn(NamedTuple):
-    """A turn that waits for its branch: what the policy saw, the turn, where it led (None: ended)."""
+    """A turn that waits for its branch: what the policy saw, the turn, where it led (None: it ended)."""
 
     prefix_ids: tuple[int, ...]
     turn: Turn
     place: Place | None
+    first_entropy: float
 
 
 @dataclass(eq=False)
@@ -65,6 +68,9 @@ class Branch:
         outcome: How the branch ended; None while it runs.
         reward: Its terminal reward.
         env_failed: Whether the environment raised, and so must not be used again.
+        chain: The chain of the first round that it belongs to.
+        attempt: How many attempts at the next turn were discarded.
+        discarded: What they were, over all turns of the branch.
     """
 
     question: int
@@ -79,6 +85,9 @@ class Branch:
     outcome: dict[str, Any] | None = None
     reward: float = 0.0
     env_failed: bool = False
+    chain: int = 0
+    attempt: int = 0
+    discarded: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def turn_number(self) -> int:
@@ -95,8 +104,32 @@ class Branch:
         used = len(self.prefix) + len(self.place.observation_ids) - self.prompt_length
         return min(config.max_turn_tokens, config.max_response_tokens - used)
 
-    def receive(self, generation: Generation, tokenizer: Tokenizer, config: RolloutConfig) -> None:
-        """Take the action, step the environment, and either stand at the next turn or end."""
+    def discard(self, generation: Generation, tokenizer: Tokenizer, *, uncertainty: float) -> None:
+        """Note an attempt at the next turn that is sampled again; nothing else changes."""
+        self.attempt += 1
+        text = decode_action(generation, tokenizer)
+        entry = {"turn": self.turn_number, "action": text, "tokens": len(generation.ids)}
+        self.discarded.append({**entry, "uncertainty": uncertainty})
+
+    def receive(
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer,
+        config: RolloutConfig,
+        *,
+        first_entropy: float = 0.0,
+        uncertainty: float | None = None,
+    ) -> None:
+        """Take the action, step the environment, and either stand at the next turn or end.
+
+        Args:
+            generation: What the policy wrote.
+            tokenizer: Its tokenizer.
+            config: The limits.
+            first_entropy: Entropy over its first tokens in nats, where it is measured.
+            uncertainty: Its Phi, where it is measured.
+        """
+        self.attempt = 0
         request_ids = self.request_ids
         turn = Turn.from_generation(
             generation,
@@ -110,12 +143,15 @@ class Branch:
             self._end(config.error_reward, "abort", "the policy gave up", truncated=True)
         else:
             place = self._step(turn.action, tokenizer, config)
-        self.turns.append(PendingTurn(request_ids, turn, place))
+        self.turns.append(PendingTurn(request_ids, turn, place, first_entropy))
         if place is not None:
-            self.place = place
+            self.place = place._replace(uncertainty=uncertainty)
+            self.turns[-1] = self.turns[-1]._replace(place=self.place)
             if self.room(config) < 1:
                 reason = f"no room for another action in {config.max_response_tokens} response tokens"
                 self._end(config.cut_reward, "length", reason, truncated=True)
+        if self.outcome is not None and self.discarded:
+            self.outcome["discarded"] = self.discarded
         if self.outcome is not None and config.overlong_share:
             self.reward += self._overlong_penalty(config)
 

@@ -13,7 +13,9 @@ from at2po_agent.rollout.question import EnvPool, Question, open_question
 from at2po_agent.rollout.sampler import Sampler
 from at2po_agent.rollout.seeds import Purpose, derive_seed
 from at2po_agent.rollout.settings import RolloutConfig
+from at2po_agent.rollout.watch import Watch, vocabulary_size, watch_needed
 from at2po_agent.tree import Tree
+from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError
 
 Options = Mapping[str, Any] | None
@@ -76,6 +78,9 @@ def rollout_with_stats(
     start = time.perf_counter()
     pool, tokenizer = EnvPool(env), _Remembering(policy.tokenizer)
     rule = expansion or _registered(config.expansion)
+    watching = watch_needed(config, probe=rule.adaptive)
+    normalised = rule.adaptive or (watching and config.signal.kind == "released")
+    vocab_size = vocabulary_size(policy) if normalised else 2
     questions = []
     for index, options in enumerate(tasks):
         opening = open_question(env, options, derive_seed(seed, Purpose.ENVIRONMENT, index))
@@ -88,10 +93,17 @@ def rollout_with_stats(
                 config=config,
                 expansion=rule,
                 seed=seed,
+                vocab_size=vocab_size,
             )
         )
+
+    def watch() -> Watch | None:
+        if not watching:
+            return None
+        return Watch(config, policy.tokenizer, probe=rule.adaptive, vocab_size=vocab_size)
+
     sampler = Sampler(policy)
-    _run(questions, sampler, tokenizer, config, on_leaf or _ignore)
+    _run(questions, sampler, tokenizer, config, on_leaf=on_leaf or _ignore, watch=watch)
     seconds = time.perf_counter() - start
     stats = RolloutStats(sampler.tokens, sampler.seconds, seconds - sampler.seconds)
     return [question.tree for question in questions], stats
@@ -102,12 +114,14 @@ def _run(
     sampler: Sampler,
     tokenizer: Tokenizer,
     config: RolloutConfig,
+    *,
     on_leaf: Callable[[], None],
+    watch: Callable[[], Watch | None],
 ) -> None:
-    running: dict[int, Branch] = {}
+    running: dict[int, tuple[Branch, Watch | None]] = {}
 
     def ask(branch: Branch) -> None:
-        question = questions[branch.question]
+        question, watching = questions[branch.question], watch()
         request = Request(
             prefix_ids=branch.request_ids,
             max_tokens=branch.room(config),
@@ -115,8 +129,9 @@ def _run(
             top_p=config.top_p,
             stop=question.stop,
             seed=question.sampling_seed(branch),
+            intervention=watching,
         )
-        running[sampler.submit(request)] = branch
+        running[sampler.submit(request)] = branch, watching
 
     try:
         for question in questions:
@@ -124,8 +139,8 @@ def _run(
                 ask(branch)
         while running:
             for ticket, generation in sampler.collect():
-                branch = running.pop(ticket)
-                branch.receive(generation, tokenizer, config)
+                branch, watching = running.pop(ticket)
+                _hand_over(branch, generation, tokenizer, config, watching)
                 if branch.outcome is None:
                     ask(branch)
                     continue
@@ -134,6 +149,26 @@ def _run(
                     ask(fresh)
     finally:
         sampler.cancel_all()
+
+
+def _hand_over(
+    branch: Branch,
+    generation: Generation,
+    tokenizer: Tokenizer,
+    config: RolloutConfig,
+    watching: Watch | None,
+) -> None:
+    """Give a branch its turn, or note that the turn is to be sampled again."""
+    if watching is None:
+        branch.receive(generation, tokenizer, config)
+        return
+    watching.check(generation)
+    uncertainty = watching.uncertainty
+    if watching.wants_another(generation, previous=branch.place.uncertainty, attempts=branch.attempt):
+        branch.discard(generation, tokenizer, uncertainty=uncertainty)
+        return
+    first = watching.first_entropy
+    branch.receive(generation, tokenizer, config, first_entropy=first, uncertainty=uncertainty)
 
 
 class _Remembering:

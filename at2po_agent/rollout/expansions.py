@@ -1,21 +1,28 @@
 """The registry of expansion rules: which nodes to fork, and where a fork is attached."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from at2po_agent.expansion import random_nodes, select_nodes, tree_grpo_nodes
+from at2po_agent.expansion import Penalty, random_nodes, select_nodes, tree_grpo_nodes
+from at2po_agent.rollout.adaptive import aepo_nodes, arpo_nodes
 from at2po_agent.types import BoolArray, FloatArray, IntArray
 from at2po_env.errors import ConfigError
 
-ExpansionRule = Callable[..., list[int]]
+ExpansionRule = Callable[..., list[int] | None]
 """`rule(parent, entropy, is_leaf, *, k, alpha, generator) -> list[int]`: k node indices, repetition
-allowed.
+allowed. Further keywords are options (`rollout.expansion_options`).
+
+An adaptive rule is `rule(parent, first_entropy, is_leaf, *, leaves, round, vocab_size, generator)`; it
+returns the nodes to fork in this round, perhaps none, and None when the tree is complete.
 """
 
 Attach = Literal["sibling", "child"]
+Scope = Literal["question", "chain"]
+_GIVEN = frozenset({"k", "alpha", "generator", "leaves", "round", "vocab_size"})
 
 
 @dataclass(frozen=True)
@@ -27,17 +34,40 @@ class Expansion:
         rule: Chooses the nodes to fork; None grows chains only, as many as the tree would have leaves.
         attach: `sibling` re-samples the node's own action after the same observation; `child` goes on from
             the state that the node's action led to.
+        scope: `question` lets the rule choose from the whole tree; `chain` asks it once for each chain of the
+            first round, and what grew from it is a tree of its own (each takes an equal share of the forks).
+        adaptive: Whether the rule decides by itself how many rounds there are, and how large.
+        first_chains: Chains of the first round; None takes `rollout.chains`.
     """
 
     name: str
     rule: ExpansionRule | None
     attach: Attach = "sibling"
+    scope: Scope = "question"
+    adaptive: bool = False
+    first_chains: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options that a configuration may set, with their defaults."""
+        if self.rule is None:
+            return {}
+        parameters = inspect.signature(self.rule).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _GIVEN}
 
 
 _REGISTRY: dict[str, Expansion] = {}
 
 
-def register_expansion(name: str, rule: ExpansionRule | None, *, attach: Attach = "sibling") -> Expansion:
+def register_expansion(
+    name: str,
+    rule: ExpansionRule | None,
+    *,
+    attach: Attach = "sibling",
+    scope: Scope = "question",
+    adaptive: bool = False,
+    first_chains: int | None = None,
+) -> Expansion:
     """Make an expansion rule known to configurations under a name.
 
     Args:
@@ -45,13 +75,16 @@ def register_expansion(name: str, rule: ExpansionRule | None, *, attach: Attach 
         rule: Pure function `rule(parent, entropy, is_leaf, *, k, alpha, generator) -> list[int]` over the
             arrays of one tree (int64[N], float64[N], bool[N]); `generator` is its only source of randomness.
         attach: Where a fork of a chosen node goes, see `Expansion`.
+        scope: What the rule chooses from, see `Expansion`.
+        adaptive: Whether the rule is an adaptive one, see `ExpansionRule`.
+        first_chains: Chains of the first round; None takes `rollout.chains`.
 
     Raises:
         ConfigError: The name is taken.
     """
     if name in _REGISTRY:
         raise ConfigError(f"an expansion rule named {name!r} is registered already; choose another name")
-    _REGISTRY[name] = Expansion(name, rule, attach)
+    _REGISTRY[name] = Expansion(name, rule, attach, scope, adaptive, first_chains)
     return _REGISTRY[name]
 
 
@@ -68,10 +101,11 @@ def _by_entropy(
     k: int,
     alpha: float,
     generator: np.random.Generator,
+    penalty: Penalty = "released",
 ) -> list[int]:
     """AT²PO's rule: the k inner nodes of highest entropy, less a penalty on siblings."""
     del generator
-    return select_nodes(parent, entropy, is_leaf, k=k, alpha=alpha)
+    return select_nodes(parent, entropy, is_leaf, k=k, alpha=alpha, penalty=penalty)
 
 
 def _at_random(
@@ -105,4 +139,7 @@ def _continued(
 register_expansion("entropy", _by_entropy)
 register_expansion("random", _at_random)
 register_expansion("continue", _continued, attach="child")
+register_expansion("tree_grpo", _continued, attach="child", scope="chain")
+register_expansion("arpo", arpo_nodes, adaptive=True)
+register_expansion("aepo", aepo_nodes, adaptive=True, first_chains=1)
 register_expansion("chains", None)

@@ -1,6 +1,6 @@
 """The growing tree of one question: which branches run, and when their turns enter the tree."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -8,9 +8,10 @@ import gymnasium
 from at2po_agent.policies.base import Tokenizer
 from at2po_agent.rollout.branch import Branch, Env, Place
 from at2po_agent.rollout.expansions import Expansion
+from at2po_agent.rollout.growth import Grown, Start, first_starts, next_starts
 from at2po_agent.rollout.seeds import Purpose, derive_generator, derive_seed
 from at2po_agent.rollout.settings import RolloutConfig
-from at2po_agent.tree import ROOT, Tree
+from at2po_agent.tree import Tree
 from at2po_env import Snapshot, fork, restore, snapshot
 
 
@@ -60,7 +61,7 @@ class Question:
     everything that breaks ties by index, do not depend on which branch finished first.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what a tree is grown from and with
         self,
         index: int,
         opening: Opening,
@@ -70,15 +71,18 @@ class Question:
         config: RolloutConfig,
         expansion: Expansion,
         seed: int,
+        vocab_size: int = 2,
     ) -> None:
         self.index = index
         self.stop = opening.stop
         self.tree = Tree(tokenizer.encode(opening.prompt), opening.prompt, opening.task_id)
         self._places: list[Place | None] = [Place(opening.state, "", ())]
+        self._grown = Grown(self.tree, [0.0], [-1])
         self._pool = pool
         self._config = config
         self._expansion = expansion
         self._seed = seed
+        self._vocab_size = vocab_size
         self._branches: list[Branch] = []
         self._started = 0
         self._rounds = 0
@@ -87,8 +91,7 @@ class Question:
         """The chains from the root; none when the prompt is too long."""
         if len(self.tree.prompt_ids) > self._config.max_prompt_tokens:
             return []
-        grows = self._expansion.rule is not None
-        return self._start([ROOT] * (self._config.chains if grows else self._config.leaves))
+        return self._start(first_starts(self._expansion, self._config))
 
     def next_round(self) -> list[Branch]:
         """Commit the finished round and start the next; empty when the tree is complete or the round runs."""
@@ -97,45 +100,31 @@ class Question:
         for branch in self._branches:
             self._commit(branch)
         self._branches = []
-        if self._expansion.rule is None or self._rounds == self._config.rounds:
-            return []
-        self._rounds += 1
-        return self._start(self._choose())
+        starts: list[Start] | None = []
+        while starts is not None and not starts:  # an adaptive rule may pass over a round
+            self._rounds += 1
+            starts = next_starts(
+                self._grown,
+                self._expansion,
+                self._config,
+                round=self._rounds,
+                vocab_size=self._vocab_size,
+                generator=derive_generator(self._seed, Purpose.EXPANSION, self.index, self._rounds),
+            )
+        return self._start(starts or [])
 
     def sampling_seed(self, branch: Branch) -> int:
         """Seed of the branch's next request."""
-        return derive_seed(self._seed, Purpose.SAMPLING, self.index, branch.number, branch.turn_number)
-
-    def _choose(self) -> list[int]:
-        tree, rule = self.tree, self._expansion.rule
-        assert rule is not None
-        nodes = rule(
-            tree.parent,
-            tree.entropy,
-            tree.is_leaf,
-            k=self._config.forks,
-            alpha=self._config.alpha,
-            generator=derive_generator(self._seed, Purpose.EXPANSION, self.index, self._rounds),
+        again = (branch.attempt,) if branch.attempt else ()
+        return derive_seed(
+            self._seed, Purpose.SAMPLING, self.index, branch.number, branch.turn_number, *again
         )
-        self._check_choice(nodes)
-        if self._expansion.attach == "child":
-            return list(nodes)
-        return [ROOT if node == ROOT else int(tree.parent[node]) for node in nodes]
 
-    def _check_choice(self, nodes: Sequence[int]) -> None:
-        leaf = self.tree.is_leaf
-        wrong = [node for node in nodes if not 0 <= node < len(leaf) or leaf[node]]
-        if wrong or len(nodes) != self._config.forks:
-            raise ValueError(
-                f"expansion rule {self._expansion.name!r} must return {self._config.forks} inner nodes "
-                f"of a tree of {len(leaf)} nodes, got {list(nodes)}"
-            )
-
-    def _start(self, nodes: Sequence[int]) -> list[Branch]:
-        self._branches = [self._branch(node) for node in nodes]
+    def _start(self, starts: Iterable[Start]) -> list[Branch]:
+        self._branches = [self._branch(*start) for start in starts]
         return self._branches
 
-    def _branch(self, node: int) -> Branch:
+    def _branch(self, node: int, chain: int) -> Branch:
         place = self._places[node]
         assert place is not None, "an inner node always has a place to go on from"
         number, self._started = self._started, self._started + 1
@@ -148,12 +137,18 @@ class Question:
             place=place,
             prefix=tuple(self.tree.branch_ids(node)),
             prompt_length=len(self.tree.prompt_ids),
+            chain=chain,
         )
 
     def _commit(self, branch: Branch) -> None:
         node = branch.node
-        for prefix_ids, turn, place in branch.turns:
+        for prefix_ids, turn, place, first_entropy in branch.turns:
             node = self.tree.add(node, turn, prefix_ids=prefix_ids)
             self._places.append(place)
-        self.tree.close(node, branch.reward, branch.outcome)
+            self._grown.first_entropy.append(first_entropy)
+            self._grown.chain.append(branch.chain)
+        outcome = dict(branch.outcome or {})
+        if self._expansion.scope == "chain":
+            outcome["chain"] = branch.chain
+        self.tree.close(node, branch.reward, outcome)
         self._pool.give_back(branch)

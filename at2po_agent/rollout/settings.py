@@ -42,7 +42,6 @@ class ResamplingSettings(BaseModel):
     attempts: int = Field(2, ge=0, description="B: most attempts at a turn that are discarded.")
 
 
-
 class RolloutConfig(BaseModel):
     """How the tree of one question is grown; the defaults are AT²PO's published settings."""
 

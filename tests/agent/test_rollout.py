@@ -289,7 +289,7 @@ def test_an_expansion_rule_must_choose_inner_nodes():
 
 
 def test_an_unknown_expansion_rule_is_named():
-    with pytest.raises(ConfigError, match=r"no rule named 'entropic'; known: chains, continue, entropy"):
+    with pytest.raises(ConfigError, match=r"no rule named 'entropic'; known: .*chains, continue, entropy"):
         rollout(
             [{"index": 4}],
             GuessEnv(),

@@ -1,0 +1,134 @@
+"""What looks into the sampling of one turn: the entropy that ARPO branches by, and T2PO's two interventions.
+
+One object per request. It sees each token's distribution before the token is drawn, and may force tokens.
+"""
+
+from collections.abc import Sequence
+
+from at2po_agent.expansion import top_entropy
+from at2po_agent.policies.base import Policy, Step, Tokenizer
+from at2po_agent.rollout.settings import RolloutConfig
+from at2po_agent.types import Float32Array, Generation
+from at2po_agent.uncertainty import RunningSignal, has_stalled, is_repetitive, turn_uncertainty
+from at2po_env.errors import ConfigError, PolicyError
+
+FIRST_TOKENS = 20
+"""k: tokens after a tool result whose entropy decides about branching."""
+TOP_TOKENS = 10
+"""Log-probs of each that the entropy is computed from."""
+_CONTEXT = 24  # ids that are decoded to find a mark that the last of them completed
+
+
+class Watch:
+    """An intervention (`policies.base.Intervention`) that measures, and forces an end to stalled thinking.
+
+    Attributes:
+        top_log_probs: What every step must carry.
+    """
+
+    def __init__(self, config: RolloutConfig, tokenizer: Tokenizer, *, probe: bool, vocab_size: int) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._probe = probe
+        self._measures = config.thinking.enabled or config.resampling.enabled
+        signal = config.signal
+        self._signal = RunningSignal(signal.kind, weight=signal.weight, top=signal.top, vocab_size=vocab_size)
+        self.top_log_probs = max(TOP_TOKENS if probe else 0, signal.top if self._measures else 0)
+        self._first: list[Float32Array] = []
+        self._asked = False
+        self._thinking_since: int | None = None
+        self._intervened = False
+
+    def __call__(self, step: Step) -> Sequence[int]:
+        """Measure the distribution of the next token; ids to force instead of it, mostly none."""
+        self._asked = True
+        if self._probe and len(self._first) < FIRST_TOKENS:
+            self._first.append(step.top_log_probs[:TOP_TOKENS])
+        if not self._measures:
+            return ()
+        self._signal.add(step.entropy, step.top_log_probs)
+        return self._end_of_thinking(step.ids) if self._config.thinking.enabled else ()
+
+    @property
+    def first_entropy(self) -> float:
+        """Entropy over the turn's first tokens in nats."""
+        return top_entropy(self._first) if self._first else 0.0
+
+    @property
+    def uncertainty(self) -> float:
+        """Phi of the turn: over the tokens that were sampled."""
+        return turn_uncertainty(self._signal.values)
+
+    def check(self, generation: Generation) -> None:
+        """Make sure that the policy asked.
+
+        Raises:
+            PolicyError: It sampled without asking.
+        """
+        if generation.ids and not self._asked:
+            raise PolicyError(
+                "the policy leaves Request.intervention aside, but rollout.expansion, rollout.thinking or "
+                "rollout.resampling needs it; use a policy that honours it (HFPolicy), or turn these off"
+            )
+
+    def wants_another(self, generation: Generation, *, previous: float | None, attempts: int) -> bool:
+        """Dynamical sampling: whether the turn is to be discarded and sampled again.
+
+        Args:
+            generation: The turn.
+            previous: Phi of the turn before it; None on the first turn.
+            attempts: Attempts at this turn that were discarded already.
+        """
+        settings = self._config.resampling
+        if not settings.enabled or previous is None or attempts >= settings.attempts:
+            return False
+        if generation.stop_reason == "abort":
+            return False
+        return is_repetitive(self.uncertainty, previous, threshold=settings.threshold)
+
+    def _end_of_thinking(self, ids: Sequence[int]) -> Sequence[int]:
+        settings = self._config.thinking
+        if self._intervened or not self._is_thinking(ids):
+            return ()
+        assert self._thinking_since is not None
+        length = len(ids) - self._thinking_since
+        stalled = length >= settings.min_tokens and has_stalled(
+            self._signal.values[-length - 1 :],
+            kind=self._config.signal.kind,
+            window=settings.window,
+            epsilon=settings.epsilon,
+        )
+        if not stalled and length < settings.max_tokens:
+            return ()
+        self._intervened = True
+        return self._tokenizer.encode(settings.force)
+
+    def _is_thinking(self, ids: Sequence[int]) -> bool:
+        tail = self._tokenizer.decode(ids[-_CONTEXT:])
+        opened, closed = tail.rfind("<think>"), tail.rfind("</think>")
+        if closed > opened:
+            self._thinking_since = None
+            self._intervened = True
+        elif opened >= 0 and self._thinking_since is None:
+            self._thinking_since = len(ids)
+        return self._thinking_since is not None
+
+
+def watch_needed(config: RolloutConfig, *, probe: bool) -> bool:
+    """Whether requests of a rollout carry a watch at all."""
+    return probe or config.thinking.enabled or config.resampling.enabled
+
+
+def vocabulary_size(policy: Policy) -> int:
+    """V of a policy's tokenizer.
+
+    Raises:
+        ConfigError: The tokenizer does not tell.
+    """
+    size = getattr(policy.tokenizer, "__len__", None)
+    if size is None:
+        raise ConfigError(
+            f"{type(policy.tokenizer).__name__} has no __len__, but the size of the vocabulary normalises "
+            "the entropy that this rollout decides by; give the tokenizer one"
+        )
+    return max(2, int(size()))
