@@ -78,7 +78,7 @@ class Play(NamedTuple):
 
 def plays_of(play: Play) -> list[Play]:
     """The actions in order, and each of the first two alone over and over, which exhausts budgets."""
-    alone = [play._replace(actions=[action]) for action in list(dict.fromkeys(play.actions))[:2]]
+    alone = [play._replace(actions=[action]) for action in play.actions[:2]]
     return [play, *alone]
 
 
