@@ -27,7 +27,7 @@ _WORD = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of a decoder; the defaults are those of the quickstart's model (484,160 parameters at 318 tokens).
+    """Sizes of a decoder; the defaults make the quickstart's (484,160 parameters at 318 tokens).
 
     Attributes:
         vocab_size: Rows of the embedding.
@@ -64,7 +64,8 @@ class ModelShape:
             raise ConfigError(f"head_dim ({self.head_dim}) must be even: rotary embeddings turn pairs")
         if self.architecture == "qwen2" and self.head_dim * self.heads != self.hidden_size:
             raise ConfigError(
-                f"qwen2 has heads * head_dim = hidden_size; got {self.heads} * {self.head_dim} and {self.hidden_size}"
+                "qwen2 has heads * head_dim = hidden_size; "
+                f"got {self.heads} * {self.head_dim} and {self.hidden_size}"
             )
 
 
@@ -76,7 +77,7 @@ def build_model(
     device: str = "cpu",
     eos_id: int | None = None,
 ) -> PreTrainedModel:
-    """Make a model with random weights that depend on the seed alone; torch's own generator is left as it was.
+    """Make a model with random weights that depend on the seed alone; torch's generator stays as it was.
 
     Args:
         shape: Sizes.

@@ -69,13 +69,14 @@ class HFPolicy:
         self._max_positions = getattr(model.config, "max_position_embeddings", None)
         self._stops = StopTable(tokenizer, self._vocab_size, eos_ids or (tokenizer.eos_id,))
         general = ModelDecoder(model)
-        self._decoder = FusedDecoder(model) if fits(model) else general
+        self.decoder = FusedDecoder(model) if fits(model) else general
         token_bytes = _token_bytes(general.shapes, model.dtype)
         self._kv_tokens = kv_tokens or _default_kv_bytes(model.device) // token_bytes
+        self._cache = PrefixCache(cache_tokens)
         self._batcher = Batcher(
-            self._decoder,
+            self.decoder,
             Slots(general.shapes, max_tokens=self._kv_tokens, dtype=model.dtype, device=model.device),
-            PrefixCache(cache_tokens),
+            self._cache,
             max_rows=slots,
             max_prefill=max_prefill,
         )
@@ -93,6 +94,16 @@ class HFPolicy:
     def stats(self) -> PolicyStats:
         """What was computed since the policy was made."""
         return self._batcher.stats
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or is under way."""
+        return self._batcher.idle and not self._finished
+
+    @property
+    def cached_now(self) -> int:
+        """Tokens that the prefix cache holds."""
+        return self._cache.tokens
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """Answer each request, in order; requests under way from `submit` advance too.
@@ -193,7 +204,7 @@ class HFPolicy:
         with torch.inference_mode():
             self._batcher.version += 1
             self._batcher.restart()
-            self._decoder.refresh()
+            self.decoder.refresh()
             self._weights = self._fingerprint()
 
     @torch.inference_mode()
