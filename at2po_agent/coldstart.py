@@ -6,8 +6,9 @@ embeddings. At 1e-2 instead of 3e-3 the loss after 300 steps is half as high.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import gymnasium
 import numpy as np
@@ -19,6 +20,7 @@ from at2po_agent.expert import ExpertConfig, demonstrate
 from at2po_agent.policies.base import Tokenizer
 from at2po_agent.progress import NoProgress, Progress
 from at2po_agent.settings import ColdStartSettings
+from at2po_env.data.tasks import Task
 
 PHASE = "cold start"
 _WARMUP_STEPS = 20
@@ -37,6 +39,13 @@ class Demonstration(NamedTuple):
     trained: NDArray[np.bool_]
 
 
+class Script(Protocol):
+    """An expert: plays one task, yielding actions and being sent observations."""
+
+    def __call__(self, task: Task, *, rng: np.random.Generator) -> Generator[str, str, None]:
+        """Begin an episode of `task`; `rng` draws whatever the expert leaves to chance."""
+
+
 def record_demonstrations(
     env: gymnasium.Env[str, str],
     tokenizer: Tokenizer,
@@ -44,22 +53,25 @@ def record_demonstrations(
     *,
     rng: np.random.Generator,
     progress: Progress | None = None,
+    script: Script | None = None,
 ) -> list[Demonstration]:
-    """Let the expert play `settings.demonstrations` episodes.
+    """Let an expert play `settings.demonstrations` episodes.
 
     Args:
         env: environment with a task source `tasks`, as every tool environment has.
         tokenizer: encodes prompt, observations and actions piece by piece, as a rollout does.
-        settings: how many, and the expert's faults.
+        settings: how many, and the shipped expert's faults.
         rng: draws tasks and faults.
         progress: listener.
+        script: another expert: a generator that yields actions and is sent observations.
     """
     progress = progress or NoProgress()
-    expert = ExpertConfig.model_validate(settings.expert)
+    if script is None:
+        script = partial(demonstrate, config=ExpertConfig.model_validate(settings.expert))
     progress.start("demonstrations", settings.demonstrations)
     demonstrations = []
     for _ in range(settings.demonstrations):
-        demonstrations.append(_play(env, tokenizer, expert, rng))
+        demonstrations.append(_play(env, tokenizer, script, rng))
         progress.advance("demonstrations")
     progress.finish("demonstrations")
     return demonstrations
@@ -116,19 +128,19 @@ def cold_start(
 
 
 def _play(
-    env: gymnasium.Env[str, str], tokenizer: Tokenizer, expert: ExpertConfig, rng: np.random.Generator
+    env: gymnasium.Env[str, str], tokenizer: Tokenizer, script: Script, rng: np.random.Generator
 ) -> Demonstration:
     prompt, info = env.reset(seed=int(rng.integers(2**31)))
-    script = demonstrate(env.get_wrapper_attr("tasks").by_id(info["task_id"]), expert, rng)
+    expert = script(env.get_wrapper_attr("tasks").by_id(info["task_id"]), rng=rng)
     pieces: list[tuple[str, bool]] = [(prompt, False)]
-    action, ended = next(script), False
+    action, ended = next(expert), False
     while not ended:
         observation, _, terminated, truncated, _ = env.step(action)
         pieces.append((action, True))
         ended = terminated or truncated
         if not ended:
             pieces.append((observation, False))
-            action = script.send(observation)
+            action = expert.send(observation)
     encoded = [(tokenizer.encode(text), trained) for text, trained in pieces]
     return Demonstration(
         np.array([token for ids, _ in encoded for token in ids], dtype=np.int64),
@@ -136,21 +148,10 @@ def _play(
     )
 
 
-def _endless_order(count: int, rng: np.random.Generator) -> "_Order":
-    return _Order(count, rng)
-
-
-class _Order:
+def _endless_order(count: int, rng: np.random.Generator) -> Iterator[int]:
     """Indices 0..count-1 in a new random order each time they are used up."""
-
-    def __init__(self, count: int, rng: np.random.Generator) -> None:
-        self._count, self._rng = count, rng
-        self._left: list[int] = []
-
-    def __next__(self) -> int:
-        if not self._left:
-            self._left = self._rng.permutation(self._count).tolist()
-        return self._left.pop()
+    while True:
+        yield from rng.permutation(count).tolist()
 
 
 def _batch(rows: Sequence[Demonstration]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,7 +67,7 @@ def plan(task: Task) -> Plan:
     return Plan(titles, ("look",) * len(titles), findings)
 
 
-def demonstrate(task: Task, config: ExpertConfig, rng: np.random.Generator) -> Generator[str, str, None]:
+def demonstrate(task: Task, *, config: ExpertConfig, rng: np.random.Generator) -> Generator[str, str, None]:
     """Play one episode: yields actions, is sent observations.
 
     Args:
