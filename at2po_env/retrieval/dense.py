@@ -29,7 +29,7 @@ class DenseRetriever:
     Args:
         corpus: JSON lines in wiki-18 form.
         encoder: A name (see `encoders.encoder_spec`) or an `Encoder`.
-        kind: "flat", "ivf", "hnsw" or "ivfpq".
+        index_kind: "flat", "ivf", "hnsw" or "ivfpq".
         index: Folder of an index built before, or a FAISS file; default: beside the corpus, built when
             missing.
         gpu: Search on all GPUs, in shards of half precision; needs the extra "faiss-gpu".
@@ -45,7 +45,7 @@ class DenseRetriever:
         corpus: str | Path,
         *,
         encoder: str | Encoder = "e5",
-        kind: str = "flat",
+        index_kind: str = "flat",
         index: str | Path | None = None,
         gpu: bool = False,
         nprobe: int = 32,
@@ -54,8 +54,10 @@ class DenseRetriever:
         device: str | None = None,
         max_tokens: int | None = None,
     ) -> None:
-        if kind not in KINDS:
-            raise RetrievalError(f"There is no dense index {kind!r}. Fix: use one of {', '.join(KINDS)}.")
+        if index_kind not in KINDS:
+            raise RetrievalError(
+                f"There is no dense index {index_kind!r}. Fix: use one of {', '.join(KINDS)}."
+            )
         self._corpus = Corpus(corpus)
         self.encoder = (
             SentenceEncoder(encoder, device=device, max_tokens=max_tokens)
@@ -67,10 +69,11 @@ class DenseRetriever:
         if index is not None and Path(index).is_file():
             self._search, identity = self._open_file(Path(index)), Path(index).name
         else:
-            wanted = dense_plan(self._corpus, self.encoder, kind)
-            home = Path(index) if index is not None else build(self._corpus, self.encoder, kind)
+            wanted = dense_plan(self._corpus, self.encoder, index_kind)
+            home = Path(index) if index is not None else build(self._corpus, self.encoder, index_kind)
             self._search, identity = self._open_folder(home, wanted), wanted.digest
-        text = f"dense {self._corpus.digest} {self.encoder.name} {kind} {identity} {nprobe} {ef_search} {gpu}"
+        how = f"{index_kind} {identity} {nprobe} {ef_search} {gpu}"
+        text = f"dense {self._corpus.digest} {self.encoder.name} {how}"
         self._digest = hashlib.sha256(text.encode()).hexdigest()
 
     def __repr__(self) -> str:

@@ -52,7 +52,7 @@ class HttpRetriever:
         token: Bearer token; default: the environment variable `AT2PO_RETRIEVER_TOKEN`.
         timeout_s: Deadline of a call, all tries and pauses included.
         attempt_s: Longest try.
-        retries: Further tries of one request.
+        retries: Further tries of one request; by default enough to use up the deadline.
         backoff_s: First pause; doubles up to `MAX_PAUSE_S`, each time drawn from its upper half.
         batch: Queries in one request.
         form: "queries"; "query" for servers that take one query at a time (T2PO, SkyRL).
@@ -68,7 +68,7 @@ class HttpRetriever:
         token: str | None = None,
         timeout_s: float = 30.0,
         attempt_s: float = 15.0,
-        retries: int = 10,
+        retries: int = 20,
         backoff_s: float = 0.1,
         batch: int = 256,
         form: str = "queries",

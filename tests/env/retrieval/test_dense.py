@@ -108,7 +108,7 @@ def test_approximate_indexes_find_most_of_what_flat_finds(
     flat: DenseRetriever, corpus: Path, encoder: SentenceEncoder, kind: str
 ) -> None:
     counting = Counting(encoder)
-    retriever = DenseRetriever(corpus, encoder=counting, kind=kind)
+    retriever = open_retriever("dense", corpus, encoder=counting, index_kind=kind)
     assert counting.passages == 0  # the vectors of the flat index were used again
     exact, found = ids(flat.search(QUERIES, 5)), ids(retriever.search(QUERIES, 5))
     recall = np.mean([len({*a} & {*b}) / 5 for a, b in zip(exact, found, strict=True)])
@@ -159,7 +159,7 @@ def test_a_damaged_index_is_refused(
     content[len(content) // 2] ^= 0xFF
     victim.write_bytes(content)
     with pytest.raises(RetrievalError, match="checksum"):
-        DenseRetriever(corpus, encoder=encoder, kind=kind, index=home)
+        DenseRetriever(corpus, encoder=encoder, index_kind=kind, index=home)
     (tmp_path / "no.index").write_bytes(bytes(content)[:1000] if kind == "hnsw" else b"nonsense")
     with pytest.raises(RetrievalError, match="damaged or no FAISS index"):
         DenseRetriever(corpus, encoder=encoder, index=tmp_path / "no.index")

