@@ -1,194 +1,56 @@
 """Algorithms as data: a preset chooses an expansion rule, a credit rule and a loss, with their options.
 
 Any part goes with any other where that makes sense; `composition_problems` says where it does not. An own
-part is one pure function: `register_expansion` (in `rollout`), `register_credit` here, `register_loss` (in
-`losses`).
+part is one pure function: `register_expansion` (in `rollout`), `register_credit` (in `credit_rules`, and
+here), `register_loss` (in `losses`). The presets are in `presets`.
 """
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from at2po_agent.credit import (
-    AdvantageMode,
-    ValueMode,
-    branch_advantages,
-    node_advantages,
-    node_values,
-    normalize_leaf_rewards,
-    shared_mean_advantages,
-)
-from at2po_agent.group_credit import Normalization, group_advantages
+from at2po_agent.credit_rules import Credit, CreditRule, credit_rules, register_credit
 from at2po_agent.learner import Objective
 from at2po_agent.losses import get_loss, loss_names, make_loss
-from at2po_agent.rollout.expansions import expansion_rules
+from at2po_agent.presets import PRESETS, Preset
+from at2po_agent.rollout.expansions import Expansion, expansion_rules
 from at2po_agent.settings import AlgorithmSettings
 from at2po_agent.tree import Tree
-from at2po_agent.types import FloatArray, Turn
-from at2po_env.errors import ConfigError
+from at2po_agent.types import Turn
 
-PartT = TypeVar("PartT")
-
-
-class Credit(NamedTuple):
-    """What a credit rule gives a tree.
-
-    Attributes:
-        advantages: float[N] per node, float[L] per branch (leaves in order), or float[L, N] per node and
-            branch.
-        values: float[N] node values for the viewer; None where the rule has none.
-    """
-
-    advantages: FloatArray
-    values: FloatArray | None = None
-
-
-CreditRule = Callable[..., Credit]
-"""`rule(tree, **options) -> Credit`, pure."""
-
-_CREDIT_RULES: dict[str, CreditRule] = {}
-
-
-def register_credit(name: str, rule: CreditRule) -> CreditRule:
-    """Make a credit rule known to configurations.
-
-    Args:
-        name: The name, new.
-        rule: Pure function `rule(tree, **options) -> Credit`.
-
-    Raises:
-        ConfigError: The name is taken.
-    """
-    if name in _CREDIT_RULES:
-        raise ConfigError(f"a credit rule named {name!r} is registered already; choose another name")
-    _CREDIT_RULES[name] = rule
-    return rule
-
-
-def credit_rules() -> dict[str, CreditRule]:
-    """All registered credit rules by name."""
-    return dict(_CREDIT_RULES)
-
-
-def tree_credit(
-    tree: Tree,
-    *,
-    normalize: bool = True,
-    value_mode: ValueMode = "child_softmax",
-    advantage_mode: AdvantageMode = "node_value",
-) -> Credit:
-    """AT²PO's: normalised leaf rewards go up the tree; a turn's advantage comes from its value."""
-    leaf_value = normalize_leaf_rewards(tree.leaf_reward) if normalize else tree.leaf_reward
-    values = node_values(tree.parent, tree.entropy, leaf_value, mode=value_mode)
-    if advantage_mode == "group":
-        return Credit(branch_advantages(leaf_value), values)
-    return Credit(node_advantages(tree.parent, values, mode=advantage_mode), values)
-
-
-def group_credit(tree: Tree, *, normalization: Normalization = "mean_std") -> Credit:
-    """GRPO's: every token of a branch takes the branch's reward, standardised over the question."""
-    return Credit(group_advantages(tree.leaf_reward[tree.is_leaf], normalization=normalization))
-
-
-def shared_group_credit(tree: Tree, *, normalization: Normalization = "mean_std") -> Credit:
-    """ARPO's hard advantage: GRPO's, and a shared turn takes the mean of the branches through it."""
-    leaf_value = np.full(len(tree), np.nan)
-    leaf_value[tree.is_leaf] = group_advantages(tree.leaf_reward[tree.is_leaf], normalization=normalization)
-    return Credit(shared_mean_advantages(tree.parent, leaf_value))
-
-
-register_credit("tree", tree_credit)
-register_credit("group", group_credit)
-register_credit("group_shared", shared_group_credit)
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One algorithm as a composition.
-
-    Attributes:
-        reference: Where it is published.
-        rollout: Expansion rule and published shape of the trees; a configuration's own shape goes before it.
-        credit: Credit rule.
-        loss: Loss.
-        credit_options: Keywords of the credit rule, beyond its defaults.
-        loss_options: Keywords of the loss, beyond its defaults.
-        keep: Which questions are trained on.
-    """
-
-    reference: str
-    rollout: Mapping[str, Any]
-    credit: str
-    loss: str
-    credit_options: Mapping[str, Any] = field(default_factory=dict)
-    loss_options: Mapping[str, Any] = field(default_factory=dict)
-    keep: str = "all"
-
-    def algorithm(self) -> dict[str, Any]:
-        """The `algorithm` section that this preset stands for, its name left out."""
-        return {
-            "keep": self.keep,
-            "credit": self.credit,
-            "credit_options": dict(self.credit_options),
-            "loss": self.loss,
-            "loss_options": dict(self.loss_options),
-        }
-
-
-_CHAINS = {"expansion": "chains", "chains": 16, "forks": 0, "rounds": 0}
-
-PRESETS: Mapping[str, Preset] = {
-    "at2po": Preset(
-        reference="https://arxiv.org/abs/2601.04767",
-        rollout={"expansion": "entropy", "chains": 10, "forks": 6, "rounds": 2},
-        credit="tree",
-        loss="atpo",
-        credit_options={"value_mode": "child_softmax", "advantage_mode": "node_value"},
-        loss_options={"clip_low": 3e-3, "clip_high": 4e-3},
-    ),
-    "grpo": Preset(
-        reference="https://arxiv.org/abs/2402.03300",
-        rollout=_CHAINS,
-        credit="group",
-        loss="grpo",
-        loss_options={"clip_low": 0.2, "clip_high": 0.2},
-    ),
-    "dapo": Preset(
-        reference="https://arxiv.org/abs/2503.14476",
-        rollout={**_CHAINS, "overlong_share": 2000 / 6192},
-        credit="group",
-        loss="dapo",
-        loss_options={"clip_low": 0.2, "clip_high": 0.28},
-        keep="informative",
-    ),
-    "gspo": Preset(
-        reference="https://arxiv.org/abs/2507.18071",
-        rollout=_CHAINS,
-        credit="group",
-        loss="gspo",
-        loss_options={"clip_low": 3e-4, "clip_high": 4e-4},
-    ),
-}
+__all__ = [
+    "PRESETS",
+    "Credit",
+    "CreditRule",
+    "Preset",
+    "composition_problems",
+    "credit_rules",
+    "give_credit",
+    "objective",
+    "register_credit",
+]
 
 
 def objective(settings: AlgorithmSettings) -> Objective:
     """The loss that a configuration names, with its options."""
-    function = get_loss(settings.loss).function
-    built_in = function.__module__.startswith("at2po_agent.losses.")
+    spec = get_loss(settings.loss)
+    built_in = spec.function.__module__.startswith("at2po_agent.losses.")
     return Objective(
         make_loss(settings.loss, settings.loss_options),
-        divisible="totals" in inspect.signature(function).parameters,
-        needs_advantage=built_in,
+        divisible="totals" in inspect.signature(spec.function).parameters,
+        needs_advantage=built_in and not (settings.kl_weight and settings.kl_place == "loss"),
+        needs_entropy="entropies" in spec.requires,
+        kl_weight=settings.kl_weight if settings.kl_place == "loss" else 0.0,
+        kl_estimator=settings.kl_estimator,
     )
 
 
 def give_credit(tree: Tree, settings: AlgorithmSettings) -> Credit:
     """Advantages of one tree under the credit rule that a configuration names."""
-    return _CREDIT_RULES[settings.credit](tree, **settings.credit_options)
+    return credit_rules()[settings.credit](tree, **settings.credit_options)
 
 
 def composition_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -202,19 +64,65 @@ def composition_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     """
     algorithm, rollout = _mapping(values.get("algorithm")), _mapping(values.get("rollout"))
     train = _mapping(values.get("train"))
-    yield from _unknown("rollout.expansion", rollout.get("expansion", "entropy"), expansion_rules())
+    rules = expansion_rules()
+    name = rollout.get("expansion", "entropy")
+    yield from _unknown("rollout.expansion", name, rules)
+    rule = rules.get(name) if isinstance(name, str) else None
     yield from _credit_problems(algorithm)
     yield from _loss_problems(algorithm)
     yield from _rollout_problems(rollout, train)
+    if rule is not None:
+        yield from _expansion_problems(rollout, rule)
+        yield from _match_problems(algorithm, rule)
+
+
+def _expansion_problems(rollout: Mapping[str, Any], rule: Expansion) -> Iterator[tuple[str, str]]:
+    """Options of the expansion rule, and shapes that it cannot grow."""
+    for option in _mapping(rollout.get("expansion_options")):
+        if option not in rule.options:
+            yield f"rollout.expansion_options.{option}", f"unknown option{_near(option, rule.options)}"
+    chains, rounds, forks = _shape(rollout)
+    if not all(isinstance(number, int) for number in (chains, rounds, forks)):
+        return
+    if rule.scope == "chain" and (not chains or forks % chains):
+        yield (
+            "rollout.forks",
+            f"expansion {rule.name!r} shares {forks} forks a round among {chains} trees; use a multiple of "
+            f"rollout.chains",
+        )
+    if rule.adaptive and not rounds * forks:
+        yield (
+            "rollout.forks",
+            f"expansion {rule.name!r} has no leaf left to branch for; set rounds and forks above 0, or "
+            "expansion=chains",
+        )
+
+
+def _match_problems(algorithm: Mapping[str, Any], rule: Expansion) -> Iterator[tuple[str, str]]:
+    """Parts that are sound alone and make no sense together."""
+    credit, options = algorithm.get("credit", "tree"), _mapping(algorithm.get("credit_options"))
+    if credit == "tree_grpo" and rule.scope != "chain":
+        yield (
+            "algorithm.credit",
+            f"tree_grpo compares branches within trees of their own, but expansion {rule.name!r} grows one "
+            "tree a question; use rollout.expansion=tree_grpo",
+        )
+    mode = options.get("advantage_mode")
+    if rule.rule is None and credit == "tree" and mode == "diff_parent":
+        yield (
+            "algorithm.credit_options",
+            "advantage_mode=diff_parent is 0 on all turns but a chain's first, whose turns have one value; "
+            "use node_value, or an expansion that forks",
+        )
 
 
 def _credit_problems(algorithm: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     name = algorithm.get("credit", "tree")
-    unknown = list(_unknown("algorithm.credit", name, _CREDIT_RULES))
+    unknown = list(_unknown("algorithm.credit", name, credit_rules()))
     if unknown:
         yield from unknown
         return
-    rule, options = _CREDIT_RULES[name], _mapping(algorithm.get("credit_options"))
+    rule, options = credit_rules()[name], _mapping(algorithm.get("credit_options"))
     keywords = [name for name, p in inspect.signature(rule).parameters.items() if p.kind is p.KEYWORD_ONLY]
     unknown_options = [option for option in options if option not in keywords]
     for option in unknown_options:
@@ -234,11 +142,9 @@ def _loss_problems(algorithm: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from unknown
         return
     spec, options = get_loss(name), _mapping(algorithm.get("loss_options"))
-    if spec.requires:
-        yield (
-            "algorithm.loss",
-            f"{name!r} needs {', '.join(spec.requires)} of every token, which is not computed yet",
-        )
+    unmet = [tensor for tensor in spec.requires if tensor != "entropies"]
+    if unmet:
+        yield "algorithm.loss", f"{name!r} needs {', '.join(unmet)} of every token; the trainer has entropies"
         return
     unknown_options = [option for option in options if option not in spec.options]
     for option in unknown_options:
@@ -253,7 +159,7 @@ def _loss_problems(algorithm: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _rollout_problems(rollout: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     steps, temperature = train.get("steps", 1), rollout.get("temperature", 1.0)
-    shape = [rollout.get(key, default) for key, default in (("chains", 10), ("rounds", 2), ("forks", 6))]
+    shape = _shape(rollout)
     if steps == 0:
         return
     if all(isinstance(number, int) for number in shape) and shape[0] + shape[1] * shape[2] == 1:
@@ -263,6 +169,11 @@ def _rollout_problems(rollout: Mapping[str, Any], train: Mapping[str, Any]) -> I
             "rollout.temperature",
             "greedy sampling repeats one episode, so nothing is learnt; set it above 0",
         )
+
+
+def _shape(rollout: Mapping[str, Any]) -> list[Any]:
+    """Chains, rounds, forks."""
+    return [rollout.get(key, default) for key, default in (("chains", 10), ("rounds", 2), ("forks", 6))]
 
 
 def _unknown(key: str, name: object, known: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -284,5 +195,5 @@ def _example_tree() -> Tree:
     tree = Tree([0])
     for reward in (1.0, 0.0):
         turn = Turn((), (1,), np.array([-0.5], dtype=np.float32), None, "", "", 0.5, "stop")
-        tree.close(tree.add(0, turn), reward)
+        tree.close(tree.add(0, turn), reward, {"chain": 0})
     return tree

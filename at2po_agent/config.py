@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from at2po_agent.algorithms import PRESETS, composition_problems
+from at2po_agent.algorithms import PRESETS, Preset, composition_problems
 from at2po_agent.settings import Config
 from at2po_env.errors import ConfigError
 
@@ -138,7 +138,7 @@ def _compose(file: dict[str, Any], typed: dict[str, Any], problems: list[Problem
         file = {**file, "algorithm": {"preset": file["algorithm"]}}
     chosen = _section(typed, "algorithm").get("preset")
     if chosen is not None:
-        rollout = {key: value for key, value in _section(file, "rollout").items() if key != "expansion"}
+        rollout = _foreign_rollout(_section(file, "rollout"), PRESETS.get(str(chosen)))
         file = {**file, "algorithm": {"preset": chosen}, "rollout": rollout}
     name = chosen if chosen is not None else _section(file, "algorithm").get("preset", "at2po")
     preset = PRESETS.get(name) if isinstance(name, str) else None
@@ -153,6 +153,15 @@ def _compose(file: dict[str, Any], typed: dict[str, Any], problems: list[Problem
     return base
 
 
+def _foreign_rollout(rollout: Mapping[str, Any], preset: Preset | None) -> dict[str, Any]:
+    """What of a file's rollout stays under a preset of the command line: limits, and the number of leaves."""
+    kept = {key: value for key, value in rollout.items() if not key.startswith("expansion")}
+    shape = [number for key in ("chains", "rounds", "forks") if isinstance(number := kept.get(key), int)]
+    if preset is not None and len(shape) == 3:
+        kept |= preset.shape(shape[0] + shape[1] * shape[2])
+    return kept
+
+
 def _without_stale_options(base: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     """Options belong to a part; when a layer replaces the part, the old part's options go with it."""
     algorithm = dict(_section(base, "algorithm"))
@@ -160,7 +169,11 @@ def _without_stale_options(base: dict[str, Any], layer: Mapping[str, Any]) -> di
         replaced = _section(layer, "algorithm").get(part)
         if replaced is not None and replaced != algorithm.get(part):
             algorithm[f"{part}_options"] = {}
-    return {**base, "algorithm": algorithm}
+    rollout = dict(_section(base, "rollout"))
+    rule = _section(layer, "rollout").get("expansion")
+    if rule is not None and rule != rollout.get("expansion"):
+        rollout["expansion_options"] = {}
+    return {**base, "algorithm": algorithm, "rollout": rollout}
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

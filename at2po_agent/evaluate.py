@@ -8,6 +8,7 @@ import gymnasium
 from at2po_agent.metrics import OUTCOME_PREFIX, sampled_tokens, tree_metrics, wilson_interval
 from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import Options, RolloutConfig, rollout
+from at2po_agent.rollout.settings import ResamplingSettings, ThinkingSettings
 from at2po_agent.tree import Tree
 
 
@@ -58,7 +59,7 @@ def evaluate(  # noqa: PLR0913  (what to ask whom, then three figures)
         tasks: Reset options of each question.
         env: The environment.
         policy: The policy.
-        config: Limits; the shape, the temperature and the reward shaping in it are not used.
+        config: Limits; shape, temperature, reward shaping and interventions in it are not used.
         seed: Decides every draw.
         temperature: 0 is greedy.
         batch: Questions under way at the same time.
@@ -67,7 +68,10 @@ def evaluate(  # noqa: PLR0913  (what to ask whom, then three figures)
     Returns:
         The figures, and one tree of a single chain per question.
     """
-    plain = {"chains": 1, "forks": 0, "rounds": 0, "overlong_share": 0.0}
+    plain = {
+        **{"chains": 1, "forks": 0, "rounds": 0, "expansion": "chains", "overlong_share": 0.0},
+        **{"thinking": ThinkingSettings(), "resampling": ResamplingSettings()},
+    }
     chain = config.model_copy(update={**plain, "temperature": temperature})
     trees: list[Tree] = []
     for start in range(0, len(tasks), batch):

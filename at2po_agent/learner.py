@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from at2po_agent.losses.base import LossTotals
+from at2po_agent.losses.kl import Estimator, kl_penalty
 from at2po_agent.packing import Batch, iter_micro_batches
 from at2po_agent.settings import OptimizerSettings
 from at2po_env.errors import At2poError, ConfigError
@@ -34,11 +35,17 @@ class Objective(NamedTuple):
         divisible: Whether it takes `totals`: then the losses of the pieces of a minibatch add up. One that
             does not gets each minibatch whole.
         needs_advantage: Whether a row without advantage adds neither loss nor gradient.
+        needs_entropy: Whether it takes `entropies`, those of the policy when the update begins.
+        kl_weight: Weight of the KL to the reference that is added to it.
+        kl_estimator: The KL's estimator.
     """
 
     loss: LossFunction
     divisible: bool = True
     needs_advantage: bool = True
+    needs_entropy: bool = False
+    kl_weight: float = 0.0
+    kl_estimator: Estimator = "k3"
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
@@ -103,12 +110,24 @@ class Learner:
                 out[rows, :length] = self._forward(piece)
         return out
 
-    def update(self, batch: Batch, old_log_probs: Tensor) -> dict[str, float]:
+    def entropies(self, batch: Batch) -> Tensor:
+        """`trained_entropies` of all rows without gradient, a micro-batch at a time; float32[B, T]."""
+        out = torch.zeros(batch.turn_ids.shape, dtype=torch.float32, device=batch.turn_ids.device)
+        with torch.no_grad():
+            for rows, piece in iter_micro_batches(batch, self.token_budget):
+                values = trained_entropies(self.model, piece, temperature=self.temperature)
+                out[rows, : piece.turn_ids.shape[1]] = values
+        return out
+
+    def update(
+        self, batch: Batch, old_log_probs: Tensor, ref_log_probs: Tensor | None = None
+    ) -> dict[str, float]:
         """One optimiser step on a minibatch.
 
         Args:
             batch: All rows of the minibatch, on the model's device.
             old_log_probs: float32[B, T], nats.
+            ref_log_probs: float32[B, T], nats, of the reference; needed where the objective has a KL term.
 
         Returns:
             loss, grad_norm, and the loss's own metrics as means over the computed rows.
@@ -119,7 +138,7 @@ class Learner:
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         self.model.train(self.checkpointing)
-        total, figures = self._backward(batch, old_log_probs)
+        total, figures = self._backward(batch, old_log_probs, ref_log_probs)
         self.model.eval()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         figures |= {"loss": float(total), "grad_norm": float(norm)}
@@ -138,19 +157,36 @@ class Learner:
         with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
             return trained_log_probs(self.model, piece, temperature=self.temperature)
 
-    def _backward(self, batch: Batch, old_log_probs: Tensor) -> tuple[Tensor, dict[str, float]]:
-        totals = LossTotals.of(batch.turn_ids)
+    def _backward(
+        self, batch: Batch, old_log_probs: Tensor, ref_log_probs: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        entropies = self.entropies(batch) if self.objective.needs_entropy else None
+        totals = LossTotals.of(batch.turn_ids, entropies)
         total = torch.zeros((), device=old_log_probs.device)
         sums: dict[str, Any] = {}
         computed = torch.zeros((), device=old_log_probs.device)
         for rows, piece in self._pieces(batch):
+            length = piece.turn_ids.shape[1]
+            log_probs = self._forward(piece)
             loss, metrics = self.objective.loss(
-                self._forward(piece),
-                old_log_probs[rows, : piece.turn_ids.shape[1]],
+                log_probs,
+                old_log_probs[rows, :length],
                 piece.advantages,
                 piece.turn_ids,
                 **({"totals": totals} if self.objective.divisible else {}),
+                **({} if entropies is None else {"entropies": entropies[rows, :length]}),
             )
+            if self.objective.kl_weight:
+                assert ref_log_probs is not None, "a KL term needs the reference's log-probs"
+                reference = ref_log_probs[rows, :length]
+                kl, about_kl = kl_penalty(
+                    log_probs,
+                    reference,
+                    piece.turn_ids,
+                    estimator=self.objective.kl_estimator,
+                    totals=totals,
+                )
+                loss, metrics = loss + self.objective.kl_weight * kl, {**metrics, **about_kl}
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             computed += (piece.turn_ids >= 0).sum()
@@ -180,12 +216,28 @@ def trained_log_probs(model: nn.Module, batch: Batch, *, temperature: float = 1.
         is -1.
     """
     trained = batch.turn_ids[:, 1:] >= 0
-    logits = _logits_where(model, batch, trained).float()
-    if temperature not in (0.0, 1.0):
-        logits = logits / temperature
+    logits = _tempered(_logits_where(model, batch, trained), temperature)
     chosen = -functional.cross_entropy(logits, batch.input_ids[:, 1:][trained], reduction="none")
     out = torch.zeros(batch.input_ids.shape, dtype=chosen.dtype, device=chosen.device)
     return out.masked_scatter(functional.pad(trained, (1, 0)), chosen)
+
+
+def trained_entropies(model: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+    """Entropy of the distribution that each trained token was drawn from; arguments of `trained_log_probs`.
+
+    Returns:
+        float32[B, T] in nats, 0 where turn id is -1.
+    """
+    trained = batch.turn_ids[:, 1:] >= 0
+    log_probs = _tempered(_logits_where(model, batch, trained), temperature).log_softmax(dim=-1)
+    values = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(dim=-1)
+    out = torch.zeros(batch.input_ids.shape, dtype=values.dtype, device=values.device)
+    return out.masked_scatter(functional.pad(trained, (1, 0)), values)
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.float()
+    return logits if temperature in (0.0, 1.0) else logits / temperature
 
 
 def _rows_with_advantage(batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from at2po_agent.losses.kl import Estimator as KlEstimator
 from at2po_agent.rollout.settings import RolloutConfig
 
 
@@ -98,6 +99,16 @@ class AlgorithmSettings(Section):
     credit_options: dict[str, Any] = Field(default_factory=dict, description="Keywords of the credit rule.")
     loss: str = Field("atpo", description="Registered loss.")
     loss_options: dict[str, Any] = Field(default_factory=dict, description="Keywords of the loss.")
+    kl_weight: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of the KL to the policy before training.",
+    )
+    kl_estimator: KlEstimator = Field("k3", description="Estimator of the KL from sampled tokens.")
+    kl_place: Literal["loss", "reward"] = Field(
+        "loss", description="Add the KL to the loss, or take each branch's sum from its reward."
+    )
 
 
 class OptimizerSettings(Section):

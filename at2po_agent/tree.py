@@ -10,6 +10,7 @@ sampled. `add` checks it against the ids that were sent to the policy.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -126,6 +127,27 @@ class Tree:
             raise ValueError(f"reward of node {node} must be finite, got {reward}")
         self._rewards[node] = float(reward)
         self.outcomes[node] = dict(outcome or {})
+
+    def with_leaf_rewards(self, rewards: ArrayLike) -> Self:
+        """The same tree with other terminal rewards; turns are shared, and neither changes the other.
+
+        Args:
+            rewards: float[L], one per leaf in order of creation, finite.
+
+        Raises:
+            ValueError: Of another shape, or not finite.
+        """
+        given = np.asarray(rewards, dtype=np.float64)
+        leaves = self.leaves()
+        if given.shape != (len(leaves),) or not np.isfinite(given).all():
+            raise ValueError(f"need one finite reward for each of {len(leaves)} leaves, got {given}")
+        other = type(self)(self.prompt_ids, self.prompt, self.task_id)
+        other.turns, other.outcomes = list(self.turns), copy.copy(self.outcomes)
+        other._parent, other._children = list(self._parent), [list(below) for below in self._children]
+        other._rewards = list(self._rewards)
+        for leaf, reward in zip(leaves, given.tolist(), strict=True):
+            other._rewards[leaf] = reward
+        return other
 
     def children(self, node: int) -> tuple[int, ...]:
         """Indices of a node's children in the order of their creation."""

@@ -111,7 +111,6 @@ def test_group_mode_of_tree_credit_is_per_branch():
         ),
         ({"rollout": {"chains": 1, "rounds": 0, "forks": 0}}, "rollout.chains", "at least 2 leaves"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature", "nothing is learnt"),
-        ({"algorithm": {"loss": "aepo"}}, "algorithm.loss", "entropies"),
     ],
 )
 def test_a_senseless_composition_is_refused_with_a_reason(values, key, message):

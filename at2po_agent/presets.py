@@ -1,0 +1,131 @@
+"""The algorithms of the field as data: each is a choice of rollout, credit, loss and filters.
+
+`docs/algorithms.md` is generated from here (`algorithms_table`), so it cannot drift.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One algorithm as a composition.
+
+    Attributes:
+        reference: Where it is published.
+        rollout: Expansion rule, published shape of the trees, interventions, shaping; a configuration's own
+            shape goes before it.
+        credit: Credit rule.
+        loss: Loss.
+        credit_options: Keywords of the credit rule, beyond its defaults.
+        loss_options: Keywords of the loss, beyond its defaults.
+        keep: Which questions are trained on.
+        kl_weight: Weight of the KL term to the frozen reference.
+        root_share: Share of the leaves that start at the root, for a rollout that cannot take any other
+            configuration's shape as it is; None where it can.
+    """
+
+    reference: str
+    rollout: Mapping[str, Any]
+    credit: str
+    loss: str
+    credit_options: Mapping[str, Any] = field(default_factory=dict)
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
+    keep: str = "all"
+    kl_weight: float = 0.0
+    root_share: float | None = None
+
+    def algorithm(self) -> dict[str, Any]:
+        """The `algorithm` section that this preset stands for, its name left out."""
+        return {
+            "keep": self.keep,
+            "credit": self.credit,
+            "credit_options": dict(self.credit_options),
+            "loss": self.loss,
+            "loss_options": dict(self.loss_options),
+            "kl_weight": self.kl_weight,
+        }
+
+    def shape(self, leaves: int) -> dict[str, int]:
+        """`rollout` keys that grow (nearly) as many leaves as another shape; empty where that one will do."""
+        if self.root_share is None:
+            return {}
+        chains = max(1, round(self.root_share * leaves))
+        return {"chains": chains, "forks": (leaves - chains) // chains * chains or 1, "rounds": 1}
+
+
+_CHAINS = {"expansion": "chains", "chains": 16, "forks": 0, "rounds": 0}
+_GIGPO: Mapping[str, Any] = {
+    "reference": "https://arxiv.org/abs/2505.10978",
+    "credit": "gigpo",
+    "credit_options": {"gamma": 0.95, "step_weight": 1.0},
+    "loss": "grpo",
+    "loss_options": {"clip_low": 0.2, "clip_high": 0.2},
+}
+_GIGPO_CHAINS = {"expansion": "chains", "chains": 5, "forks": 0, "rounds": 0}
+_T2PO: Mapping[str, Any] = {**_GIGPO, "reference": "https://arxiv.org/abs/2605.02178"}
+_THINKING, _RESAMPLING = {"thinking": {"enabled": True}}, {"resampling": {"enabled": True}}
+
+PRESETS: Mapping[str, Preset] = {
+    "at2po": Preset(
+        reference="https://arxiv.org/abs/2601.04767",
+        rollout={"expansion": "entropy", "chains": 10, "forks": 6, "rounds": 2},
+        credit="tree",
+        loss="atpo",
+        credit_options={"value_mode": "child_softmax", "advantage_mode": "node_value"},
+        loss_options={"clip_low": 3e-3, "clip_high": 4e-3},
+    ),
+    "grpo": Preset(
+        reference="https://arxiv.org/abs/2402.03300",
+        rollout=_CHAINS,
+        credit="group",
+        loss="grpo",
+        loss_options={"clip_low": 0.2, "clip_high": 0.2},
+        kl_weight=1e-3,
+    ),
+    "dapo": Preset(
+        reference="https://arxiv.org/abs/2503.14476",
+        rollout={**_CHAINS, "overlong_share": 2000 / 6192},
+        credit="group",
+        loss="dapo",
+        loss_options={"clip_low": 0.2, "clip_high": 0.28},
+        keep="informative",
+    ),
+    "gspo": Preset(
+        reference="https://arxiv.org/abs/2507.18071",
+        rollout=_CHAINS,
+        credit="group",
+        loss="gspo",
+        loss_options={"clip_low": 3e-4, "clip_high": 4e-4},
+    ),
+    "arpo": Preset(
+        reference="https://arxiv.org/abs/2507.19849",
+        rollout={"expansion": "arpo", "chains": 8, "forks": 8, "rounds": 1},
+        credit="group",
+        loss="grpo",
+        loss_options={"clip_low": 0.2, "clip_high": 0.2},
+        root_share=0.5,
+    ),
+    "aepo": Preset(
+        reference="https://arxiv.org/abs/2510.14545",
+        rollout={"expansion": "aepo", "chains": 8, "forks": 8, "rounds": 1},
+        credit="group",
+        loss="aepo",
+        loss_options={"clip_low": 0.2, "clip_high": 0.2, "entropy_weight": 0.2},
+        root_share=0.5,
+    ),
+    "tree_grpo": Preset(
+        reference="https://arxiv.org/abs/2509.21240",
+        rollout={"expansion": "tree_grpo", "chains": 2, "forks": 4, "rounds": 1},
+        credit="tree_grpo",
+        loss="grpo",
+        loss_options={"clip_low": 0.2, "clip_high": 0.2},
+        kl_weight=1e-3,
+        root_share=1 / 3,
+    ),
+    "gigpo": Preset(rollout=_GIGPO_CHAINS, **_GIGPO),
+    "gigpo+tti": Preset(rollout={**_GIGPO_CHAINS, **_THINKING}, **_T2PO),
+    "gigpo+tds": Preset(rollout={**_GIGPO_CHAINS, **_RESAMPLING}, **_T2PO),
+    "t2po": Preset(rollout={**_GIGPO_CHAINS, **_THINKING, **_RESAMPLING}, **_T2PO),
+}
