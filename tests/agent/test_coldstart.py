@@ -8,7 +8,7 @@ from at2po_agent.coldstart import Demonstration, cold_start, record_demonstratio
 from at2po_agent.model import ModelShape, build_model, train_tokenizer
 from at2po_agent.settings import ColdStartSettings
 
-EPISODE = "<think> country</think><search> Ab</search><answer>\\boxed{ Cd}</answer>\n<result> The city is in.</result>"
+EPISODE = "<think> country</think><search> Ab</search>\n<answer>\\boxed{ Cd}</answer> The city is in."
 
 
 @pytest.fixture(scope="module")
