@@ -60,7 +60,7 @@ def expert(task: Task, *, rng: np.random.Generator) -> Generator[str, str, None]
 
 
 def train(steps: int = 20) -> tuple[float, float]:
-    """Show a tiny model the expert, then train it on trees; the mean reward of the first and the last steps."""
+    """Show a tiny model the expert, then train it on trees; mean reward of its first and last steps."""
     cold = ColdStartSettings(steps=150, demonstrations=400, lr=0.01)
     config = Config.model_validate(
         {

@@ -24,8 +24,8 @@ def example(monkeypatch):
 def test_an_own_tool_environment_is_trained_on(example):
     module = example("custom_tool_env")
     first, last = module.train(steps=3)
-    assert 0.0 <= first <= 1.0
-    assert 0.0 <= last <= 1.0
+    assert 0.0 < first < 1.0  # the cold start took, and left something to learn
+    assert last > 0.0
 
 
 def test_an_own_tool_environment_is_registered_in_under_40_lines():
