@@ -1,5 +1,6 @@
 """A whole run: cold start, evaluation, training, evaluation, summary; stopped by a signal and resumed."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +63,8 @@ def run_training(
         try:
             ready = agent if isinstance(agent, Agent) else (agent or build_agent)(config)
             trainer = Trainer(config, ready, folder, listener, env=env, eval_env=eval_env, started=started)
-            return _run(config, trainer, folder, listener, resume=resume)
+            with contextlib.closing(trainer):
+                return _run(config, trainer, folder, listener, resume=resume)
         except StopRequested as stop:
             raise TrainingInterrupted(_farewell(folder)) from stop
 

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from at2po_agent.config import CONFIG_FILE, flatten, load_config, save_config
 from at2po_agent.settings import Config
-from at2po_env.errors import ConfigError
+from at2po_env.errors import At2poError, ConfigError
 
 METRICS_FILE, SUMMARY_FILE, LOCK_FILE = "metrics.jsonl", "summary.json", ".lock"
 CHECKPOINTS, TREES, TENSORBOARD = "checkpoints", "trees", "tensorboard"
@@ -48,8 +48,12 @@ class RunFolder:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
-        with (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, allow_nan=False) + "\n")
+        line = json.dumps(record, allow_nan=False) + "\n"
+        with (
+            disk_refusals(self.path / METRICS_FILE),
+            (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream,
+        ):
+            stream.write(line)
 
     def rewind_metrics(self, step: int) -> None:
         """Move the lines of steps after `step`, which will be done again, into a file of their own."""
@@ -69,13 +73,31 @@ class RunFolder:
     def write_trees(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Keep trees of a step, one JSON object per line."""
         folder = self.path / TREES
-        folder.mkdir(exist_ok=True)
         lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records]
-        replace_text(folder / f"step_{step:06d}.jsonl", "".join(lines))
+        with disk_refusals(folder):
+            folder.mkdir(exist_ok=True)
+            replace_text(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
-        replace_text(self.path / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        with disk_refusals(self.path / SUMMARY_FILE):
+            replace_text(self.path / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+class RunFolderError(At2poError):
+    """The folder of a run cannot be written."""
+
+
+@contextlib.contextmanager
+def disk_refusals(path: Path) -> Iterator[None]:
+    """Say in one message which file could not be written and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
+            "another run.dir, then go on with --resume from the newest checkpoint"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -95,7 +117,8 @@ def open_run(config: Config, *, resume: bool = False) -> Iterator[tuple[RunFolde
             folder or was started with other settings.
     """
     path = _choose_folder(config, resume=resume)
-    path.mkdir(parents=True, exist_ok=True)
+    with disk_refusals(path):
+        path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(str(path / LOCK_FILE))
     try:
         lock.acquire(timeout=0)

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from guess_env import GuessEnv, SmallTokenizer
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from at2po_agent import run as run_module
 from at2po_agent.agent import Agent
@@ -18,7 +20,7 @@ from at2po_agent.model import ModelShape, build_model
 from at2po_agent.policies.hf import HFPolicy
 from at2po_agent.progress import NoProgress
 from at2po_agent.run import run_training
-from at2po_agent.run_files import newest_run, open_run
+from at2po_agent.run_files import RunFolderError, newest_run, open_run
 from at2po_agent.settings import Config
 from at2po_agent.tree import Tree
 from at2po_env.errors import ConfigError
@@ -127,6 +129,16 @@ def test_every_step_writes_one_line_with_what_happened(whole_run):
     assert tokens[-1] == sum(record["step_tokens"] for record in steps)
     evaluations = [(record["step"], record["mode"]) for record in records(whole_run, "eval")]
     assert evaluations == [(0, "greedy"), (0, "sampled"), (3, "greedy"), (6, "greedy"), (6, "sampled")]
+
+
+def test_tensorboard_reads_the_scalars(whole_run):
+    (file,) = (whole_run / "tensorboard").iterdir()
+    events = list(LegacyEventFileLoader(str(file)).Load())
+    assert events[0].file_version == "brain.Event:2"
+    read = {(e.step, value.tag): value.simple_value for e in events for value in e.summary.value}
+    for record in records(whole_run):
+        assert read[record["step"], "train/reward"] == pytest.approx(record["reward"], rel=1e-6, abs=1e-6)
+    assert {(0, "eval/sampled/em"), (3, "eval/greedy/em"), (6, "eval/greedy/em")} <= set(read)
 
 
 def test_the_summary_says_what_changed(whole_run):
@@ -260,6 +272,33 @@ def test_without_a_folder_a_run_takes_a_free_one(tmp_path, monkeypatch):
     assert newest_run("guess") == Path("runs/guess-3")
     with open_run(config, resume=True) as (folder, _):
         assert folder.path == Path("runs/guess-3")
+
+
+def test_a_disk_that_refuses_is_one_clear_error_and_the_run_can_go_on(whole_run, tmp_path):
+    # a real refusal: no file of this process may grow beyond what metrics.jsonl has after the third step
+    folder = tmp_path / "run"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FullAfterThree(NoProgress):
+        def step(self, record: Mapping[str, object]) -> None:
+            if record["step"] == 3:
+                size = (folder / "metrics.jsonl").stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+
+    try:
+        with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be written .*--resume"):
+            train(settings(folder), progress=FullAfterThree())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    train(settings(folder), resume=True)
+    assert records(folder) == records(whole_run)
+    assert final_weights(folder) == final_weights(whole_run)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunFolderError, match="file/run: cannot be written"):
+        train(settings(tmp_path / "file" / "run"))
 
 
 def test_resuming_needs_a_run(tmp_path, monkeypatch):
