@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-import at2po_env.retrieval as retrieval
-
 app = typer.Typer()
 
 _Corpus = Annotated[Path, typer.Argument(help="JSON lines in wiki-18 form.")]
@@ -48,11 +46,12 @@ def serve_retriever(
     option: _Option = None,
 ) -> None:
     """Serve searches over HTTP: POST /retrieve as Search-R1's clients expect, /health, /metrics."""
+    from at2po_env.retrieval import open_retriever
     from at2po_env.retrieval.server import ServerSettings, serve
 
     settings = ServerSettings.model_validate({"host": host, "port": port, "token": token})
     settings.check_address()
-    opened = retrieval.open_retriever(retriever, corpus, cache=cache, **_options(option or []))
+    opened = open_retriever(retriever, corpus, cache=cache, **_options(option or []))
     typer.echo(f"serving {opened!r} on http://{host}:{port} (process {os.getpid()}; Ctrl-C stops it)")
     serve(opened, settings)
 

@@ -15,6 +15,7 @@ from at2po_env.retrieval.breaker import CircuitBreaker
 from at2po_env.retrieval.counters import counted
 from at2po_env.retrieval.http import HttpRetriever
 from at2po_env.retrieval.opening import open_retriever
+from at2po_env.tool_env import ToolEnv
 from at2po_env.tools.base import ToolContext, call_tool
 from at2po_env.tools.search import SearchTool
 
@@ -225,6 +226,25 @@ def test_a_failing_server_is_an_observation_of_the_search_tool(fault_server: Cal
     result = call_tool(tool, {"query": "a"}, ToolContext(Task("1", "q")))
     assert not result.ok
     assert "status 500: broken" in result.text
+
+
+def test_an_episode_goes_on_when_the_server_fails_and_uses_it_when_it_is_back(fault_server: Callable) -> None:
+    server = fault_server(says(b"broken", "500 No"), GOOD)
+    env = ToolEnv(
+        tasks=[Task("1", "Who?", ("Ada",))],
+        tools=[SearchTool(client(server.url, retries=0), topk=3)],
+        reward="boxed",
+    )
+    env.reset(seed=0)
+    search = "<think>look it up</think><search>who</search>"
+    observation, reward, terminated, truncated, info = env.step(search)
+    assert (info["outcome"], reward, terminated, truncated) == ("tool_error", 0.0, False, False)
+    assert "status 500" in observation
+    observation, _, _, _, info = env.step(search)
+    assert info["outcome"] == "tool"
+    assert "Its text." in observation
+    info = env.step("<think>known</think><answer>\\boxed{Ada}</answer>")[-1]
+    assert info["em"] == 1.0
 
 
 def test_an_address_opens_a_client_without_a_corpus(fault_server: Callable) -> None:
