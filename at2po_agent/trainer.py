@@ -32,6 +32,7 @@ from at2po_agent.learner import Learner, checkpoint_activations, make_optimizer
 from at2po_agent.metrics import tree_metrics
 from at2po_agent.packing import Batch, pack_rows
 from at2po_agent.progress import Progress
+from at2po_agent.reference import reference_learner, with_kl_in_reward
 from at2po_agent.run_files import RunFolder, disk_refusals
 from at2po_agent.scalars import Scalars
 from at2po_agent.seeding import RunPurpose, run_generator, run_seed
@@ -121,6 +122,7 @@ class Trainer:
         )
         if config.train.gradient_checkpointing:
             checkpoint_activations(agent.model)
+        self._reference: Learner | None = None
         self._scalars: Scalars | None = None
         self._first_step = 0
         self._started = time.monotonic() if started is None else started
@@ -169,7 +171,7 @@ class Trainer:
         """
         clock, number = Clock(), self.state.step + 1
         collected = self._grow(number, clock)
-        trees = collected.trees
+        trees = self._with_kl(collected.trees)
         credits = [give_credit(tree, self.config.algorithm) for tree in trees]
         clock.lap("credit")
         figures = self._learn(trees, credits, number, clock)
@@ -284,12 +286,30 @@ class Trainer:
         clock.lap("packing")
         old = [self._old_log_probs(batch) for batch in batches]
         clock.lap("old_log_probs")
+        weighs_kl = self._learner.objective.kl_weight
+        references = [self._frozen().log_probs(batch) if weighs_kl else None for batch in batches]
+        clock.lap("reference")
         updates = []
         for epoch in range(settings.epochs):
             turn = range(len(batches)) if epoch == 0 else generator.permutation(len(batches))
-            updates += [self._learner.update(batches[i], old[i]) for i in turn]
+            updates += [self._learner.update(batches[i], old[i], references[i]) for i in turn]
         clock.lap("update")
         return {**_means(updates), "learning_rate": rate, "updates": len(updates)}
+
+    def _with_kl(self, trees: Sequence[Tree]) -> Sequence[Tree]:
+        settings = self.config.algorithm
+        if not settings.kl_weight or settings.kl_place != "reward":
+            return trees
+        return with_kl_in_reward(
+            trees, self._frozen(), weight=settings.kl_weight, estimator=settings.kl_estimator
+        )
+
+    def _frozen(self) -> Learner:
+        """The reference, made when it is first asked for."""
+        if self._reference is None:
+            started = self.state.step > 0
+            self._reference = reference_learner(self._learner, self.folder.path, started=started)
+        return self._reference
 
     def _old_log_probs(self, batch: Batch) -> Tensor:
         if self.config.train.old_log_probs == "sampler":
