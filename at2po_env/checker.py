@@ -15,7 +15,7 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import env_checker
 
-from at2po_env.contract import CHECKS, Env, Play, Step, rebuild
+from at2po_env.contract import CHECKS, Env, Play, Step, build
 from at2po_env.core import ForkableEnv, fork, restore, snapshot
 from at2po_env.errors import ContractError
 from at2po_env.snapshot import Snapshot
@@ -144,9 +144,9 @@ def _portable_spec(env: Env, play: Play) -> str | None:
     try:
         text = spec.to_json()
         json.dumps(list(play.actions))
-    except (TypeError, ValueError):
+        return None if build(EnvSpec.from_json(text)) is None else text
+    except (TypeError, ValueError, AttributeError):
         return None
-    return None if rebuild(env) is None else text
 
 
 def _run_elsewhere(job: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.wrappers import RecordEpisodeStatistics
 
@@ -154,7 +155,7 @@ def check_json(env: Env, play: Play) -> None:
         read = Snapshot.from_json(snap.to_json())
         _expect_digest(snap, read, "a snapshot survives JSON", "load_state or dump_state loses something")
         expected = script.run(fork(env), turn)
-        for place, target in (("the same environment", env), ("a fresh environment", rebuild(env))):
+        for place, target in (("the same environment", env), ("a fresh environment", build(env.spec))):
             if target is None:
                 continue
             restore(target, read)
@@ -230,10 +231,10 @@ CHECKS: Mapping[str, Callable[[Env, Play], None]] = {
 }
 
 
-def rebuild(env: Env) -> Env | None:
-    """Build an environment like this one from its spec, or return `None` where that is not possible."""
+def build(spec: EnvSpec | None) -> Env | None:
+    """Build an environment from a spec, or return `None` where that is not possible."""
     try:
-        return None if env.spec is None else gymnasium.make(env.spec)
+        return None if spec is None else gymnasium.make(spec)
     except (gymnasium.error.Error, At2poError, TypeError, ValueError, ImportError, AttributeError):
         return None  # a wrapper that does not record its arguments, an object among the kwargs
 

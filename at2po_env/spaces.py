@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gymnasium import Space
+from gymnasium.wrappers.utils import create_zero_array
 
 from at2po_env.errors import EnvError
 from at2po_env.rng import clone_rng
@@ -79,3 +80,10 @@ class Text(Space[str]):
 
     def __hash__(self) -> int:
         return hash((Text, self.max_length))
+
+
+@create_zero_array.register(Text)
+def _zero_text(space: Text) -> str:  # type: ignore[misc]  # its fallback is generic: the relation is hidden
+    """What Gymnasium's delaying and stacking wrappers pad with."""
+    del space
+    return ""

@@ -16,10 +16,16 @@ import numpy as np
 import pytest
 from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.wrappers import (
+    Autoreset,
+    DelayObservation,
     NormalizeReward,
     OrderEnforcing,
     PassiveEnvChecker,
     RecordEpisodeStatistics,
+    RenderCollection,
+    RepeatAction,
+    StickyAction,
+    TimeAwareObservation,
     TimeLimit,
     TransformReward,
 )
@@ -132,6 +138,12 @@ STACKS: dict[str, Callable[[], Env]] = {
     "statistics": lambda: RecordEpisodeStatistics(limited(PigEnv())),
     "normalised": lambda: NormalizeReward(RecordEpisodeStatistics(limited(PigEnv()))),
     "transformed": lambda: TransformReward(limited(PigEnv()), lambda reward: float(reward) * 2),
+    "sticky": lambda: StickyAction(limited(PigEnv()), 0.5, (1, 3)),
+    "delayed": lambda: DelayObservation(limited(PigEnv()), 2),
+    "repeated": lambda: RepeatAction(limited(PigEnv()), 2),
+    "timed": lambda: TimeAwareObservation(limited(PigEnv()), flatten=False),
+    "reset by itself": lambda: Autoreset(limited(PigEnv())),
+    "rendered": lambda: RenderCollection(limited(PigEnv(render_mode="ansi"))),
     "hoarder": lambda: Hoarder(limited(PigEnv())),
     "nested": lambda: NormalizeReward(Hoarder(RecordEpisodeStatistics(Hoarder(limited(PigEnv()))))),
 }
@@ -310,7 +322,7 @@ def test_gymnasiums_seeding_rules_hold() -> None:
 def test_deepcopy_and_pickle_keep_the_episode(stack: str) -> None:
     env = begin(stack, 3)
     expected = play(fork(env), start=3)
-    if "hoarder" not in stack and stack not in ("nested", "transformed"):  # these hold lambdas
+    if stack not in ("hoarder", "nested", "transformed", "timed"):  # these hold lambdas
         assert play(pickle.loads(pickle.dumps(env)), start=3) == expected
     if stack not in ("hoarder", "nested"):  # deepcopy shares a closure over self: fork does not
         assert play(copy.deepcopy(env), start=3) == expected
