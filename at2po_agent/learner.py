@@ -1,12 +1,17 @@
 """The learner: log-probs of sampled tokens under the model, and optimiser updates from them.
 
-Rows are sorted by length and cut into micro-batches by their tokens; logits exist only where a token is
-trained. The loss of a minibatch does not depend on the cut, since losses divide by the totals of the
-minibatch. Rows whose advantages are all zero add nothing to the gradient and are not computed.
+A minibatch is a `PackedBatch`, which computes every token that branches share once, or a `Batch` of rows.
+Both are cut into micro-batches by their tokens; logits exist only where a token is trained. The loss of a
+minibatch does not depend on the cut, since losses divide by the totals of the minibatch. Branches whose
+advantages are all zero add nothing to the gradient and are not computed.
+
+Batches are cut on the host. With a fused optimiser nothing waits for the device until an update is complete;
+then one transfer brings its figures.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,11 +21,18 @@ from torch.nn import functional
 
 from at2po_agent.losses.base import LossTotals
 from at2po_agent.losses.kl import Estimator, kl_penalty
-from at2po_agent.packing import Batch, iter_micro_batches
+from at2po_agent.packed_forward import check_model, packed_stats
+from at2po_agent.packing import Batch
 from at2po_agent.settings import OptimizerSettings
+from at2po_agent.tree_attention import tree_attention
+from at2po_agent.tree_packing import PackedBatch, PackedPiece
 from at2po_env.errors import At2poError, ConfigError
 
 LossFunction = Callable[..., tuple[Tensor, Mapping[str, Any]]]
+
+SAMPLER_TOLERANCE = 1e-3
+"""Mean difference of log-probs in nats up to which the sampler's are taken; AT2PO's clip begins at 3e-3."""
+_WHOLE = 1 << 62
 
 
 class TrainingError(At2poError):
@@ -49,9 +61,12 @@ class Objective(NamedTuple):
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters."""
+    """AdamW over all trainable parameters, as one fused kernel where torch has one."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        parameters,
+        fused=fused and type(parameters[0]) is nn.Parameter,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
@@ -101,31 +116,35 @@ class Learner:
     autocast: torch.dtype | None = None
     checkpointing: bool = False
 
-    def log_probs(self, batch: Batch) -> Tensor:
-        """`trained_log_probs` of all rows without gradient, a micro-batch at a time; float32[B, T]."""
-        out = torch.zeros(batch.turn_ids.shape, dtype=torch.float32, device=batch.turn_ids.device)
-        with torch.no_grad():
-            for rows, piece in iter_micro_batches(batch, self.token_budget):
-                length = piece.turn_ids.shape[1]
-                out[rows, :length] = self._forward(piece)
-        return out
+    def log_probs(self, batch: Batch | PackedBatch) -> Tensor:
+        """Log-probs of all trained tokens without gradient, a micro-batch at a time; float32[B, T]."""
+        return self._without_gradient(batch, self._forward)
 
-    def entropies(self, batch: Batch) -> Tensor:
-        """`trained_entropies` of all rows without gradient, a micro-batch at a time; float32[B, T]."""
-        out = torch.zeros(batch.turn_ids.shape, dtype=torch.float32, device=batch.turn_ids.device)
-        with torch.no_grad():
-            for rows, piece in iter_micro_batches(batch, self.token_budget):
-                values = trained_entropies(self.model, piece, temperature=self.temperature)
-                out[rows, : piece.turn_ids.shape[1]] = values
-        return out
+    def entropies(self, batch: Batch | PackedBatch) -> Tensor:
+        """Entropies of all trained tokens without gradient, a micro-batch at a time; float32[B, T]."""
+        return self._without_gradient(batch, self._entropies)
+
+    def sampler_agrees(self, batch: Batch | PackedBatch, *, tolerance: float = SAMPLER_TOLERANCE) -> bool:
+        """Whether the sampler's log-probs are those of the model, judged by one micro-batch.
+
+        Args:
+            batch: Sampled with the model's weights.
+            tolerance: Largest mean |difference| over its trained tokens, in nats.
+        """
+        with torch.no_grad(), self._attention(batch):
+            pieces: Iterator[tuple[Tensor, Batch | PackedPiece]] = batch.micro_batches(self.token_budget)
+            here = next(pieces)[1].to(self._device)
+            trained = here.turn_ids >= 0
+            difference = (self._forward(here) - here.sampled_log_probs).abs()[trained]
+        return not len(difference) or bool(difference.mean() <= tolerance)
 
     def update(
-        self, batch: Batch, old_log_probs: Tensor, ref_log_probs: Tensor | None = None
+        self, batch: Batch | PackedBatch, old_log_probs: Tensor, ref_log_probs: Tensor | None = None
     ) -> dict[str, float]:
         """One optimiser step on a minibatch.
 
         Args:
-            batch: All rows of the minibatch, on the model's device.
+            batch: The minibatch.
             old_log_probs: float32[B, T], nats.
             ref_log_probs: float32[B, T], nats, of the reference; needed where the objective has a KL term.
 
@@ -138,67 +157,120 @@ class Learner:
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         self.model.train(self.checkpointing)
-        total, figures = self._backward(batch, old_log_probs, ref_log_probs)
+        figures = self._backward(batch, old_log_probs, ref_log_probs)
         self.model.eval()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        figures |= {"loss": float(total), "grad_norm": float(norm)}
-        if not math.isfinite(figures["grad_norm"]):
-            self.optimizer.zero_grad(set_to_none=True)
+        figures["grad_norm"] = getattr(norm, "full_tensor", lambda: norm)()
+        return self._step(figures)
+
+    def _step(self, figures: dict[str, Any]) -> dict[str, float]:
+        """Let the optimiser step unless the gradient's norm is not finite, and read the figures."""
+        fused = bool(self.optimizer.param_groups[0].get("fused"))
+        if fused:
+            # The kernel itself skips the step where found_inf is 1, so that nobody has to wait for the norm.
+            infinite = (~torch.isfinite(figures["grad_norm"])).float()
+            self.optimizer.found_inf = infinite  # type: ignore[attr-defined]
+            self.optimizer.step()
+        read = _read(figures)
+        finite = math.isfinite(read["grad_norm"])
+        if finite and not fused:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not finite:
             raise TrainingError(
-                f"the gradient is not finite (loss {figures['loss']}); the weights are unchanged. "
+                f"the gradient is not finite (loss {read['loss']}); the weights are unchanged. "
                 "Fix: lower optimizer.lr, or look for nan in rewards and log-probs"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return figures
+        return read
 
-    def _forward(self, piece: Batch) -> Tensor:
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _attention(self, batch: Batch | PackedBatch) -> AbstractContextManager[None]:
+        if not isinstance(batch, PackedBatch):
+            return nullcontext()
+        check_model(self.model)
+        return tree_attention(self.model)
+
+    def _without_gradient(
+        self, batch: Batch | PackedBatch, function: Callable[[Batch | PackedPiece], Tensor]
+    ) -> Tensor:
+        out = torch.zeros(batch.turn_ids.shape, dtype=torch.float32, device=self._device)
+        with torch.no_grad(), self._attention(batch):
+            for rows, piece in batch.micro_batches(self.token_budget):
+                here = piece.to(self._device)
+                out[rows.to(self._device), : here.turn_ids.shape[1]] = function(here).float()
+        return out
+
+    def _entropies(self, piece: Batch | PackedPiece) -> Tensor:
+        if isinstance(piece, PackedPiece):
+            return packed_stats(
+                self.model, piece, temperature=self.temperature, with_entropies=True
+            ).entropies
+        return trained_entropies(self.model, piece, temperature=self.temperature)
+
+    def _forward(self, piece: Batch | PackedPiece) -> Tensor:
         device = piece.turn_ids.device.type
         with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            if isinstance(piece, PackedPiece):
+                return packed_stats(self.model, piece, temperature=self.temperature).log_probs
             return trained_log_probs(self.model, piece, temperature=self.temperature)
 
     def _backward(
-        self, batch: Batch, old_log_probs: Tensor, ref_log_probs: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, float]]:
+        self, batch: Batch | PackedBatch, old_log_probs: Tensor, ref_log_probs: Tensor | None = None
+    ) -> dict[str, Any]:
         entropies = self.entropies(batch) if self.objective.needs_entropy else None
         totals = LossTotals.of(batch.turn_ids, entropies)
-        total = torch.zeros((), device=old_log_probs.device)
+        given = [t if t is None else t.to(self._device) for t in (old_log_probs, ref_log_probs, entropies)]
+        total = torch.zeros((), device=self._device)
         sums: dict[str, Any] = {}
-        computed = torch.zeros((), device=old_log_probs.device)
-        for rows, piece in self._pieces(batch):
-            length = piece.turn_ids.shape[1]
-            log_probs = self._forward(piece)
-            loss, metrics = self.objective.loss(
-                log_probs,
-                old_log_probs[rows, :length],
-                piece.advantages,
-                piece.turn_ids,
-                **({"totals": totals} if self.objective.divisible else {}),
-                **({} if entropies is None else {"entropies": entropies[rows, :length]}),
-            )
-            if self.objective.kl_weight:
-                assert ref_log_probs is not None, "a KL term needs the reference's log-probs"
-                reference = ref_log_probs[rows, :length]
-                kl, about_kl = kl_penalty(
-                    log_probs,
-                    reference,
-                    piece.turn_ids,
-                    estimator=self.objective.kl_estimator,
-                    totals=totals,
+        computed = 0
+        with self._attention(batch):
+            for rows, piece in self._pieces(batch):
+                computed += int((piece.turn_ids >= 0).sum())
+                here, width = piece.to(self._device), piece.turn_ids.shape[1]
+                index = rows.to(self._device)
+                loss, metrics = self._loss(
+                    here, *(t if t is None else t[index, :width] for t in given), totals=totals
                 )
-                loss, metrics = loss + self.objective.kl_weight * kl, {**metrics, **about_kl}
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-            computed += (piece.turn_ids >= 0).sum()
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
-        scale = totals.tokens / max(float(computed), 1.0)
-        return total, {name: float(value) * scale for name, value in sums.items()}
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value
+        scale = totals.tokens / max(computed, 1)
+        return {"loss": total} | {name: value * scale for name, value in sums.items()}
 
-    def _pieces(self, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
+    def _loss(
+        self,
+        piece: Batch | PackedPiece,
+        old_log_probs: Tensor | None,
+        ref_log_probs: Tensor | None,
+        entropies: Tensor | None,
+        *,
+        totals: LossTotals,
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        objective = self.objective
+        log_probs = self._forward(piece)
+        loss, metrics = objective.loss(
+            log_probs,
+            old_log_probs,
+            piece.advantages,
+            piece.turn_ids,
+            **({"totals": totals} if objective.divisible else {}),
+            **({} if entropies is None else {"entropies": entropies}),
+        )
+        if not objective.kl_weight:
+            return loss, metrics
+        assert ref_log_probs is not None, "a KL term needs the reference's log-probs"
+        kl, about_kl = kl_penalty(
+            log_probs, ref_log_probs, piece.turn_ids, estimator=objective.kl_estimator, totals=totals
+        )
+        return loss + objective.kl_weight * kl, {**metrics, **about_kl}
+
+    def _pieces(self, batch: Batch | PackedBatch) -> Iterator[tuple[Tensor, Batch | PackedPiece]]:
         kept = _rows_with_advantage(batch) if self.objective.needs_advantage else None
-        budget = self.token_budget if self.objective.divisible else batch.turn_ids.numel()
-        return iter_micro_batches(batch, budget, rows=kept)
+        return batch.micro_batches(self.token_budget if self.objective.divisible else _WHOLE, rows=kept)
 
 
 def trained_log_probs(model: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
@@ -240,8 +312,15 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature in (0.0, 1.0) else logits / temperature
 
 
-def _rows_with_advantage(batch: Batch) -> Tensor:
+def _rows_with_advantage(batch: Batch | PackedBatch) -> Tensor:
     return torch.nonzero((batch.advantages != 0).any(dim=1)).flatten()
+
+
+def _read(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of scalars on a device, in one transfer."""
+    device = figures["grad_norm"].device
+    scalars = [torch.as_tensor(value, dtype=torch.float32, device=device) for value in figures.values()]
+    return dict(zip(figures, torch.stack(scalars).tolist(), strict=True))
 
 
 def _logits_where(model: nn.Module, batch: Batch, trained: Tensor) -> Tensor:

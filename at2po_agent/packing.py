@@ -52,6 +52,10 @@ class Batch:
         """int64[B]: tokens of each row without padding."""
         return self.attention_mask.sum(dim=1)
 
+    def micro_batches(self, max_tokens: int, *, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Batch]]:
+        """`iter_micro_batches` of this batch."""
+        return iter_micro_batches(self, max_tokens, rows=rows)
+
     def select(self, rows: Tensor, length: int | None = None) -> Self:
         """Some rows in a given order, cut after `length` positions."""
         return type(self)(*(getattr(self, field.name)[rows, :length] for field in fields(self)))
@@ -89,20 +93,29 @@ def pack_rows(
         ValueError: No rows, a row that is too long, or advantages of the wrong shape or not finite on a
             branch.
     """
+    return _pad(limit_rows(branch_rows(trees, advantages), max_length, overflow), pad_id)
+
+
+def branch_rows(trees: Sequence[Tree], advantages: Sequence[ArrayLike]) -> list[Row]:
+    """The branches of trees, in the order of the trees and their leaves; arguments as `pack_rows`."""
     if len(trees) != len(advantages):
         raise ValueError(
             f"need one array of advantages per tree: got {len(advantages)} for {len(trees)} trees"
         )
+    return [row for tree, given in zip(trees, advantages, strict=True) for row in _tree_rows(tree, given)]
+
+
+def limit_rows(rows: list[Row], max_length: int | None, overflow: Overflow) -> list[Row]:
+    """Apply a limit to the length of rows; arguments and errors as `pack_rows`."""
     if overflow not in get_args(Overflow):
         raise ValueError(f"overflow must be one of {get_args(Overflow)}, got {overflow!r}")
-    rows = [row for tree, given in zip(trees, advantages, strict=True) for row in _tree_rows(tree, given)]
     if max_length is not None:
         rows = _apply_limit(rows, max_length, overflow)
     if not any(len(row.ids) for row in rows):
         raise ValueError(
             "nothing to pack: no tree has a leaf with tokens, or every row was dropped as too long"
         )
-    return _pad(rows, pad_id)
+    return rows
 
 
 def length_order(batch: Batch) -> Tensor:
@@ -147,19 +160,20 @@ class _Piece(NamedTuple):
     log_probs: Float32Array
 
 
-class _Row(NamedTuple):
-    """One branch before padding."""
+class Row(NamedTuple):
+    """One branch before padding: ids, turn ids (-1 where not trained), advantages, sampled log-probs."""
 
     ids: IntArray
     turn_ids: IntArray
     advantages: Float32Array
     log_probs: Float32Array
 
-    def cut(self, end: int) -> _Row:
-        return _Row(self.ids[:end], self.turn_ids[:end], self.advantages[:end], self.log_probs[:end])
+    def cut(self, end: int) -> Row:
+        """The first `end` tokens."""
+        return Row(self.ids[:end], self.turn_ids[:end], self.advantages[:end], self.log_probs[:end])
 
 
-def _tree_rows(tree: Tree, advantages: ArrayLike) -> Iterator[_Row]:
+def _tree_rows(tree: Tree, advantages: ArrayLike) -> Iterator[Row]:
     leaves = tree.leaves()
     per_branch = _per_branch(advantages, len(leaves), len(tree))
     pieces = [_piece(tree.turns[node], tree.prompt_ids) for node in range(len(tree))]
@@ -195,14 +209,14 @@ def _piece(turn: Turn | None, prompt_ids: tuple[int, ...]) -> _Piece:
     return _Piece(np.array(turn.ids, dtype=np.int64), sampled, np.where(sampled, log_probs, np.float32(0)))
 
 
-def _row(pieces: Sequence[_Piece], advantages: FloatArray) -> _Row:
+def _row(pieces: Sequence[_Piece], advantages: FloatArray) -> Row:
     sampled = np.concatenate([piece.sampled for piece in pieces])
     sampled[:1] = False
     lengths = [len(piece.ids) for piece in pieces]
     turn = np.repeat(np.arange(-1, len(pieces) - 1), lengths)
     spread = np.repeat(advantages, lengths)
     log_probs = np.concatenate([piece.log_probs for piece in pieces])
-    return _Row(
+    return Row(
         ids=np.concatenate([piece.ids for piece in pieces]),
         turn_ids=np.where(sampled, turn, -1),
         advantages=np.where(sampled, spread, 0.0).astype(np.float32),
@@ -210,7 +224,7 @@ def _row(pieces: Sequence[_Piece], advantages: FloatArray) -> _Row:
     )
 
 
-def _apply_limit(rows: Sequence[_Row], max_length: int, overflow: Overflow) -> list[_Row]:
+def _apply_limit(rows: Sequence[Row], max_length: int, overflow: Overflow) -> list[Row]:
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
     if overflow == "drop":
@@ -227,7 +241,7 @@ def _apply_limit(rows: Sequence[_Row], max_length: int, overflow: Overflow) -> l
     return list(rows)
 
 
-def _pad(rows: Sequence[_Row], pad_id: int) -> Batch:
+def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
     shape = (len(rows), max(len(row.ids) for row in rows))
     lengths = np.array([len(row.ids) for row in rows])
     positions = np.arange(shape[1])

@@ -133,8 +133,13 @@ class TrainSettings(Section):
     micro_batch_tokens: int = Field(
         16384, ge=1, description="Most tokens, padding included, that go through the model at once."
     )
-    old_log_probs: Literal["sampler", "recompute"] = Field(
-        "recompute", description="Log-probs at the start of the update: as sampled, or from a forward pass."
+    packing: Literal["tree", "rows"] = Field(
+        "tree", description="Compute what branches share once, or each branch as a row of its own."
+    )
+    old_log_probs: Literal["sampler", "recompute", "auto"] = Field(
+        "recompute",
+        description="Log-probs at the start of the update: as sampled, or from a forward pass; auto takes "
+        "the sampler's where a micro-batch shows that they agree to 0.001 nats.",
     )
     autocast: Literal["none", "bfloat16"] = Field(
         "none", description="Number format of the learner's matrix products; weights keep model.dtype."

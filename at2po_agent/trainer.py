@@ -1,4 +1,4 @@
-"""The training loop: tasks -> trees -> credit -> rows -> loss -> optimiser -> new weights for the sampler.
+"""The training loop: tasks -> trees -> credit -> packs -> loss -> optimiser -> new weights for the sampler.
 
 Everything random comes from `run.seed` and the number of the step, so a checkpoint needs no generator: a
 resumed run does bit for bit what an uninterrupted one does. This module knows no command line and draws no
@@ -38,6 +38,7 @@ from at2po_agent.scalars import Scalars
 from at2po_agent.seeding import RunPurpose, run_generator, run_seed
 from at2po_agent.settings import Config
 from at2po_agent.tree import Tree
+from at2po_agent.tree_packing import PackedBatch, pack_trees
 
 
 @dataclass
@@ -277,14 +278,13 @@ class Trainer:
         if not trees:
             return {"learning_rate": rate, "updates": 0}
         generator = run_generator(self.config.run.seed, RunPurpose.MINIBATCHES, number)
-        device = next(self.agent.model.parameters()).device
         order = generator.permutation(len(trees))
-        batches = []
+        pack = pack_trees if settings.packing == "tree" else pack_rows
+        batches: list[Batch | PackedBatch] = []
         for chosen in np.array_split(order, max(1, len(trees) // settings.minibatch_questions)):
-            batch = pack_rows([trees[i] for i in chosen], [credits[i].advantages for i in chosen])
-            batches.append(batch.to(device))
+            batches.append(pack([trees[i] for i in chosen], [credits[i].advantages for i in chosen]))
         clock.lap("packing")
-        old = [self._old_log_probs(batch) for batch in batches]
+        old = self._old_log_probs(batches)
         clock.lap("old_log_probs")
         weighs_kl = self._learner.objective.kl_weight
         references = [self._frozen().log_probs(batch) if weighs_kl else None for batch in batches]
@@ -311,10 +311,11 @@ class Trainer:
             self._reference = reference_learner(self._learner, self.folder.path, started=started)
         return self._reference
 
-    def _old_log_probs(self, batch: Batch) -> Tensor:
-        if self.config.train.old_log_probs == "sampler":
-            return batch.sampled_log_probs
-        return self._learner.log_probs(batch)
+    def _old_log_probs(self, batches: Sequence[Batch | PackedBatch]) -> list[Tensor]:
+        source = self.config.train.old_log_probs
+        if source == "sampler" or (source == "auto" and self._learner.sampler_agrees(batches[0])):
+            return [batch.sampled_log_probs for batch in batches]
+        return [self._learner.log_probs(batch) for batch in batches]
 
     def _set_learning_rate(self, number: int) -> float:
         settings = self.config.optimizer
