@@ -29,8 +29,8 @@ class Series(NamedTuple):
     value: FloatArray
 
     def x(self, axis: Axis) -> FloatArray:
-        """The horizontal coordinate; tokens in millions."""
-        return self.step if axis == "steps" else self.tokens / 1e6
+        """The horizontal coordinate."""
+        return self.step if axis == "steps" else self.tokens
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,11 @@ def draw_run(run: Path, path: Path) -> Path:
     _finish_em(top, f"Exact match · {curves.name}")
     top.tick_params(labelbottom=False)
     tokens = _tokens_series(curves)
-    bottom.fill_between(tokens.step, tokens.tokens / 1e6, color="#9aa5b1", alpha=0.35, linewidth=0)
-    bottom.plot(tokens.step, tokens.tokens / 1e6, color="#5c6570", linewidth=1.5)
+    bottom.fill_between(tokens.step, tokens.tokens, color="#9aa5b1", alpha=0.35, linewidth=0)
+    bottom.plot(tokens.step, tokens.tokens, color="#5c6570", linewidth=1.5)
     bottom.set_ylim(bottom=0)
-    bottom.set_ylabel("sampled tokens\n(millions)")
+    bottom.set_ylabel("sampled\ntokens")
+    _in_thousands(bottom.yaxis)
     bottom.set_xlabel("training step")
     return _save(figure, path)
 
@@ -126,7 +127,9 @@ def draw_runs(runs: Sequence[Path], path: Path, *, axis: Axis = "steps") -> Path
         if not len(one.greedy.step):
             axes.plot([], [], color=colour, label=name)
     _finish_em(axes, "Exact match: points greedy on held-out questions, bands sampled in training")
-    axes.set_xlabel("training step" if axis == "steps" else "sampled tokens (millions)")
+    axes.set_xlabel("training step" if axis == "steps" else "sampled tokens")
+    if axis == "tokens":
+        _in_thousands(axes.xaxis)
     return _save(figure, path)
 
 
@@ -209,6 +212,11 @@ def _finish_em(axes: Any, title: str) -> None:
     handles, labels = axes.get_legend_handles_labels()
     columns = 3 if max(map(len, labels), default=0) < 24 else 2
     axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
+
+
+def _in_thousands(axis: Any) -> None:
+    """Label an axis 200k, 1M ..."""
+    axis.set_major_formatter(require("matplotlib.ticker", "agent").EngFormatter(sep=""))
 
 
 def _save(figure: Any, path: Path) -> Path:

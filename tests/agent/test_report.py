@@ -428,7 +428,7 @@ def test_curves_take_steps_tokens_and_values_from_the_metrics(tmp_path: Path) ->
     np.testing.assert_allclose(curves.training.tokens, [1000, 2000, 3000])
     np.testing.assert_allclose(curves.greedy.step, [0, 3])
     np.testing.assert_allclose(curves.greedy.tokens, [0, 3000])
-    np.testing.assert_allclose(curves.greedy.x("tokens"), [0, 0.003])
+    np.testing.assert_allclose(curves.greedy.x("tokens"), [0, 3000])
 
 
 def test_a_step_that_was_done_again_counts_once(tmp_path: Path) -> None:
