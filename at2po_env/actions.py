@@ -171,8 +171,6 @@ def _load_object(text: str) -> dict[str, Any] | str:
 
 def _plain(content: str) -> str:
     """A plain-text argument: one line is stripped; several lines (code) keep their indentation."""
-    if "\n" not in content:
-        return content.strip()
     text = content.strip()
     return content.strip("\r\n").rstrip() if "\n" in text else text
 
@@ -184,10 +182,9 @@ class _Defuse:
         self._tags = tuple(tag for name in names for tag in (f"<{name}>", f"</{name}>"))
 
     def __call__(self, text: str) -> str:
-        if "<" in text:
-            for tag in self._tags:
-                if tag in text:
-                    text = text.replace(tag, "&lt;" + tag[1:])
+        for tag in self._tags:
+            if tag in text:
+                text = text.replace(tag, "&lt;" + tag[1:])
         return text
 
 
@@ -242,26 +239,25 @@ class TaggedProtocol:
 
     def parse(self, action: str) -> Action:
         """Read one turn; never raises."""
-        return self._read(action, think=True)
+        parsed = self.parse_call(action)
+        block = self._first(action)
+        if block is None or isinstance(parsed, Malformed):
+            return parsed
+        return parsed._replace(think=_think(action, block[2]))
 
     def parse_call(self, action: str) -> Action:
         """The same with `think` left empty, which is all that an environment needs, and faster."""
-        return self._read(action, think=False)
-
-    def _read(self, action: str, *, think: bool) -> Action:
         block = self._first(action)
         if block is None:
             return Malformed(self._scanner.why_none(action))
-        name, content, start = block
-        thought = _think(action, start) if think else ""
+        name, content, _ = block
         if name == "answer":
-            return new(FinalAnswer, (content.strip(), thought))
+            return new(FinalAnswer, (content.strip(), ""))
         if name in self._json_tags:
             loaded = self._object_arguments(name, content)
-            if isinstance(loaded, str):
-                return Malformed(f"<{name}>: {loaded}")
-            return ToolCall(name, loaded, thought)
-        return new(ToolCall, (name, {self._text_fields[name]: _plain(content)}, thought))
+            return Malformed(f"<{name}>: {loaded}") if isinstance(loaded, str) else ToolCall(name, loaded)
+        value = _plain(content) if "\n" in content else content.strip()
+        return new(ToolCall, (name, {self._text_fields[name]: value}, ""))
 
     def _object_arguments(self, name: str, content: str) -> dict[str, Any] | str:
         text = content.strip()
@@ -285,7 +281,9 @@ class TaggedProtocol:
 
     def format_result(self, text: str) -> str:
         """The observation that shows a tool's result."""
-        return f"\n<{self._result_tag}>\n{self._defuse(text)}\n</{self._result_tag}>\n"
+        if "<" in text:
+            text = self._defuse(text)
+        return f"\n<{self._result_tag}>\n{text}\n</{self._result_tag}>\n"
 
     def describe(self, tools: Sequence[ToolSpec]) -> str:
         """One line per tool with its call, then one line per argument."""
