@@ -73,7 +73,7 @@ class RunFolder:
     def write_trees(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Keep trees of a step, one JSON object per line."""
         folder = self.path / TREES
-        lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records]
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
         with disk_refusals(folder):
             folder.mkdir(exist_ok=True)
             replace_text(folder / f"step_{step:06d}.jsonl", "".join(lines))

@@ -177,7 +177,7 @@ class Tree:
         return ids
 
     def to_json(self) -> str:
-        """The whole tree as JSON text; `from_json` gives it back token by token."""
+        """The whole tree as JSON text, pure ASCII (lone surrogates survive); `from_json` gives it back."""
         nodes = [self._node_json(node) for node in range(1, len(self))]
         body = {
             "version": FORMAT_VERSION,
@@ -186,7 +186,7 @@ class Tree:
             "prompt_ids": list(self.prompt_ids),
             "nodes": nodes,
         }
-        return json.dumps(body, ensure_ascii=False, allow_nan=False)
+        return json.dumps(body, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -147,3 +147,9 @@ def test_a_long_chain_does_not_recurse() -> None:
 def test_arrays_that_are_no_tree_are_refused(parent: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_parent(parent)
+
+
+def test_text_that_no_encoding_holds_survives_a_file() -> None:
+    tree = Tree([1], "odd \ud800\x00 prompt", "q")
+    again = Tree.from_json(tree.to_json().encode("utf-8").decode("utf-8"))
+    assert again.prompt == tree.prompt
