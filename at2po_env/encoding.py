@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import base64
 import enum
+import json
 import math
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -181,3 +182,44 @@ _WRITERS: tuple[tuple[Any, Callable[[Encoder, Any, str], Json]], ...] = (
 def _space_rng(space: Any) -> Json:
     generator = space._np_random
     return None if generator is None else encode_rng(capture_rng(generator))
+
+
+def canonical(data: Json) -> Json:
+    """Bring what `Encoder` wrote into one form for all equal states, for digests.
+
+    The order of keys does not count (that of an `OrderedDict` does), nor which alias is met first.
+    """
+    bodies: dict[int, Json] = {}
+    _collect(data, bodies)
+    return _canonical(data, bodies, {})
+
+
+def _collect(data: Json, bodies: dict[int, Json]) -> None:
+    if isinstance(data, dict):
+        if "$id" in data:
+            bodies[data["$id"]] = data["$value"]
+        for item in data.values():
+            _collect(item, bodies)
+    elif isinstance(data, list):
+        for item in data:
+            _collect(item, bodies)
+
+
+def _canonical(data: Json, bodies: Mapping[int, Json], numbers: dict[int, int]) -> Json:
+    if isinstance(data, list):
+        return [_canonical(item, bodies, numbers) for item in data]
+    if not isinstance(data, dict):
+        return data
+    number: Any = data.get("$id", data.get("$ref"))
+    if number in bodies:
+        if number in numbers:
+            return {"$ref": numbers[number]}
+        numbers[number] = len(numbers)
+        return {"$id": numbers[number], "$value": _canonical(bodies[number], bodies, numbers)}
+    if "$dict" in data and data.get("class") != _ORDERED:
+        pairs = sorted(data["$dict"], key=lambda pair: json.dumps(pair[0], sort_keys=True))
+        data = {**data, "$dict": pairs}
+    return {key: _canonical(data[key], bodies, numbers) for key in sorted(data)}
+
+
+_ORDERED = name_of(OrderedDict)

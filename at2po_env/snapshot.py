@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, Val
 
 from at2po_env.capture import ATOMIC
 from at2po_env.decoding import Decoder, decode_rng
-from at2po_env.encoding import Encoder, encode_rng, name_of
+from at2po_env.encoding import Encoder, canonical, encode_rng, name_of
 from at2po_env.errors import SnapshotError
 from at2po_env.layers import CapturedLayer, Layer, rules_of
 from at2po_env.rng import RngState, build_rng, capture_rng
@@ -125,9 +125,9 @@ class Snapshot(BaseModel):
     @property
     def digest(self) -> str:
         """SHA-256 of the state; equal states have equal digests. Clocks of wrappers do not count."""
-        layers = [
-            {"class": layer["class"], "attributes": _steady(layer)} for layer in self.wrappers.json or ()
-        ]
+        layers = canonical(
+            [{"class": layer["class"], "attributes": _steady(layer)} for layer in self.wrappers.json or ()]
+        )
         text = _to_text(
             {"version": self.version, "env_id": self.env_id, "state": self.state.json, "wrappers": layers},
             sort_keys=True,

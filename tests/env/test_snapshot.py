@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +156,30 @@ def test_different_states_have_different_digests(change: Any) -> None:
     assert snapshot(env).digest != before
 
 
-def test_the_order_of_keys_and_elements_does_not_count() -> None:
-    one, two = begun(Keeper(PigEnv(), d={"a": 1, "b": 2})), begun(Keeper(PigEnv(), d={"b": 2, "a": 1}))
-    assert snapshot(one).digest == snapshot(two).digest
+@pytest.mark.parametrize("keys", [("a", "b"), (1, 2), (None, ("x", 1))])
+def test_the_order_of_keys_does_not_count(keys: Any) -> None:
+    def keeper(names: Any) -> Snapshot:
+        shared: list[Any] = []
+        values = {name: [str(name), shared] for name in names}
+        return snapshot(begun(Keeper(PigEnv(), d=values, seen=set(names))))
+
+    one, two = keeper(keys), keeper(keys[::-1])
+    assert one.digest == two.digest == through_json(two).digest
+    assert one.to_json() != two.to_json()  # the order is kept, it just does not count
+    assert keeper((*keys, "more")).digest != one.digest
+
+
+def test_the_order_of_an_ordered_dict_counts() -> None:
+    one = Keeper(PigEnv(), d=OrderedDict([("a", 1), ("b", 2)]))
+    two = Keeper(PigEnv(), d=OrderedDict([("b", 2), ("a", 1)]))
+    assert snapshot(begun(one)).digest != snapshot(begun(two)).digest
+
+
+def test_aliases_count() -> None:
+    shared: list[Any] = []
+    one = Keeper(PigEnv(), d={"a": shared, "b": shared})
+    two = Keeper(PigEnv(), d={"a": [], "b": []})
+    assert snapshot(begun(one)).digest != snapshot(begun(two)).digest
 
 
 def test_another_process_continues_the_episode(tmp_path: Path) -> None:
