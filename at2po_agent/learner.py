@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from at2po_agent.losses.base import LossTotals
+from at2po_agent.losses.drift import drift_metrics
 from at2po_agent.losses.kl import Estimator, kl_penalty
 from at2po_agent.packed_forward import check_model, packed_stats
 from at2po_agent.packing import Batch
@@ -260,6 +261,9 @@ class Learner:
             **({"totals": totals} if objective.divisible else {}),
             **({} if entropies is None else {"entropies": entropies}),
         )
+        if isinstance(piece, Batch) and old_log_probs is not None:
+            moved = drift_metrics(log_probs.detach(), old_log_probs, piece.turn_ids, totals=totals)
+            metrics = {**moved, **metrics}
         if not objective.kl_weight:
             return loss, metrics
         assert ref_log_probs is not None, "a KL term needs the reference's log-probs"
