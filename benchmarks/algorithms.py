@@ -1,0 +1,241 @@
+"""The race: every algorithm from the same cold start, at the same budget of sampled tokens.
+
+    python -m benchmarks.algorithms --out FOLDER --seeds 0 1 2 3 4
+
+trains whatever is not in FOLDER yet (one JSON file per finished run, so it can be stopped at any time), two
+runs at a time with one thread each, and then writes the report: `algorithms.csv` (a row per run),
+`algorithms_curve.csv`, `algorithms.md` (means with 95% intervals) and `algorithms.png` to `--report`.
+
+The task and the model are those of `race.yaml`: MiniWiki, two and three hops, sparse success at the start.
+`--tune` tries learning rates on seeds of its own (from 100 on), the same for every method.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BASE = Path(__file__).with_name("race.yaml")
+TUNING_SEED = 100
+TUNING_RATES = (1e-4, 2e-4, 4e-4)
+_TREE = ("algorithm=at2po",)
+_GROUP = ("algorithm.credit=group", "algorithm.credit_options={}")
+_GRPO_LOSS = ("algorithm.loss=grpo", "algorithm.loss_options={}")
+
+
+def _value(mode: str) -> tuple[str, ...]:
+    return (*_TREE, f"algorithm.credit_options.value_mode={mode}")
+
+
+def _advantage(mode: str) -> tuple[str, ...]:
+    return (*_TREE, f"algorithm.credit_options.advantage_mode={mode}")
+
+
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "at2po": _TREE,
+    "grpo": ("algorithm=grpo",),
+    "gspo": ("algorithm=gspo",),
+    "dapo": ("algorithm=dapo",),
+    "arpo": ("algorithm=arpo",),
+    "aepo": ("algorithm=aepo",),
+    "tree_grpo": ("algorithm=tree_grpo",),
+    "gigpo": ("algorithm=gigpo",),
+    "t2po": ("algorithm=t2po",),
+    "random tree + GRPO loss": (*_TREE, "rollout.expansion=random", *_GROUP, *_GRPO_LOSS),
+    "random tree + turn loss": (*_TREE, "rollout.expansion=random", *_GROUP),
+    "entropy tree + turn loss": (*_TREE, *_GROUP),
+    "value child_mean": _value("child_mean"),
+    "value child_linear": _value("child_linear"),
+    "value leaf_mean": _value("leaf_mean"),
+    "advantage diff_parent": _advantage("diff_parent"),
+    "advantage diff_global": _advantage("diff_global"),
+    "advantage diff_localglobal": _advantage("diff_localglobal"),
+}
+"""Nine algorithms; three steps of AT2PO's ablation (at2po is the fourth); value and advantage modes."""
+
+
+class Job(NamedTuple):
+    """One run.
+
+    Attributes:
+        method: Key of `METHODS`.
+        seed: Of the run; it decides questions, samples and minibatches, never the weights it starts from.
+        rate: Learning rate.
+        budget: Sampled tokens.
+        start: The checkpoint of the shared cold start.
+        result: Where its figures go.
+        extra: Further `key=value` texts.
+    """
+
+    method: str
+    seed: int
+    rate: float
+    budget: int
+    start: str
+    result: str
+    extra: tuple[str, ...] = ()
+
+    @property
+    def overrides(self) -> list[str]:
+        """What is put on top of `race.yaml`."""
+        own = [f"model.path={self.start}", f"run.seed={self.seed}", f"optimizer.lr={self.rate}"]
+        return [*METHODS[self.method], *own, "cold_start.steps=0", *self.extra]
+
+
+def prepare(out: Path) -> Path:
+    """The shared cold start: trained once, then reused; returns its checkpoint."""
+    from at2po_agent.config import load_config
+    from at2po_agent.run import run_training
+
+    folder = out / "cold_start"
+    checkpoint = folder / "checkpoints" / "step_000000"
+    if not (checkpoint / "state.json").exists():
+        run_training(load_config(BASE, [f"run.dir={folder}", "train.steps=0"]))
+    return checkpoint
+
+
+def run(job: Job, *, evaluations: int = 5) -> dict[str, Any]:
+    """Train until the budget is spent; sampled exact match on the way, both at the end."""
+    from at2po_agent.agent import build_agent
+    from at2po_agent.config import load_config
+    from at2po_agent.progress import NoProgress
+    from at2po_agent.run_files import RunFolder
+    from at2po_agent.trainer import Trainer
+
+    started = time.perf_counter()
+    config = load_config(BASE, job.overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, build_agent(config), RunFolder(Path(folder)), NoProgress())
+        curve = [_point(trainer)]
+        records: list[dict[str, Any]] = []
+        while _next_step_fits(records, job.budget):
+            records.append(trainer.step())
+            if trainer.state.sampled_tokens >= len(curve) * job.budget / evaluations:
+                curve.append(_point(trainer))
+        if curve[-1]["sampled_tokens"] != trainer.state.sampled_tokens:
+            curve.append(_point(trainer))
+        greedy = trainer.evaluate("greedy")
+    figures = {
+        name: _mean(records, name) for name in ("turn_kl_entropy", "clip_fraction", "token_kl", "leaves")
+    }
+    return {
+        "method": job.method,
+        "seed": job.seed,
+        "sampled_tokens": trainer.state.sampled_tokens,
+        "em": greedy.em,
+        "sampled_em": curve[-1]["sampled_em"],
+        "start_sampled_em": curve[0]["sampled_em"],
+        "mean_sampled_em": sum(point["sampled_em"] for point in curve[1:]) / max(len(curve) - 1, 1),
+        "steps": len(records),
+        "rate": job.rate,
+        "budget": job.budget,
+        "seconds": time.perf_counter() - started,
+        **figures,
+        "curve": curve,
+    }
+
+
+def _point(trainer: Any) -> dict[str, Any]:
+    return {"sampled_tokens": trainer.state.sampled_tokens, "sampled_em": trainer.evaluate("sampled").em}
+
+
+def _next_step_fits(records: Sequence[Mapping[str, Any]], budget: int) -> bool:
+    """Whether another step ends nearer to the budget than stopping here."""
+    if not records:
+        return True
+    return bool(records[-1]["sampled_tokens"] + records[-1]["step_tokens"] / 2 <= budget)
+
+
+def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = [float(record[name]) for record in records if name in record]
+    return sum(values) / len(values) if values else None
+
+
+def _work(job: Job) -> str:
+    import torch
+
+    torch.set_num_threads(1)
+    figures = run(job)
+    path = Path(job.result)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    temporary.replace(path)
+    return (
+        f"{job.method}, seed {job.seed}: sampled EM {figures['sampled_em']:.3f} in {figures['seconds']:.0f} s"
+    )
+
+
+def jobs_to_do(arguments: argparse.Namespace, start: Path) -> list[Job]:
+    """All runs that are asked for and not done, seed by seed, so that a stopped race is balanced."""
+    folder = arguments.out / ("tuning" if arguments.tune else "runs")
+    folder.mkdir(parents=True, exist_ok=True)
+    rates = TUNING_RATES if arguments.tune else (arguments.rate,)
+    seeds = [TUNING_SEED + seed if arguments.tune else seed for seed in arguments.seeds]
+    jobs = []
+    for seed in seeds:
+        for method in arguments.methods:
+            for rate in rates:
+                name = method.replace(" ", "_").replace("+", "and")
+                result = folder / f"{name}.lr{rate:g}.seed{seed}.json"
+                if not result.exists():
+                    jobs.append(
+                        Job(
+                            method,
+                            seed,
+                            rate,
+                            arguments.budget,
+                            str(start),
+                            str(result),
+                            tuple(arguments.set),
+                        )
+                    )
+    return jobs
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/race"), help="folder of cold start and results"
+    )
+    parser.add_argument("--report", type=Path, help="write the report there; alone with --jobs 0")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--budget", type=int, default=200_000, help="sampled tokens of a run")
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--tune", action="store_true", help="learning rates on seeds of their own")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of all runs"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, then report."""
+    options = parse(arguments)
+    if options.jobs:
+        start = prepare(options.out)
+        jobs = jobs_to_do(options, start)
+        print(f"{len(jobs)} runs to do")
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
+            for number, done in enumerate(as_completed([pool.submit(_work, job) for job in jobs]), start=1):
+                print(f"[{number}/{len(jobs)}] {done.result()}", flush=True)
+    if options.report is not None:
+        from benchmarks.race_report import write_report
+
+        write_report(options.out / ("tuning" if options.tune else "runs"), options.report)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
