@@ -77,7 +77,7 @@ def test_a_run_reads_every_setting_that_it_offers(run):
         if isinstance(section, type) and issubclass(section, BaseModel)
         for name in section.model_fields
     }
-    # what this one run has no occasion to read: DAPO's number of tries and its factor, T2PO's signal, failures
+    # no occasion to read here: DAPO's number of tries and its factor, T2PO's signal, rewards of failures
     elsewhere = {"AlgorithmSettings.oversampling", "RolloutConfig.overlong_factor", "RolloutConfig.signal"}
     elsewhere |= {"RolloutConfig.cut_reward", "RolloutConfig.error_reward"}
     assert offered - read <= elsewhere
