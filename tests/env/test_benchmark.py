@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_forks_cost_the_same_at_every_turn_and_far_less_than_deepcopy() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.env", "--json", "--rounds", "5"],
+        [sys.executable, "-m", "benchmarks.env", "--json", "--rounds", "3"],
         cwd=ROOT,
         capture_output=True,
         text=True,
