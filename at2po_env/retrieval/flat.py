@@ -19,8 +19,8 @@ from at2po_env.errors import require
 Scores = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
-FEW_QUERIES = 4  # up to here reading the matrix once per query is cheaper than sharing a matrix product
-_BLOCK_BYTES = 4 * 2**20
+FEW_QUERIES = 24  # up to here a pass of the kernel per query is cheaper than a matrix product of them all
+_BLOCK_BYTES = 64 * 2**20  # large, because BLAS threads wait for each other at the end of every block
 _QUERIES_AT_ONCE = 256
 
 

@@ -14,7 +14,7 @@ def reference(matrix: np.ndarray, queries: np.ndarray, topk: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 1000])
-@pytest.mark.parametrize("queries", [1, 3, 5, 40])
+@pytest.mark.parametrize("queries", [1, 3, 24, 25, 40])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_path_finds_the_exact_best(
     rows: int, queries: int, threads: int, monkeypatch: pytest.MonkeyPatch
@@ -30,7 +30,7 @@ def test_every_path_finds_the_exact_best(
 
 def test_equal_scores_among_the_best_rank_by_row() -> None:
     matrix = np.array([[1.0], [5.0], [0.0], [5.0], [5.0], [2.0]], np.float32).repeat(8, axis=1)
-    for queries in (1, 6):
+    for queries in (1, 30):
         _, found = FlatSearch(matrix, threads=1).search(np.ones((queries, 8), np.float32), 4)
         assert found.tolist() == [[1, 3, 4, 5]] * queries
 
@@ -39,6 +39,6 @@ def test_a_matrix_at_an_odd_address_is_searched_too() -> None:
     data = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
     buffer = bytearray(45) + data.tobytes()
     odd = np.frombuffer(buffer, np.float32, offset=45).reshape(300, 8)
-    for queries in (1, 6):
+    for queries in (1, 30):
         asked = data[:queries]
         assert FlatSearch(odd).search(asked, 4)[1].tolist() == reference(data, asked, 4).tolist()
