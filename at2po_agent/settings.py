@@ -133,8 +133,10 @@ class TrainSettings(Section):
     micro_batch_tokens: int = Field(
         16384, ge=1, description="Most tokens, padding included, that go through the model at once."
     )
-    packing: Literal["tree", "rows"] = Field(
-        "tree", description="Compute what branches share once, or each branch as a row of its own."
+    packing: Literal["auto", "tree", "rows"] = Field(
+        "auto",
+        description="Compute what branches share once (tree), or each branch as a row of its own (rows); "
+        "auto takes tree where a test on the model shows that both give the same log-probs.",
     )
     old_log_probs: Literal["sampler", "recompute", "auto"] = Field(
         "recompute",

@@ -6,7 +6,7 @@ bars.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from at2po_agent.evaluate import Evaluation, evaluate
 from at2po_agent.interrupts import StopRequested
 from at2po_agent.learner import Learner, checkpoint_activations, make_optimizer
 from at2po_agent.metrics import tree_metrics
+from at2po_agent.packed_forward import check_model
 from at2po_agent.packing import Batch, pack_rows
 from at2po_agent.progress import Progress
 from at2po_agent.reference import reference_learner, with_kl_in_reward
@@ -39,6 +40,7 @@ from at2po_agent.seeding import RunPurpose, run_generator, run_seed
 from at2po_agent.settings import Config
 from at2po_agent.tree import Tree
 from at2po_agent.tree_packing import PackedBatch, pack_trees
+from at2po_env.errors import ConfigError
 
 
 @dataclass
@@ -123,6 +125,7 @@ class Trainer:
         )
         if config.train.gradient_checkpointing:
             checkpoint_activations(agent.model)
+        self._pack = self._choose_packing()
         self._reference: Learner | None = None
         self._scalars: Scalars | None = None
         self._first_step = 0
@@ -279,10 +282,9 @@ class Trainer:
             return {"learning_rate": rate, "updates": 0}
         generator = run_generator(self.config.run.seed, RunPurpose.MINIBATCHES, number)
         order = generator.permutation(len(trees))
-        pack = pack_trees if settings.packing == "tree" else pack_rows
         batches: list[Batch | PackedBatch] = []
         for chosen in np.array_split(order, max(1, len(trees) // settings.minibatch_questions)):
-            batches.append(pack([trees[i] for i in chosen], [credits[i].advantages for i in chosen]))
+            batches.append(self._pack([trees[i] for i in chosen], [credits[i].advantages for i in chosen]))
         clock.lap("packing")
         old = self._old_log_probs(batches)
         clock.lap("old_log_probs")
@@ -295,6 +297,17 @@ class Trainer:
             updates += [self._learner.update(batches[i], old[i], references[i]) for i in turn]
         clock.lap("update")
         return {**_means(updates), "learning_rate": rate, "updates": len(updates)}
+
+    def _choose_packing(self) -> Callable[..., Batch | PackedBatch]:
+        """`pack_trees` where the model can be trained on packed trees, unless the settings decide."""
+        packing = self.config.train.packing
+        if packing == "auto":
+            try:
+                check_model(self.agent.model)
+            except ConfigError as error:
+                self._progress.message(f"training on rows: {error}")
+                packing = "rows"
+        return pack_rows if packing == "rows" else pack_trees
 
     def _with_kl(self, trees: Sequence[Tree]) -> Sequence[Tree]:
         settings = self.config.algorithm

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import gymnasium
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -17,7 +18,9 @@ def example(monkeypatch):
         return importlib.import_module(name)
 
     yield load
-    sys.modules.pop("custom_agent", None)  # custom_tool_env stays: an id is registered once
+    for name in ("custom_agent", "custom_tool_env"):
+        sys.modules.pop(name, None)
+    gymnasium.registry.pop("examples/Warehouse-v0")
 
 
 @pytest.mark.slow
@@ -28,7 +31,7 @@ def test_an_own_tool_environment_is_trained_on(example):
     assert last > 0.0
 
 
-def test_an_own_tool_environment_is_registered_in_under_40_lines():
+def test_an_own_tool_environment_takes_under_40_lines():
     text = (EXAMPLES / "custom_tool_env.py").read_text(encoding="utf-8")
     environment = text[text.index("STOCK =") : text.index("def expert(")]
     assert len(environment.strip().splitlines()) < 40
