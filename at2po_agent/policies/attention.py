@@ -102,8 +102,8 @@ class Plan:
         self._first_rows = self._tensor(np.column_stack([places[numbers], written]))
         self._rows: dict[int, Tensor] = {}
         self._last = self._tensor(lengths)
-        self._spans = _spans(order, lengths)
-        self._groups = _groups(pieces, slots.device)
+        self._spans = _spans(order, lengths, slots)
+        self._groups = _groups(pieces, slots)
         self._biases: dict[int | None, tuple[list[Tensor], list[Tensor]]] = {}
 
     def write(self, states: Tensor, storage: Tensor) -> None:
@@ -190,18 +190,19 @@ def _bias(positions: Tensor, reach: int, window: int | None, dtype: torch.dtype)
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, _NEVER)
 
 
-def _spans(order: Sequence[Seat], lengths: IntArray) -> list[_Span]:
+def _spans(order: Sequence[Seat], lengths: IntArray, slots: Slots) -> list[_Span]:
     spans, first = [], 0
     while first < len(order):
         last = first
         while last < len(order) and order[last].arena == order[first].arena:
             last += 1
-        spans.append(_Span(order[first].arena, first, last, int(lengths[first:last].max()) + 1))
+        arena = order[first].arena
+        spans.append(_Span(arena, first, last, _reach(slots, arena, int(lengths[first:last].max()) + 1)))
         first = last
     return spans
 
 
-def _groups(pieces: Sequence[Piece], device: torch.device) -> list[_Group]:
+def _groups(pieces: Sequence[Piece], slots: Slots) -> list[_Group]:
     """Pieces of similar length in one arena, together; long ones are cut and read no keys after their end."""
     cuts = [
         Piece(
@@ -220,12 +221,13 @@ def _groups(pieces: Sequence[Piece], device: torch.device) -> list[_Group]:
             and 2 * cuts[last].length >= cuts[first].length
         ):
             last += 1
-        groups.append(_group(sorted(cuts[first:last], key=lambda cut: cut.seat.index), device))
+        groups.append(_group(sorted(cuts[first:last], key=lambda cut: cut.seat.index), slots))
         first = last
     return groups
 
 
-def _group(cuts: Sequence[Piece], device: torch.device) -> _Group:
+def _group(cuts: Sequence[Piece], slots: Slots) -> _Group:
+    device = slots.device
     count, length = len(cuts), max(cut.length for cut in cuts)
     steps = np.arange(length)
     sizes = np.array([cut.length for cut in cuts])[:, None]
@@ -240,5 +242,11 @@ def _group(cuts: Sequence[Piece], device: torch.device) -> _Group:
         positions=torch.from_numpy(np.array([cut.position for cut in cuts])[:, None] + steps).to(device),
         source=torch.from_numpy(np.flatnonzero(real)).to(device),
         target=torch.from_numpy(index.flatten()[real]).to(device),
-        reach=max(cut.position + cut.length for cut in cuts),
+        reach=_reach(slots, cuts[0].seat.arena, max(cut.position + cut.length for cut in cuts)),
     )
+
+
+def _reach(slots: Slots, arena: int, positions: int) -> int:
+    """Positions that attention reads in an arena, at least those given."""
+    multiple = slots.reach_multiple
+    return min(-(-positions // multiple) * multiple, slots.arenas[arena].room)

@@ -13,8 +13,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from at2po_agent.types import Float32Array, FloatArray, Generation
+from at2po_agent.types import Float32Array, Generation
 from at2po_env.errors import PolicyError
+
+_DRAWS_AT_ONCE = 64
 
 
 @runtime_checkable
@@ -145,9 +147,16 @@ class StreamingPolicy(Policy, Protocol):
         ...
 
 
-def request_uniforms(seed: int, count: int) -> FloatArray:
-    """The draws of a request: float64[count] in [0, 1), a prefix of the stream of Philox(seed).
+class Draws:
+    """The uniform draws of a request: number t is the t-th float64 in [0, 1) of Philox with key `seed`."""
 
-    Counter-based, so a draw depends on the seed and the position alone.
-    """
-    return np.random.Generator(np.random.Philox(key=seed)).random(count)
+    __slots__ = ("_drawn", "_generator")
+
+    def __init__(self, seed: int) -> None:
+        self._generator = np.random.Generator(np.random.Philox(key=seed))
+        self._drawn: list[float] = []
+
+    def __getitem__(self, place: int) -> float:
+        while place >= len(self._drawn):
+            self._drawn += self._generator.random(_DRAWS_AT_ONCE).tolist()
+        return self._drawn[place]

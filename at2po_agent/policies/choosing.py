@@ -33,7 +33,7 @@ def choose(rows: Sequence[Row], logits: Tensor, stops: StopTable) -> list[tuple[
     forced = _intervene(rows, log_probs)
     drawn = draw(
         log_probs,
-        torch.tensor([row.uniforms[len(row.ids)] for row in rows], dtype=torch.float64, device=logits.device),
+        torch.tensor([row.draws[len(row.ids)] for row in rows], dtype=torch.float64, device=logits.device),
         greedy=torch.tensor(greedy, device=logits.device) if any(greedy) else None,
         top_p=_setting(rows, lambda request: request.top_p, logits.device),
         forced=None if forced is None else torch.tensor(forced, device=logits.device),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from at2po_agent.policies.base import Request, Tokenizer, request_uniforms
+from at2po_agent.policies.base import Draws, Request, Tokenizer
 from at2po_agent.policies.batching import Batcher, PolicyStats
 from at2po_agent.policies.choosing import choose
 from at2po_agent.policies.decoder import ModelDecoder
@@ -73,9 +73,10 @@ class HFPolicy:
         token_bytes = _token_bytes(general.shapes, model.dtype)
         self._kv_tokens = kv_tokens or _default_kv_bytes(model.device) // token_bytes
         self._cache = PrefixCache(cache_tokens)
+        self.slots = Slots(general.shapes, max_tokens=self._kv_tokens, dtype=model.dtype, device=model.device)
         self._batcher = Batcher(
             self.decoder,
-            Slots(general.shapes, max_tokens=self._kv_tokens, dtype=model.dtype, device=model.device),
+            self.slots,
             self._cache,
             max_rows=slots,
             max_prefill=max_prefill,
@@ -141,7 +142,7 @@ class HFPolicy:
                 ticket=ticket,
                 request=request,
                 stop=self._stops.number(request.stop),
-                uniforms=request_uniforms(request.seed, request.max_tokens).tolist(),
+                draws=Draws(request.seed),
                 version=self.version,
                 context=request.prefix_ids,
             )

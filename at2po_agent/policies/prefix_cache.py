@@ -135,13 +135,14 @@ class PrefixCache:
             self.tokens -= len(node.tokens)
 
     def evict(self) -> None:
-        """Drop least recently used leaves, pinned ones apart, until the budget holds."""
+        """Where the budget is exceeded, drop least recently used leaves, pinned ones apart, to 9/10 of it."""
         if self.tokens <= self.max_tokens:
             return
+        enough = self.max_tokens * 9 // 10  # not each step again
         order = count()
         heap = [(leaf.used, next(order), leaf) for leaf in self._walk(_evictable)]
         heapq.heapify(heap)
-        while heap and self.tokens > self.max_tokens:
+        while heap and self.tokens > enough:
             node = heapq.heappop(heap)[2]
             self.drop(node)
             parent = node.parent

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from at2po_agent.policies.base import Request
+from at2po_agent.policies.base import Draws, Request
 from at2po_agent.policies.prefix_cache import Node
 from at2po_agent.policies.slots import Seat
 from at2po_agent.types import Generation, StopReason
@@ -21,7 +21,7 @@ class Row:
         ticket: Its name outside.
         request: What was asked.
         stop: Number of its stop strings in the stop table.
-        uniforms: Its draws, one per token.
+        draws: Its uniform draws, one per token.
         version: Of the weights that sample its first token.
         context: Ids whose KV it needs before it goes on: the prefix, and what was generated before a restart.
         seat: Where its KV are, while live.
@@ -36,7 +36,7 @@ class Row:
     ticket: int
     request: Request
     stop: int
-    uniforms: list[float]
+    draws: Draws
     version: int
     context: tuple[int, ...]
     seat: Seat | None = None

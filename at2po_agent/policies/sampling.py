@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _LARGEST_UNIFORM = 1.0 - 2.0**-22  # below the sum of a float32 CDF whatever its rounding
-_FLOAT64_VOCABULARY = 8192  # from here on a float32 running sum loses the tail
+_BLOCK = 1024
 
 
 class Draw(NamedTuple):
@@ -71,11 +72,27 @@ def entropy(log_probs: Tensor) -> Tensor:
 
 
 def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
-    dtype = torch.float64 if probs.shape[-1] > _FLOAT64_VOCABULARY else torch.float32
-    cdf = probs.cumsum(dim=-1, dtype=dtype)
-    targets = uniforms.clamp(max=_LARGEST_UNIFORM).to(dtype).unsqueeze(-1) * cdf[:, -1:]
-    # The first index whose CDF exceeds the target: never a token of probability 0. Clamped for NaN rows only.
-    return torch.searchsorted(cdf, targets, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+    """The first index whose running sum exceeds uniform * total: never one of probability 0.
+
+    Large vocabularies are searched by block first: sums stay short, so float32 does not lose the tail.
+    """
+    size = probs.shape[-1]
+    uniforms = uniforms.clamp(max=_LARGEST_UNIFORM).float().unsqueeze(-1)
+    if size <= _BLOCK:
+        return _search(probs.cumsum(dim=-1), uniforms).squeeze(-1)
+    blocks = F.pad(probs, (0, -size % _BLOCK)).view(len(probs), -1, _BLOCK)
+    sums = blocks.sum(dim=-1)
+    ends = sums.cumsum(dim=-1)
+    block = _search(ends, uniforms)
+    mass = sums.gather(-1, block)
+    rest = (uniforms * ends[:, -1:] - (ends.gather(-1, block) - mass)) / mass
+    inner = blocks.gather(1, block.unsqueeze(-1).expand(-1, 1, _BLOCK)).squeeze(1)
+    return (block * _BLOCK + _search(inner.cumsum(dim=-1), rest.clamp(0.0, _LARGEST_UNIFORM))).squeeze(-1)
+
+
+def _search(cdf: Tensor, uniforms: Tensor) -> Tensor:
+    found = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
+    return found.clamp(max=cdf.shape[-1] - 1)  # only a row of NaN exceeds it
 
 
 def _draw_top_p(probs: Tensor, uniforms: Tensor, top_p: Tensor) -> Tensor:

@@ -90,6 +90,9 @@ class Slots:
         max_tokens: Most positions of all places together.
         dtype: Of keys and values.
         device: Where they live.
+
+    Attributes:
+        reach_multiple: Attention reads multiples of so many positions: fast kernels want aligned masks.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Slots:
             for number, (_, width) in zip(rows, kinds, strict=True)
         ]
         self.device = device
+        self.reach_multiple = 8 if device.type == "cuda" else 1
         self.max_tokens = max_tokens
         self.arenas: list[Arena] = []
         self.layers: list[LayerViews] = []

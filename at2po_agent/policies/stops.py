@@ -7,6 +7,7 @@ That set is computed once per stop string; only when such an id is sampled are t
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -58,18 +59,26 @@ class StopTable:
         row = np.zeros(self._vocab_size, dtype=np.bool_)
         row[[token for token in self._eos_ids if token < self._vocab_size]] = True
         if stop and not self._pieces:
-            self._pieces = [self._tokenizer.decode([token]) for token in range(self._vocab_size)]
+            self._pieces = _pieces(self._tokenizer, self._vocab_size)
         for mark in stop:
             endings = tuple(mark[start:] for start in range(len(mark)))
             split = not mark.isascii()
             for token, piece in enumerate(self._pieces):
                 # Some decoders drop the space that begins a text, so the piece may follow one.
-                completes = mark in piece or _begins_with_ending(piece, endings)
-                completes = completes or mark in f" {piece}" or _begins_with_ending(f" {piece}", endings)
+                spaced = f" {piece}"
+                completes = piece.startswith(endings) or spaced.startswith(endings) or mark in spaced
                 if completes or (split and _REPLACEMENT in piece):
                     row[token] = True
         return row
 
 
-def _begins_with_ending(piece: str, endings: tuple[str, ...]) -> bool:
-    return piece.startswith(endings)
+def _pieces(tokenizer: Tokenizer, count: int) -> list[str]:
+    """The text of each id; at once where the tokenizer can."""
+    if isinstance(tokenizer, _Piecewise):
+        return tokenizer.pieces(count)
+    return [tokenizer.decode([token]) for token in range(count)]
+
+
+@runtime_checkable
+class _Piecewise(Protocol):
+    def pieces(self, count: int) -> list[str]: ...

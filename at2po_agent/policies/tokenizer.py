@@ -58,6 +58,12 @@ class HFTokenizer:
         ids: list[int] = self.hf.encode(text, add_special_tokens=False)
         return ids
 
+    def pieces(self, count: int) -> list[str]:
+        """The text of each id below `count` by itself; empty where there is no such id."""
+        known = [[token] for token in range(min(count, len(self.hf)))]
+        texts: list[str] = self.hf.backend_tokenizer.decode_batch(known, skip_special_tokens=False)
+        return texts + [""] * (count - len(texts))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, verbatim."""
         text = self.hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,4 +1,4 @@
-"""The transformers policy against plain forward passes: same numbers, no work done twice, no state left over."""
+"""The transformers policy against plain forward passes: same numbers, no work twice, nothing left over."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def model() -> Any:
 @pytest.fixture
 def general(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run models through their own modules, as large ones are."""
-    monkeypatch.setattr(hf, "fits", lambda model: False)
+    monkeypatch.setattr(hf, "fits", lambda _: False)
 
 
 # Numbers
@@ -65,7 +65,7 @@ def test_log_probs_equal_a_plain_forward_pass(
     architecture: Any, path: str, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if path == "modules":
-        monkeypatch.setattr(hf, "fits", lambda model: False)
+        monkeypatch.setattr(hf, "fits", lambda _: False)
     model = tiny_model(architecture)
     policy = make_policy(model, slots=slots)
     assert isinstance(policy.decoder, FusedDecoder if path == "fused" else ModelDecoder)
@@ -130,7 +130,7 @@ def test_other_families_run_through_the_attention_interface(name: str) -> None:
     assert worst_error(model, requests, policy.generate(requests)) < TOLERANCE
 
 
-def test_half_precision_runs(model: Any) -> None:
+def test_half_precision_runs() -> None:
     half = tiny_model().to(torch.bfloat16)
     requests = ragged_requests(random.Random(3), 5)
     generations = make_policy(half).generate(requests)
@@ -158,6 +158,14 @@ def test_soft_capped_attention_is_refused() -> None:
     policy = make_policy(transformers.Gemma2ForCausalLM(config).eval())
     with pytest.raises(PolicyError, match="soft-capped"):
         policy.generate([Request((1, 2), 2)])
+
+
+def test_reading_aligned_positions_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    policy = make_policy(model)
+    monkeypatch.setattr(policy.slots, "reach_multiple", 8)  # as on a GPU
+    requests = ragged_requests(random.Random(2), 12)
+    assert worst_error(model, requests, policy.generate(requests)) < TOLERANCE
 
 
 # Independence and determinism
@@ -259,7 +267,7 @@ def test_branches_of_one_step_share_their_beginning(model: Any) -> None:
     policy = make_policy(model)
     rng = random.Random(0)
     trunk = ids(rng, 30)
-    prefixes = [trunk + (1,) + ids(rng, 9), trunk[:20] + (2,) + ids(rng, 4), trunk + (3,), trunk + (1, 5)]
+    prefixes = [(*trunk, 1, *ids(rng, 9)), (*trunk[:20], 2, *ids(rng, 4)), (*trunk, 3), (*trunk, 1, 5)]
     requests = [Request(prefix, 6, seed=seed) for seed, prefix in enumerate(prefixes)]
     generations = policy.generate(requests)
     distinct = {prefix[:end] for prefix in prefixes for end in range(1, len(prefix) + 1)}
@@ -474,7 +482,7 @@ def test_an_optimiser_step_is_noticed_without_being_told(
     optimizer: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if path == "modules":
-        monkeypatch.setattr(hf, "fits", lambda model: False)
+        monkeypatch.setattr(hf, "fits", lambda _: False)
     model = tiny_model()
     policy = make_policy(model)
     request = Request(ids(random.Random(0), 30), 8, seed=2)
@@ -536,7 +544,8 @@ def test_nan_weights_are_an_error_and_good_ones_work_again() -> None:
     assert policy.generate([request])[0].ids == before.ids
 
 
-def test_the_trainers_settings_of_the_model_are_left_alone(general: None, model: Any) -> None:
+@pytest.mark.usefixtures("general")
+def test_the_trainers_settings_of_the_model_are_left_alone(model: Any) -> None:
     implementation = model.config._attn_implementation
     model.train()
     make_policy(model).generate([Request((1, 2), 3)])
@@ -568,8 +577,7 @@ def test_a_failing_step_can_be_repeated(model: Any, step: int, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(policy.decoder, "forward", fail)
         with pytest.raises(KeyboardInterrupt):
-            for _ in range(9):
-                done.update(policy.poll())
+            policy.poll()
     done.update(drain(policy, tickets.keys() - done.keys()))
     assert {tickets[ticket]: g.ids for ticket, g in done.items()} == expected
 
@@ -577,7 +585,7 @@ def test_a_failing_step_can_be_repeated(model: Any, step: int, monkeypatch: pyte
 def test_generate_takes_its_requests_back_when_it_fails(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy(model)
     with monkeypatch.context() as patch:
-        patch.setattr(policy.decoder, "forward", lambda *arguments: 1 / 0)
+        patch.setattr(policy.decoder, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             policy.generate([Request((1, 2), 5)])
     assert policy.idle

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from at2po_agent.policies.base import request_uniforms
+from at2po_agent.policies.base import Draws
 from at2po_agent.policies.sampling import distribution, draw, entropy
 
 # Probabilities 1/8, 1/2, 0, 1/4, 1/8: the CDF is 0.125, 0.625, 0.625, 0.875, 1.
@@ -73,16 +73,34 @@ def test_entropy_counts_impossible_tokens_as_nothing() -> None:
     assert float(entropy(LOG_PROBS)) == pytest.approx(1.75 * math.log(2), rel=1e-6)
 
 
-def test_uniforms_depend_on_seed_and_place_alone() -> None:
-    np.testing.assert_array_equal(request_uniforms(7, 5), request_uniforms(7, 50)[:5])
-    assert not np.array_equal(request_uniforms(7, 5), request_uniforms(8, 5))
-    # Philox 4x64-10 with key 7, counter from 1: NumPy's documented stream, so that other samplers can agree.
-    expected = np.random.Generator(np.random.Philox(key=7)).random(3)
-    np.testing.assert_array_equal(request_uniforms(7, 3), expected)
+def test_large_vocabularies_draw_what_a_float64_cdf_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_probs = (3 * torch.randn(40, 20_000, generator=generator)).log_softmax(-1)
+    uniforms = torch.rand(40, generator=generator, dtype=torch.float64)
+    cdf = log_probs.double().exp().cumsum(-1)
+    expected = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
+    drawn = draw(log_probs, uniforms).tokens
+    # Float32 may step over a boundary: then the reference's CDF beside the drawn token is the uniform to 1e-6.
+    nearest = torch.minimum(
+        (cdf.gather(1, drawn[:, None])[:, 0] - uniforms).abs(),
+        (cdf.gather(1, (drawn[:, None] - 1).clamp(min=0))[:, 0] - uniforms).abs(),
+    )
+    assert ((drawn == expected) | (nearest < 1e-6)).all()
+    assert (drawn == expected).float().mean() > 0.9
 
 
-def test_uniforms_of_neighbouring_seeds_are_uniform_at_each_place() -> None:
-    first = np.array([request_uniforms(seed, 2) for seed in range(2000)])
+def test_draws_depend_on_seed_and_place_alone() -> None:
+    # NumPy's documented stream of Philox 4x64-10 with this key, so that other samplers can agree.
+    expected = np.random.Generator(np.random.Philox(key=7)).random(300)
+    draws = Draws(7)
+    np.testing.assert_array_equal(
+        [draws[place] for place in (3, 0, 200, 64, 299)], expected[[3, 0, 200, 64, 299]]
+    )
+    assert Draws(8)[0] != expected[0]
+
+
+def test_draws_of_neighbouring_seeds_are_uniform_at_each_place() -> None:
+    first = np.array([[draws[0], draws[1]] for draws in map(Draws, range(2000))])
     # Standard error of a mean of 2000 uniforms: 0.0065; of the correlation: 0.022.
     assert np.all(np.abs(first.mean(axis=0) - 0.5) < 0.03)
     assert abs(np.corrcoef(first[:, 0], first[:, 1])[0, 1]) < 0.1

@@ -36,7 +36,7 @@ def test_a_list_is_said_in_order_and_running_out_is_an_error() -> None:
 
 
 def test_a_stop_string_cuts_where_a_sampler_would() -> None:
-    policy = ScriptedPolicy(lambda seen: "say <search> x </search> and more", tiny_tokenizer(), end=True)
+    policy = ScriptedPolicy(lambda _: "say <search> x </search> and more", tiny_tokenizer(), end=True)
     (generation,) = policy.generate([request(stop=("</search>",))])
     assert tiny_tokenizer().decode(generation.ids).endswith("</search>")
     assert generation.stop_reason == "stop"
@@ -60,6 +60,6 @@ def test_log_probs_are_given_or_computed() -> None:
     by_id = ScriptedPolicy(["abc"], tokenizer, log_probs=lambda ids: [-float(i) for i in ids])
     (generation,) = by_id.generate([request()])
     np.testing.assert_array_equal(generation.log_probs, -np.array(generation.ids, dtype=np.float32))
-    wrong = ScriptedPolicy(["abc"], tokenizer, log_probs=lambda ids: [-1.0])
+    wrong = ScriptedPolicy(["abc"], tokenizer, log_probs=lambda _: [-1.0])
     with pytest.raises(PolicyError, match=r"shape \(1,\)"):
         wrong.generate([request()])

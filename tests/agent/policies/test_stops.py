@@ -60,13 +60,13 @@ class SpaceEater:
     """Decodes as SentencePiece does: the space that begins a text is dropped."""
 
     eos_id = 0
-    pieces = ("", " a", " b", "b", " ")
+    texts = ("", " a", " b", "b", " ")
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
 
     def decode(self, ids: object) -> str:
-        return "".join(self.pieces[i] for i in ids).removeprefix(" ")  # type: ignore[attr-defined]
+        return "".join(self.texts[i] for i in ids).removeprefix(" ")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("mark", "ids"), [("a b", [3, 1, 2]), (" b", [1, 2]), ("b ", [3, 4])])
