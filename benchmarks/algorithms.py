@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,6 +171,12 @@ def _work(job: Job) -> str:
     )
 
 
+def _outcome(done: Future[str]) -> str:
+    """What became of a run: a failed one leaves no file, and is tried again by the next race."""
+    error = done.exception()
+    return done.result() if error is None else f"failed: {type(error).__name__}: {error}"
+
+
 def jobs_to_do(arguments: argparse.Namespace, start: Path) -> list[Job]:
     """All runs that are asked for and not done, seed by seed, so that a stopped race is balanced."""
     folder = arguments.out / ("tuning" if arguments.tune else "runs")
@@ -229,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
             for number, done in enumerate(as_completed([pool.submit(_work, job) for job in jobs]), start=1):
-                print(f"[{number}/{len(jobs)}] {done.result()}", flush=True)
+                print(f"[{number}/{len(jobs)}] {_outcome(done)}", flush=True)
     if options.report is not None:
         from benchmarks.race_report import write_report
 
