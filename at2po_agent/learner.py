@@ -22,7 +22,7 @@ from torch.nn import functional
 from at2po_agent.losses.base import LossTotals
 from at2po_agent.losses.drift import drift_metrics
 from at2po_agent.losses.kl import Estimator, kl_penalty
-from at2po_agent.packed_forward import check_model, packed_stats
+from at2po_agent.packed_forward import check_model, head_of, logits_at, packed_stats
 from at2po_agent.packing import Batch
 from at2po_agent.settings import OptimizerSettings
 from at2po_agent.tree_attention import tree_attention
@@ -261,7 +261,7 @@ class Learner:
             **({"totals": totals} if objective.divisible else {}),
             **({} if entropies is None else {"entropies": entropies}),
         )
-        if isinstance(piece, Batch) and old_log_probs is not None:
+        if old_log_probs is not None:
             moved = drift_metrics(log_probs.detach(), old_log_probs, piece.turn_ids, totals=totals)
             metrics = {**moved, **metrics}
         if not objective.kl_weight:
@@ -329,18 +329,9 @@ def _read(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def _logits_where(model: nn.Module, batch: Batch, trained: Tensor) -> Tensor:
     """Logits float[S, V] that predict the trained tokens, in row-major order."""
-    decoder, head = _decoder_and_head(model)
-    if decoder is None or head is None:
+    if head_of(model) is None:
         logits: Tensor = model(input_ids=batch.input_ids).logits
         return logits[:, :-1][trained]
-    hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    selected: Tensor = head(hidden[:, :-1][trained])
-    return selected
-
-
-def _decoder_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    get_head = getattr(model, "get_output_embeddings", None)
-    get_decoder = getattr(model, "get_decoder", None)
-    if get_head is None or get_decoder is None:
-        return None, None
-    return get_decoder(), get_head()
+    return logits_at(
+        model, lambda hidden: hidden[:, :-1][trained], input_ids=batch.input_ids, use_cache=False
+    )

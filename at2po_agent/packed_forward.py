@@ -81,7 +81,7 @@ def check_model(model: nn.Module) -> Fitness:
 def _examine(model: nn.Module) -> Fitness:
     advice = "set train.packing: rows"
     language_models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    if not language_models or _head_of(model) is None:
+    if not language_models or head_of(model) is None:
         raise ConfigError(f"{type(model).__name__} is no causal language model of transformers; {advice}")
     device = next(model.parameters()).device
     rows = [_row([3, 1, 4, 1, 2]), _row([3, 1, 2, 0, 4])]
@@ -120,47 +120,68 @@ def _row(ids: list[int]) -> Row:
     return Row(np.array(ids, dtype=np.int64), np.arange(-1, len(ids) - 1), zeros, zeros)
 
 
-def _stats(
-    model: nn.Module, piece: PackedPiece, temperature: float, with_entropies: bool, fitness: Fitness
-) -> TokenStats:
-    head = _head_of(model)
+def logits_at(model: nn.Module, select: Callable[[Tensor], Tensor], **inputs: Any) -> Tensor:
+    """A model's logits at chosen places, and nowhere else.
+
+    Args:
+        model: A causal language model of transformers, or a module around one.
+        select: Takes the chosen ones from the last hidden states float[B, T, D].
+        inputs: What the model is called with.
+    """
+    head = head_of(model)
     assert head is not None
-    entropies: list[Tensor] = []
     ordinary = head.forward
-
-    def at_trained(hidden: Tensor) -> Tensor:
-        states = hidden[0, piece.predicts]
-        if fitness.fused_head and isinstance(head, nn.Linear):
-            stats = linear_log_probs(
-                states,
-                head.weight,
-                piece.targets,
-                bias=head.bias,
-                temperature=temperature,
-                with_entropies=with_entropies,
-            )
-            entropies.append(stats[1])
-            return stats[0][None]
-        logits: Tensor = ordinary(states[None])
-        return logits
-
-    with _forward_of(head, at_trained):
-        logits = model(
-            input_ids=piece.input_ids,
-            position_ids=piece.position_ids,
-            use_cache=False,
-            tree_plan=TreePlan.of(piece.layout),
-        ).logits
-    if entropies:
-        return TokenStats(piece.to_rows(logits[0]), piece.to_rows(entropies[0]))
-    stats = token_stats(logits[0], piece.targets, temperature=temperature)
-    return TokenStats(piece.to_rows(stats.log_probs), piece.to_rows(stats.entropies))
+    with _forward_of(head, lambda hidden: ordinary(select(hidden))):
+        logits: Tensor = model(**inputs).logits
+    return logits
 
 
-def _head_of(model: nn.Module) -> nn.Module | None:
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The output embedding of a model; None where it has none that transformers knows."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = None if get_head is None else get_head()
     return head if isinstance(head, nn.Module) else None
+
+
+def _stats(
+    model: nn.Module, piece: PackedPiece, temperature: float, with_entropies: bool, fitness: Fitness
+) -> TokenStats:
+    inputs = {
+        "input_ids": piece.input_ids,
+        "position_ids": piece.position_ids,
+        "use_cache": False,
+        "tree_plan": TreePlan.of(piece.layout),
+    }
+    head = head_of(model)
+    if fitness.fused_head and isinstance(head, nn.Linear):
+        found = _fused(model, head, piece, (temperature, with_entropies), inputs)
+    else:
+        logits = logits_at(model, lambda hidden: hidden[:, piece.predicts], **inputs)[0]
+        found = token_stats(logits, piece.targets, temperature=temperature)
+    return TokenStats(piece.to_rows(found.log_probs), piece.to_rows(found.entropies))
+
+
+def _fused(
+    model: nn.Module, head: nn.Linear, piece: PackedPiece, options: tuple[float, bool], inputs: dict[str, Any]
+) -> TokenStats:
+    """Let the output embedding return log-probs in the place of logits."""
+    entropies: list[Tensor] = []
+    temperature, with_entropies = options
+
+    def log_probs(hidden: Tensor) -> Tensor:
+        found = linear_log_probs(
+            hidden[0, piece.predicts],
+            head.weight,
+            piece.targets,
+            bias=head.bias,
+            temperature=temperature,
+            with_entropies=with_entropies,
+        )
+        entropies.append(found[1])
+        return found[0][None]
+
+    with _forward_of(head, log_probs):
+        return TokenStats(model(**inputs).logits[0], entropies[0])
 
 
 @contextmanager

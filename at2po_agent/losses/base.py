@@ -186,13 +186,13 @@ def sequence_ratio(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """`s_t = exp((1/|y|) sum_t (log pi_t - log pi_old_t))` over the branch's sampled tokens.
 
     Returns:
-        ratio [B, T] with gradient; log_ratio [B] per branch without gradient.
+        ratio [B, T] with gradient, 1 where not sampled; log_ratio [B] per branch without gradient.
     """
     with torch.no_grad():
         difference = mask(inputs.log_probs - inputs.old_log_probs, inputs.sampled)
         log_ratio = difference.sum(dim=1) / inputs.lengths.clamp(min=1.0)
         per_branch = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-        ratio = per_branch[:, None].expand(inputs.log_probs.shape)
+        ratio = torch.where(inputs.sampled, per_branch[:, None], 1.0)
     return attach(inputs.log_probs, ratio), log_ratio
 
 

@@ -39,6 +39,7 @@ def tree_attention_plain(
     """
     groups = query.shape[1] // key.shape[1]
     factor = query.shape[-1] ** -0.5 if scale is None else scale
+    wide = torch.promote_types(query.dtype, torch.float32)
     parts = []
     for call in plan.chains:
         visible = np.flatnonzero(plan.last[: call.end] >= call.end)
@@ -49,7 +50,7 @@ def tree_attention_plain(
         places = torch.from_numpy(visible).to(query.device)
         keys = key[:, :, places].repeat_interleave(groups, dim=1)
         values = value[:, :, places].repeat_interleave(groups, dim=1)
-        scores = (query[:, :, call.begin : call.end] @ keys.transpose(-1, -2)).float() * factor
+        scores = (query[:, :, call.begin : call.end] @ keys.transpose(-1, -2)).to(wide) * factor
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(torch.from_numpy(hidden).to(query.device), float("-inf"))
