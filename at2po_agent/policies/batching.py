@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from at2po_agent.policies.attention import Piece, Plan, Write
+from at2po_agent.policies.attention import Piece, Plan, Write, rows_for
 from at2po_agent.policies.prefix_cache import Node, PrefixCache
 from at2po_agent.policies.rows import Row
 from at2po_agent.policies.slots import Seat, Slots
@@ -27,7 +27,6 @@ from at2po_env.errors import PolicyError
 
 _PATIENCE = 4  # steps that a request waits for company: one forward pass for several prefixes costs less
 _COMPANY = 8  # ... unless so many wait: one eighth of the live rows
-_ROOM = 16  # positions beyond the prefix that an admitted row must find
 
 
 @dataclass
@@ -223,7 +222,7 @@ class Batcher:
             uncached = max(len(row.context) - matched, 1)
             if packing.admitted and len(packing.tokens) + uncached > self._max_prefill:
                 break
-            seat = self._slots.seat(row.ticket, len(row.context) + (_ROOM if self._live else 0))
+            seat = self._slots.seat(row.ticket, len(row.context))
             if seat is None:
                 break
             self._queue.popleft()
@@ -276,17 +275,20 @@ class Batcher:
         return node
 
     def _forward(self, packing: _Packing, order: list[Seat], rows: list[Row]) -> Tensor:
-        newest = [row.ids[-1] if row.ids else row.context[-1] for row in rows]
+        prompts = len(packing.tokens)
+        before = rows_for(prompts + len(rows)) - len(rows)
         writes = []
         for write in packing.shared:
             source = write.source
             if source < 0:
                 owner = packing.admitted[-1 - source].seat
                 assert owner is not None
-                source = len(packing.tokens) + owner.number
+                source = before + owner.number
             writes.append(Write(source, write.seat, write.position))
         plan = Plan(self._slots, order, packing.pieces, writes)
-        tokens = torch.tensor(packing.tokens + newest, device=self._slots.device)
+        newest = [row.ids[-1] if row.ids else row.context[-1] for row in rows]
+        padding = [0] * (before - prompts)
+        tokens = torch.tensor(packing.tokens + padding + newest, device=self._slots.device)
         positions = torch.from_numpy(plan.positions).to(self._slots.device)
         logits = self._decoder.forward(tokens, positions, plan, self._slots)
         for seat in order:
@@ -306,7 +308,7 @@ class Batcher:
 
     def _seat_known(self, row: Row) -> Tensor | None:
         """Seat a row whose whole prefix the tree holds; returns the logits after it, None without room."""
-        seat = self._slots.seat(row.ticket, len(row.context) + 1)
+        seat = self._slots.seat(row.ticket, len(row.context))
         if seat is None:
             return None
         path = self._cache.match(row.context)

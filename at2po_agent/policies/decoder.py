@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from at2po_agent.policies.attention import Plan
+from at2po_agent.policies.attention import Plan, rows_for
 from at2po_agent.policies.slots import LayerShape, LayerViews, Slots
 from at2po_env.errors import PolicyError
 
@@ -92,14 +92,14 @@ class ModelDecoder:
                 position_ids=positions[None],
                 past_key_values=self._cache,
                 use_cache=True,
-                logits_to_keep=plan.live,
+                logits_to_keep=rows_for(plan.live),
                 slot_plan=plan,
             )
         finally:
             config._attn_implementation = implementation
             if training:
                 model.train()
-        logits: Tensor = output.logits[0]
+        logits: Tensor = output.logits[0, -plan.live :]
         return logits
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from at2po_agent.policies.attention import Plan
+from at2po_agent.policies.attention import Plan, rows_for
 from at2po_agent.policies.slots import Slots
 
 _FAMILIES = (Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM)
@@ -99,11 +99,11 @@ class FusedDecoder:
             plan.write(qkv[:, rotated:], views.values)
             attended = plan.attend(qk[:, : self._heads], views).flatten(1)
             if number == len(self._layers) - 1:
-                x, attended = x[plan.prompts :], attended[plan.prompts :]
+                x, attended = x[-rows_for(plan.live) :], attended[-rows_for(plan.live) :]
             x = layer.out.added_to(x, attended)
             gate, up = layer.gate_up(self._norm(x)).chunk(2, dim=-1)
             x = layer.down.added_to(x, F.silu(gate).mul_(up))
-        return self._head(self._norm(x))
+        return self._head(self._norm(x))[-plan.live :]
 
     def _norm(self, x: Tensor) -> Tensor:
         """Root mean square norm, x / sqrt(mean x^2 + eps); its weight is folded into the next matrix."""

@@ -90,9 +90,6 @@ class Slots:
         max_tokens: Most positions of all places together.
         dtype: Of keys and values.
         device: Where they live.
-
-    Attributes:
-        reach_multiple: Attention reads multiples of so many positions: fast kernels want aligned masks.
     """
 
     def __init__(
@@ -114,7 +111,6 @@ class Slots:
             for number, (_, width) in zip(rows, kinds, strict=True)
         ]
         self.device = device
-        self.reach_multiple = 8 if device.type == "cuda" else 1
         self.max_tokens = max_tokens
         self.arenas: list[Arena] = []
         self.layers: list[LayerViews] = []
@@ -196,6 +192,15 @@ class Slots:
         arena = self.arenas[seat.arena]
         return arena.first + seat.index * arena.room, arena.room
 
+    @property
+    def spare(self) -> tuple[int, int]:
+        """As `place`, of a place for KV that nobody reads."""
+        return sum(arena.room * arena.capacity for arena in self.arenas), 1
+
+    def room_for(self, positions: int) -> int:
+        """The room of a sequence with so many positions: the next of 64, 96, 128, 192, 256, 384, ..."""
+        return min(_place_size(positions), max(self.max_tokens, positions))
+
     def _region(self, plane: int, seat: Seat) -> Tensor:
         """All layers of one sequence: [layers, heads, room, width]."""
         (heads, width), (first, room) = self._kinds[plane], self.place(seat)
@@ -214,7 +219,7 @@ class Slots:
 
     def _arena(self, room: int) -> Arena | None:
         """An arena with a free place of this room, made or enlarged where needed."""
-        size = min(_place_size(room), max(self.max_tokens, room))
+        size = self.room_for(room)
         arena = next((arena for arena in self.arenas if arena.room == size), None)
         if arena is not None and (len(arena.seats) < arena.capacity or None in arena.seats):
             return arena
@@ -243,7 +248,7 @@ class Slots:
             first += room * capacity
         for plane, (heads, width) in enumerate(self._kinds):
             before = self._planes[plane]
-            after = before.new_zeros((before.shape[0], first * heads, width))
+            after = before.new_zeros((before.shape[0], (first + 1) * heads, width))  # one spare place
             for arena in arenas:
                 if arena.room in old and arena.seats:
                     size = len(arena.seats) * arena.room * heads
@@ -271,10 +276,10 @@ class Slots:
 
 
 def _place_size(room: int) -> int:
-    """The next of 64, 96, 128, 192, 256, 384, ..."""
+    """The next of 2^k and 3 * 2^k."""
     size = _SMALLEST_ROOM
     while size < room:
-        if 3 * size // 2 >= room and size >= _SMALLEST_ROOM:
+        if 3 * size // 2 >= room:
             return 3 * size // 2
         size *= 2
     return size

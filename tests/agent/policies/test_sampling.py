@@ -80,7 +80,7 @@ def test_large_vocabularies_draw_what_a_float64_cdf_draws() -> None:
     cdf = log_probs.double().exp().cumsum(-1)
     expected = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
     drawn = draw(log_probs, uniforms).tokens
-    # Float32 may step over a boundary: then the reference's CDF beside the drawn token is the uniform to 1e-6.
+    # Float32 may step over a boundary: then the drawn token's CDF is the uniform to 1e-6.
     nearest = torch.minimum(
         (cdf.gather(1, drawn[:, None])[:, 0] - uniforms).abs(),
         (cdf.gather(1, (drawn[:, None] - 1).clamp(min=0))[:, 0] - uniforms).abs(),
