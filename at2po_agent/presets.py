@@ -3,9 +3,16 @@
 `docs/algorithms.md` is generated from here (`algorithms_table`), so it cannot drift.
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+TABLE_BEGIN, TABLE_END = (
+    "<!-- table: generated from at2po_agent/presets.py -->",
+    "<!-- end of table -->",
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,47 @@ class Preset:
             return {}
         chains = max(1, round(self.root_share * leaves))
         return {"chains": chains, "forks": (leaves - chains) // chains * chains or 1, "rounds": 1}
+
+
+def algorithms_table() -> str:
+    """Markdown: a row per preset, a column per part."""
+    titles = ("algorithm", "rollout", "leaves", "interventions", "credit", "loss", "filter, shaping", "KL")
+    lines = [_row(titles), _row(["---"] * len(titles))]
+    for name, preset in PRESETS.items():
+        rollout = preset.rollout
+        leaves = rollout["chains"] + rollout["rounds"] * rollout["forks"]
+        on = [part for part in ("thinking", "resampling") if part in rollout]
+        extra = ["dynamic sampling"] if preset.keep == "informative" else []
+        if "overlong_share" in rollout:
+            extra.append(f"overlong over the last {rollout['overlong_share']:.0%}")
+        cells = (
+            f"[`{name}`]({preset.reference})",
+            f"`{rollout['expansion']}`, {_shape(rollout)}",
+            str(leaves),
+            ", ".join(on) or "-",
+            _part(preset.credit, preset.credit_options),
+            _part(preset.loss, preset.loss_options),
+            ", ".join(extra) or "-",
+            f"{preset.kl_weight:g}, loss" if preset.kl_weight else "-",
+        )
+        lines.append(_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _shape(rollout: Mapping[str, Any]) -> str:
+    if not rollout["rounds"]:
+        return f"{rollout['chains']} chains"
+    return f"{rollout['chains']} + {rollout['rounds']} x {rollout['forks']}"
+
+
+def _part(name: str, options: Mapping[str, Any]) -> str:
+    shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in options.items()}
+    values = ", ".join(f"{key} {value}" for key, value in shown.items())
+    return f"`{name}`" + (f" ({values})" if values else "")
 
 
 _CHAINS = {"expansion": "chains", "chains": 16, "forks": 0, "rounds": 0}
@@ -129,3 +177,14 @@ PRESETS: Mapping[str, Preset] = {
     "gigpo+tds": Preset(rollout={**_GIGPO_CHAINS, **_RESAMPLING}, **_T2PO),
     "t2po": Preset(rollout={**_GIGPO_CHAINS, **_THINKING, **_RESAMPLING}, **_T2PO),
 }
+
+
+def write_table(page: Path) -> None:
+    """Replace the table between the two marks of a page."""
+    head, _, rest = page.read_text(encoding="utf-8").partition(TABLE_BEGIN)
+    tail = rest.partition(TABLE_END)[2]
+    page.write_text(f"{head}{TABLE_BEGIN}\n{algorithms_table()}{TABLE_END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_table(Path(sys.argv[1]))
