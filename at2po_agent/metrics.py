@@ -19,7 +19,8 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
         reward, em and f1 (means over leaves; em and f1 only where the environment scores them), turns,
         response tokens per branch, entropy (mean over turns, nats), solved (share of leaves), solved_all and
         solved_none (shares of questions whose leaves agree), the counts questions, skipped_questions,
-        leaves, nodes, tool_calls, tool_errors, and `outcome/KIND` counts.
+        leaves, nodes, tool_calls, tool_errors, and `outcome/KIND` counts; where there are any, forced_tokens
+        and discarded_turns.
     """
     grown = [tree for tree in trees if tree.leaves()]
     figures: dict[str, float] = {
@@ -42,6 +43,7 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
     figures["entropy"] = float(np.mean(np.concatenate([tree.entropy[1:] for tree in grown])))
     figures["tool_calls"] = sum(int(outcome.get("tool_calls", 0)) for _, _, outcome in leaves)
     figures["tool_errors"] = sum(int(outcome.get("tool_errors", 0)) for _, _, outcome in leaves)
+    figures.update(_interventions(grown, [outcome for _, _, outcome in leaves]))
     kinds = Counter(str(outcome.get("outcome", "unknown")) for _, _, outcome in leaves)
     figures.update({OUTCOME_PREFIX + kind: count for kind, count in sorted(kinds.items())})
     return figures
@@ -66,6 +68,15 @@ def wilson_interval(mean: float, count: int, *, z: float = 1.96) -> tuple[float,
     centre = (mean + z * z / (2 * count)) / shrink
     half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)) / shrink
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _interventions(trees: Sequence[Tree], outcomes: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Forced tokens, and turns that were sampled again; nothing where there are none."""
+    forced = sum(int((~turn.sampled_mask).sum()) for tree in trees for turn in tree.turns if turn is not None)
+    discarded = sum(len(outcome.get("discarded", ())) for outcome in outcomes)
+    return {
+        name: count for name, count in (("forced_tokens", forced), ("discarded_turns", discarded)) if count
+    }
 
 
 def _scores(outcomes: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import pytest
 from guess_env import GuessEnv, GuessingPolicy
 from watched_policy import CountedTokenizer, WatchedPolicy, guess, seeded_entropy
 
+from at2po_agent.metrics import tree_metrics
 from at2po_agent.packing import pack_rows
 from at2po_agent.policies.base import Step
 from at2po_agent.rollout import RolloutConfig, rollout, rollout_with_stats
@@ -59,6 +60,8 @@ def test_stalled_thinking_is_ended_once_and_its_end_is_not_trained():
     turn = tree.turns[1]
     assert turn.action.startswith("<think>aaa</think>")
     assert turn.action.count("</think>") == 1
+    assert tree_metrics([tree])["forced_tokens"] >= len("</think>")
+    assert "forced_tokens" not in tree_metrics(grow(config()))
     forced = [index for index, sampled in enumerate(turn.sampled_mask) if not sampled]
     assert "".join(turn.action[index] for index in forced) == "</think>"
     batch = pack_rows([tree], [np.ones(len(tree.leaves()))])
@@ -133,6 +136,7 @@ def test_a_turn_as_uncertain_as_the_last_is_sampled_again_before_the_environment
     # a constant signal never differs: every turn but the first is discarded twice, and then taken
     assert len(discarded) == 2 * later > 0
     assert len(policy.requests) == len(turns) + len(discarded)
+    assert tree_metrics(trees)["discarded_turns"] == len(discarded)
     assert stats.sampled_tokens == sum(len(request_ids) for request_ids in _ids(turns, discarded))
     assert len({request.seed for request in policy.requests}) == len(policy.requests)
     assert {entry["turn"] for entry in discarded} <= {1, 2, 3}

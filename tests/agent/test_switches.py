@@ -168,6 +168,30 @@ def test_the_reference_stays_where_training_began(tmp_path):
         reference_learner(one, tmp_path, started=True)
 
 
+def opinionated_model():
+    """Entropies that vary: among those of random weights, which do not, a z-score would amplify rounding."""
+    model = build_model(SHAPE, seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10)
+    return model
+
+
+def test_entropy_and_kl_terms_do_not_depend_on_the_cut_into_micro_batches():
+    batch = sampled_batch(advantages="group")
+    old = learner(opinionated_model()).log_probs(batch)
+    noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
+    batch = dataclasses.replace(batch, sampled_log_probs=old + 0.01 * noise)
+    found = []
+    for budget in (10**6, 300, 100, 1):
+        chosen = objective(AlgorithmSettings(loss="aepo", kl_weight=0.5))
+        one = dataclasses.replace(learner(opinionated_model()), objective=chosen, token_budget=budget)
+        found.append(first_gradient(one, batch, old - 0.3 * noise))
+    for cut in found[1:]:
+        assert float((cut - found[0]).norm() / found[0].norm()) < 1e-6
+
+
 # Filters and shaping ---------------------------------------------------------------------------------------
 
 
