@@ -155,7 +155,9 @@ def _compose(file: dict[str, Any], typed: dict[str, Any], problems: list[Problem
 
 def _foreign_rollout(rollout: Mapping[str, Any], preset: Preset | None) -> dict[str, Any]:
     """What of a file's rollout stays under a preset of the command line: limits, and the number of leaves."""
-    kept = {key: value for key, value in rollout.items() if not key.startswith("expansion")}
+    kept = {key: value for key, value in rollout.items() if not key.startswith(("expansion", "overlong"))}
+    for part in ("thinking", "resampling"):
+        kept |= {part: {k: v for k, v in _section(kept, part).items() if k != "enabled"}}
     shape = [number for key in ("chains", "rounds", "forks") if isinstance(number := kept.get(key), int)]
     if preset is not None and len(shape) == 3:
         kept |= preset.shape(shape[0] + shape[1] * shape[2])

@@ -277,6 +277,21 @@ def test_senseless_settings_are_refused_with_a_reason(lines, message):
         load_config("quickstart", lines)
 
 
+def test_a_preset_of_the_command_line_takes_the_files_switches_off(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "algorithm: t2po\nrollout: {overlong_share: 0.5, max_turn_tokens: 77, "
+        "thinking: {enabled: true, window: 7}, resampling: {enabled: true}}\n"
+    )
+    own, other = load_config(file).rollout, load_config(file, ["algorithm=grpo"]).rollout
+    assert own.thinking.enabled
+    assert own.resampling.enabled
+    assert not other.thinking.enabled
+    assert not other.resampling.enabled
+    assert (own.overlong_share, other.overlong_share) == (0.5, 0.0)
+    assert (other.max_turn_tokens, other.thinking.window) == (77, 7)
+
+
 def test_a_preset_of_the_command_line_keeps_the_number_of_leaves():
     for name, shape in {"tree_grpo": (4, 8, 1), "arpo": (6, 6, 1), "grpo": (6, 3, 2)}.items():
         rolled = load_config("quickstart", [f"algorithm={name}"]).rollout
