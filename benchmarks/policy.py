@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would measure the neighbours' load
+
 import torch
 from transformers import PreTrainedModel
 
@@ -174,8 +178,7 @@ def measure(work: Workload, *, repeats: int, seed: int = 0) -> dict[str, float]:
     """Run both samplers, interleaved."""
     model = build_model(ModelShape(vocab_size=_VOCABULARY), seed=seed)
     tokenizer = train_tokenizer(["a"], vocab_size=_VOCABULARY)
-    policy = HFPolicy(model, tokenizer, slots=work.questions * work.chains, eos_ids=[_PAD])
-    model.generation_config.eos_token_id = _PAD
+    policy = HFPolicy(model, tokenizer, slots=work.questions * work.chains, eos_ids=[_VOCABULARY])  # no end
     ours, theirs = policy_answer(policy), generate_answer(model)
     best = {"hf_policy_tokens_per_s": 0.0, "generate_tokens_per_s": 0.0}
     for repeat in range(repeats):
