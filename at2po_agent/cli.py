@@ -156,6 +156,7 @@ def smoke_overrides(config: Config) -> list[str]:
         "at2po eval runs/quickstart",
         "at2po eval runs/quickstart eval.questions=500 --json",
         "at2po eval Qwen/Qwen3-4B --config qwen3-4b-multihop dataset=dev.jsonl corpus=wiki-18.jsonl",
+        "at2po eval runs/qwen3-4b-multihop --suite all --json all.json eval.questions=500",
     ),
 )
 def evaluate_command(
@@ -170,10 +171,22 @@ def evaluate_command(
         str | None,
         typer.Option("--config", help="Settings other than the run's own; needed for a bare model."),
     ] = None,
-    as_json: AsJson = False,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="The published sets instead: multihop, singlehop or all; greedy only."),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print JSON instead of a table; with --suite, --json FILE writes it."),
+    ] = False,
 ) -> None:
-    """Evaluate a policy on held-out questions, greedily and sampled."""
+    """Evaluate a policy on held-out questions, greedily and sampled, or on the published sets."""
     _need_agent_extra()
+    if suite is not None:
+        from at2po_agent.cli_suite import evaluate_and_print
+
+        evaluate_and_print(target, suite, overrides or [], config, as_json=as_json)
+        return
     from at2po_agent.evaluate_run import evaluate_config, evaluation_config
     from at2po_agent.report.ending import evaluation_table
     from at2po_agent.report.live import make_listener
