@@ -108,7 +108,7 @@ class Plan:
             written = np.concatenate([written, [write.position for write in writes]])
             further = np.array([write.source for write in writes], dtype=np.int64)
             self._source = self._tensor(np.concatenate([np.arange(len(self.positions)), further]))
-        places = np.array([*(slots.place(seat) for seat in order), slots.spare], dtype=np.int64)
+        places = np.array([*((seat.first, seat.room) for seat in order), slots.spare], dtype=np.int64)
         self._first_rows = self._tensor(np.column_stack([places[numbers], written]))
         self._rows: dict[int, Tensor] = {}
         self._last = self._tensor(lengths)
@@ -150,7 +150,8 @@ class Plan:
         repeats, width = heads // kv_heads, layer.arena_values[0].shape[3]
         live_biases, group_biases = self._bias(window, repeats, queries.dtype)
         out = queries.new_empty((queries.shape[0], heads, width))
-        out[self._padding] = 0
+        if self._padding.start < self._padding.stop:
+            out[self._padding] = 0
         # The query heads of one KV head become its queries: no key or value is repeated.
         newest = queries[self.before :].reshape(self.live, kv_heads, repeats, -1)
         newest = F.pad(newest, (0, 0, 0, -repeats % _ROWS_MULTIPLE))

@@ -147,16 +147,16 @@ class StreamingPolicy(Policy, Protocol):
         ...
 
 
-class Draws:
-    """The uniform draws of a request: number t is the t-th float64 in [0, 1) of Philox with key `seed`."""
+class Draws(list[float]):
+    """The uniform draws of a request so far: the float64 stream in [0, 1) of Philox with key `seed`."""
 
-    __slots__ = ("_drawn", "_generator")
+    __slots__ = ("_generator",)
 
     def __init__(self, seed: int) -> None:
         self._generator = np.random.Generator(np.random.Philox(key=seed))
-        self._drawn: list[float] = []
+        super().__init__()
+        self.more()
 
-    def __getitem__(self, place: int) -> float:
-        while place >= len(self._drawn):
-            self._drawn += self._generator.random(_DRAWS_AT_ONCE).tolist()
-        return self._drawn[place]
+    def more(self) -> None:
+        """Append the next 64 draws."""
+        self += self._generator.random(_DRAWS_AT_ONCE).tolist()

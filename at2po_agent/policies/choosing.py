@@ -28,16 +28,22 @@ def choose(rows: Sequence[Row], logits: Tensor, stops: StopTable) -> list[tuple[
         FloatingPointError: The logits are not finite; no row has changed.
         PolicyError: An intervention forced an id outside the vocabulary.
     """
-    log_probs = distribution(logits, _setting(rows, lambda request: request.temperature, logits.device))
-    greedy = [row.request.temperature == 0 for row in rows]
-    forced = _intervene(rows, log_probs)
-    drawn = draw(
-        log_probs,
-        torch.tensor([row.draws[len(row.ids)] for row in rows], dtype=torch.float64, device=logits.device),
-        greedy=torch.tensor(greedy, device=logits.device) if any(greedy) else None,
-        top_p=_setting(rows, lambda request: request.top_p, logits.device),
-        forced=None if forced is None else torch.tensor(forced, device=logits.device),
-    )
+    device = logits.device
+    uniforms = torch.tensor([row.draws[len(row.ids)] for row in rows], dtype=torch.float64, device=device)
+    forced = None
+    if all(row.plain for row in rows):
+        drawn = draw(distribution(logits), uniforms)
+    else:
+        log_probs = distribution(logits, _setting(rows, lambda request: request.temperature, device))
+        greedy = [row.request.temperature == 0 for row in rows]
+        forced = _intervene(rows, log_probs)
+        drawn = draw(
+            log_probs,
+            uniforms,
+            greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
+            top_p=_setting(rows, lambda request: request.top_p, device),
+            forced=None if forced is None else torch.tensor(forced, device=device),
+        )
     # One transfer for both: float64 holds every id exactly.
     both = torch.stack([drawn.tokens.double(), drawn.log_probs.double()]).cpu().numpy()
     if not np.isfinite(both[1]).all():
@@ -46,10 +52,13 @@ def choose(rows: Sequence[Row], logits: Tensor, stops: StopTable) -> list[tuple[
     may_end = stops.candidates[[row.stop for row in rows], tokens].tolist()
     ended: list[tuple[Row, StopReason]] = []
     for row, token, log_prob, candidate in zip(rows, tokens.tolist(), both[1].tolist(), may_end, strict=True):
-        row.ids.append(token)
+        ids = row.ids
+        ids.append(token)
         row.log_probs.append(log_prob)
-        reason = stops.ends(row.stop, row.ids) if candidate else None
-        if reason is None and len(row.ids) >= row.request.max_tokens:
+        if len(ids) == len(row.draws):
+            row.draws.more()
+        reason = stops.ends(row.stop, ids) if candidate else None
+        if reason is None and len(ids) >= row.request.max_tokens:
             reason = "length"
         if reason is not None:
             ended.append((row, reason))

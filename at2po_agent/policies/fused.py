@@ -107,7 +107,7 @@ class FusedDecoder:
 
     def _norm(self, x: Tensor) -> Tensor:
         """Root mean square norm, x / sqrt(mean x^2 + eps); its weight is folded into the next matrix."""
-        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True).add_(self._eps))
+        return torch.rms_norm(x, x.shape[-1:], None, self._eps)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines, float[N, 1, width]: rotating is x cos + roll(x) sin."""

@@ -143,6 +143,7 @@ class HFPolicy:
                 request=request,
                 stop=self._stops.number(request.stop),
                 draws=Draws(request.seed),
+                plain=request.temperature == request.top_p == 1.0 and request.intervention is None,
                 version=self.version,
                 context=request.prefix_ids,
             )

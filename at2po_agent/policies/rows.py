@@ -21,7 +21,8 @@ class Row:
         ticket: Its name outside.
         request: What was asked.
         stop: Number of its stop strings in the stop table.
-        draws: Its uniform draws, one per token.
+        draws: Its uniform draws, one per token; always one more than there are ids.
+        plain: Whether it samples from the model itself: temperature 1, top-p 1, no intervention.
         version: Of the weights that sample its first token.
         context: Ids whose KV it needs before it goes on: the prefix, and what was generated before a restart.
         seat: Where its KV are, while live.
@@ -37,6 +38,7 @@ class Row:
     request: Request
     stop: int
     draws: Draws
+    plain: bool
     version: int
     context: tuple[int, ...]
     seat: Seat | None = None

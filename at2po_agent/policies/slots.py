@@ -39,6 +39,8 @@ class Seat:
         length: Positions that hold its KV.
         arena: Number of its arena.
         index: Its place there.
+        first: Tokens before its place in the storage.
+        room: Positions of its place.
         number: Its place in the order of the current step.
     """
 
@@ -46,6 +48,8 @@ class Seat:
     length: int = 0
     arena: int = 0
     index: int = 0
+    first: int = 0
+    room: int = 0
     number: int = 0
 
 
@@ -148,8 +152,9 @@ class Slots:
     def compact(self) -> None:
         """Close all holes."""
         for arena in self.arenas:
-            holes = [index for index, seat in enumerate(arena.seats) if seat is None]
-            for hole in holes:
+            if None not in arena.seats:
+                continue
+            for hole in [index for index, seat in enumerate(arena.seats) if seat is None]:
                 while arena.seats and arena.seats[-1] is None:
                     arena.seats.pop()
                 if hole >= len(arena.seats):
@@ -159,8 +164,7 @@ class Slots:
                 source = [
                     self._region(plane, seat)[:, :, : seat.length] for plane in range(len(self._planes))
                 ]
-                seat.index = hole
-                arena.seats[hole] = seat
+                self._settle(seat, arena, hole)
                 for plane, part in enumerate(source):
                     self._region(plane, seat)[:, :, : seat.length] = part
 
@@ -187,14 +191,9 @@ class Slots:
         for plane in self._planes:
             plane.zero_()
 
-    def place(self, seat: Seat) -> tuple[int, int]:
-        """(tokens before the seat in the storage, room of its place)."""
-        arena = self.arenas[seat.arena]
-        return arena.first + seat.index * arena.room, arena.room
-
     @property
     def spare(self) -> tuple[int, int]:
-        """As `place`, of a place for KV that nobody reads."""
+        """(first, room) of a place for KV that nobody reads."""
         return sum(arena.room * arena.capacity for arena in self.arenas), 1
 
     def room_for(self, positions: int) -> int:
@@ -203,19 +202,22 @@ class Slots:
 
     def _region(self, plane: int, seat: Seat) -> Tensor:
         """All layers of one sequence: [layers, heads, room, width]."""
-        (heads, width), (first, room) = self._kinds[plane], self.place(seat)
-        part = self._planes[plane][:, first * heads : (first + room) * heads]
-        return part.view(-1, heads, room, width)
+        heads, width = self._kinds[plane]
+        part = self._planes[plane][:, seat.first * heads : (seat.first + seat.room) * heads]
+        return part.view(-1, heads, seat.room, width)
 
     def _sit(self, seat: Seat, arena: Arena) -> None:
+        """Take the first free place of an arena."""
+        seats = arena.seats
+        index = seats.index(None) if None in seats else len(seats)
+        if index == len(seats):
+            seats.append(seat)
         seat.arena = self.arenas.index(arena)
-        for index, other in enumerate(arena.seats):
-            if other is None:
-                seat.index = index
-                arena.seats[index] = seat
-                return
-        seat.index = len(arena.seats)
-        arena.seats.append(seat)
+        self._settle(seat, arena, index)
+
+    def _settle(self, seat: Seat, arena: Arena, index: int) -> None:
+        arena.seats[index] = seat
+        seat.index, seat.first, seat.room = index, arena.first + index * arena.room, arena.room
 
     def _arena(self, room: int) -> Arena | None:
         """An arena with a free place of this room, made or enlarged where needed."""
@@ -241,10 +243,12 @@ class Slots:
         arenas, first = [], 0
         for number, (room, capacity) in enumerate(wanted):
             seats = old[room].seats if room in old else []
-            arenas.append(Arena(room, first, capacity, seats))
-            for seat in seats:
+            arena = Arena(room, first, capacity, seats)
+            arenas.append(arena)
+            for index, seat in enumerate(seats):
                 if seat is not None:
                     seat.arena = number
+                    self._settle(seat, arena, index)
             first += room * capacity
         for plane, (heads, width) in enumerate(self._kinds):
             before = self._planes[plane]

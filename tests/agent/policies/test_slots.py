@@ -65,7 +65,7 @@ def test_rooms_grow_by_at_most_one_half() -> None:
     for length in (1, 64, 65, 96, 97, 128, 129, 192, 193, 1000):
         seat = slots.seat(length, length)
         assert seat is not None
-        rooms.append(slots.place(seat)[1])
+        rooms.append(seat.room)
     assert rooms == [64, 64, 96, 96, 128, 128, 192, 192, 256, 1024]
 
 
@@ -97,7 +97,7 @@ def test_the_largest_sequence_may_take_the_whole_budget() -> None:
     slots = make_slots(max_tokens=100)  # the next room up would be 128
     seat = slots.seat(0, 70)
     assert seat is not None
-    assert slots.place(seat)[1] <= 100
+    assert seat.room <= 100
 
 
 def test_clear_leaves_no_values_behind() -> None:
