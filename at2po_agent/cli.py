@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from at2po_agent.cli_retrieval import app as retrieval_app
+
 if TYPE_CHECKING:
     from at2po_agent.settings import Config
 
@@ -58,6 +60,7 @@ data_app = typer.Typer(
     help="Get questions and corpora, and see where they are.", no_args_is_help=True, rich_markup_mode="rich"
 )
 app.add_typer(data_app, name="data")
+app.add_typer(retrieval_app)
 
 Overrides = Annotated[
     list[str] | None,

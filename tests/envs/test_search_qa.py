@@ -11,6 +11,7 @@ from typing import Any
 
 import gymnasium
 import pytest
+from at2po_envs.search_qa import making
 from at2po_envs.search_qa.questions import normalize_question
 
 import at2po_env
@@ -358,3 +359,16 @@ def test_two_environments_of_a_process_share_the_worlds() -> None:
     one, two = base(miniwiki(worlds=2)), base(miniwiki(worlds=2))
     assert one.tasks is two.tasks
     assert isinstance(one.tools["search"].retriever, Bm25Retriever)  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore::at2po_env.data.At2poSampleWarning")
+def test_a_server_needs_no_corpus_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, corpus: object = None) -> Path:
+        raise AssertionError(f"looked for a corpus of {name}: {corpus}")
+
+    monkeypatch.setattr("at2po_envs.search_qa.making.resolve_corpus", refuse)
+    env = making.make_qa("HotpotQA", retriever="http://127.0.0.1:9", retriever_options={"timeout_s": 0.2})
+    env.reset(options={"index": 0})
+    observation, _, terminated, truncated, info = env.step("<think> x </think><search> y </search>")
+    assert (info["outcome"], terminated, truncated) == ("tool_error", False, False)
+    assert "Error" in observation

@@ -55,7 +55,8 @@ def make_qa(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
         dataset: A FlashRAG file, or a folder of them. Default: the cache, else the shipped sample.
         corpus: JSON lines in wiki-18 form. Default: the cache, else the shipped sample.
         split: "train", "dev" or "test"; by default train where there is one, else test.
-        retriever: "bm25", or a retriever; a corpus is only looked for when a name is given.
+        retriever: "bm25", "lucene", "dense", "hybrid", the address of a server ("http://HOST:PORT"), or a
+            retriever. Only kinds within the process need a corpus.
         retriever_options: Keywords of the retriever.
         topk: Passages shown by a search, each cut at 1,000 characters.
         max_turns: Turns of an episode; the last has to answer.
@@ -70,7 +71,8 @@ def make_qa(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
     """
     tasks = Questions(load_qa(resolve_dataset(name, split, dataset)))
     if isinstance(retriever, str):
-        retriever = open_retriever(retriever, resolve_corpus(name, corpus), **(retriever_options or {}))
+        path = None if _is_remote(retriever) else resolve_corpus(name, corpus)
+        retriever = open_retriever(retriever, path, **(retriever_options or {}))
     tool = SearchTool(retriever, topk=topk, timeout_s=tool_timeout_s, retries=tool_retries)
     return ToolEnv(
         tasks=tasks,
@@ -82,3 +84,7 @@ def make_qa(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
         on_malformed=on_malformed,
         render_mode=render_mode,
     )
+
+
+def _is_remote(retriever: str) -> bool:
+    return retriever == "http" or retriever.startswith(("http://", "https://"))
