@@ -178,10 +178,10 @@ def _fused(
             with_entropies=with_entropies,
         )
         entropies.append(found[1])
-        return found[0][None]
+        return found[0]
 
     with _forward_of(head, log_probs):
-        return TokenStats(model(**inputs).logits[0], entropies[0])
+        return TokenStats(model(**inputs).logits, entropies[0])
 
 
 @contextmanager

@@ -53,9 +53,10 @@ def random_tree(shape: TreeShape, *, vocabulary: int, seed: int) -> Tree:
 
 
 def advantages(tree: Tree) -> NDArray[np.float64]:
-    """AT2PO's advantages, float64[N]."""
+    """AT2PO's advantages, float64[N]; 1 where all are 0, so that there is something to compute."""
     values = node_values(tree.parent, tree.entropy, normalize_leaf_rewards(tree.leaf_reward))
-    return node_advantages(tree.parent, values)
+    found = node_advantages(tree.parent, values)
+    return found if found.any() else np.ones_like(found)
 
 
 def _chain(
