@@ -178,7 +178,7 @@ def measure(work: Workload, *, repeats: int, seed: int = 0) -> dict[str, float]:
     """Run both samplers, interleaved."""
     model = build_model(ModelShape(vocab_size=_VOCABULARY), seed=seed)
     tokenizer = train_tokenizer(["a"], vocab_size=_VOCABULARY)
-    policy = HFPolicy(model, tokenizer, slots=work.questions * work.chains, eos_ids=[_VOCABULARY])  # no end
+    policy = HFPolicy(model, tokenizer, slots=work.questions * work.chains, eos_ids=())
     ours, theirs = policy_answer(policy), generate_answer(model)
     best = {"hf_policy_tokens_per_s": 0.0, "generate_tokens_per_s": 0.0}
     for repeat in range(repeats):

@@ -67,7 +67,10 @@ class HFPolicy:
         self.tokenizer = tokenizer
         self._vocab_size = int(model.config.vocab_size)
         self._max_positions = getattr(model.config, "max_position_embeddings", None)
-        self._stops = StopTable(tokenizer, self._vocab_size, eos_ids or (tokenizer.eos_id,))
+        if slots < 1:
+            raise PolicyError(f"slots must be at least 1, got {slots}")
+        ends = (tokenizer.eos_id,) if eos_ids is None else eos_ids
+        self._stops = StopTable(tokenizer, self._vocab_size, ends)
         general = ModelDecoder(model)
         self.decoder = FusedDecoder(model) if fits(model) else general
         token_bytes = _token_bytes(general.shapes, model.dtype)

@@ -7,14 +7,17 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from at2po_agent.model import Architecture, ModelShape, build_model, train_tokenizer
 from at2po_agent.policies.base import Request
+from at2po_agent.policies.hf import HFPolicy
 from at2po_agent.policies.tokenizer import HFTokenizer
 from at2po_agent.types import Generation
 
 VOCABULARY = 300
+TOLERANCE = 1e-4
 
 
 @functools.cache
@@ -75,3 +78,38 @@ def worst_error(model: Any, requests: Sequence[Request], generations: Sequence[G
         if len(own):
             worst = max(worst, float((own - reference_log_probs(model, request, generation)).abs().max()))
     return worst
+
+
+def make_policy(model: Any, **options: Any) -> HFPolicy:
+    return HFPolicy(model, tiny_tokenizer(), **options)
+
+
+def ragged_requests(rng: random.Random, number: int) -> list[Request]:
+    """Prefixes of 1 to 240 ids that share beginnings, some equal, some the beginning of another."""
+    trunk = ids(rng, 200)
+    requests = []
+    for seed in range(number):
+        prefix = trunk[: rng.randrange(1, 201)] + ids(rng, rng.choice([0, 0, 1, 40]))
+        if requests and seed % 4 == 0:
+            prefix = rng.choice(requests).prefix_ids
+        requests.append(Request(prefix, rng.randrange(1, 24), seed=seed))
+    return requests
+
+
+def drain(policy: HFPolicy, tickets: set[int]) -> dict[int, Any]:
+    done: dict[int, Any] = {}
+    while tickets - done.keys():
+        done.update(policy.poll())
+    return done
+
+
+def assert_same(generations: Sequence[Generation], expected: Sequence[Generation]) -> None:
+    """Equal to the last bit."""
+    for one, other in zip(generations, expected, strict=True):
+        assert (one.ids, one.stop_reason) == (other.ids, other.stop_reason)
+        np.testing.assert_array_equal(one.log_probs, other.log_probs)
+
+
+def stop_id(text: str) -> int:
+    (token,) = tiny_tokenizer().encode(text)
+    return token
