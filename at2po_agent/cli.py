@@ -142,10 +142,10 @@ def train(
 def smoke_overrides(config: Config) -> list[str]:
     """Settings that cut a run down to a check that everything works, as far as it is larger."""
     largest = {
-        "cold_start.steps": (config.cold_start.steps, 360),
-        "cold_start.demonstrations": (config.cold_start.demonstrations, 2000),
-        "train.steps": (config.train.steps, 6),
-        "train.save_trees_every": (config.train.save_trees_every, 3),
+        "cold_start.steps": (config.cold_start.steps, 200),
+        "cold_start.demonstrations": (config.cold_start.demonstrations, 1200),
+        "train.steps": (config.train.steps, 4),
+        "train.save_trees_every": (config.train.save_trees_every, 2),
         "eval.questions": (config.eval.questions, 50),
         "eval.every": (config.eval.every, 0),
     }
