@@ -56,6 +56,11 @@ def fits(model: PreTrainedModel) -> bool:
         and "dynamic" not in config.rope_parameters["rope_type"]
         and config.rope_parameters["rope_type"] != "longrope"
         and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        and all(
+            type(module) is nn.Linear  # no adapter in its place
+            for name, module in model.named_modules()
+            if name.endswith(("_proj", "lm_head"))
+        )
     )
 
 

@@ -106,6 +106,27 @@ def test_other_families_run_through_the_attention_interface(name: str) -> None:
     assert worst_error(model, requests, policy.generate(requests)) < TOLERANCE
 
 
+class Doubled(torch.nn.Linear):
+    """A layer that is more than its weight, as adapters are."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("change", ["adapter", "hook"])
+def test_a_changed_model_runs_through_its_modules(change: str) -> None:
+    model = tiny_model()
+    projection = model.model.layers[0].self_attn.q_proj
+    if change == "adapter":
+        projection.__class__ = Doubled
+    else:
+        projection.register_forward_hook(lambda *arguments: 2 * arguments[-1])
+    policy = make_policy(model)
+    assert isinstance(policy.decoder, ModelDecoder)
+    requests = ragged_requests(random.Random(1), 4)
+    assert worst_error(model, requests, policy.generate(requests)) < TOLERANCE
+
+
 def test_half_precision_runs() -> None:
     half = tiny_model().to(torch.bfloat16)
     requests = ragged_requests(random.Random(3), 5)
