@@ -1,3 +1,4 @@
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -52,13 +53,28 @@ class FaultServer:
     def _serve(self, connection: socket.socket) -> None:
         with connection:
             try:
-                request = connection.recv(1 << 16)
+                request = self.receive(connection)
                 if request:
                     number = len(self.seen)
                     self.seen.append(request)
                     self._behaviours[min(number, len(self._behaviours) - 1)](connection, request)
             except OSError:
                 pass
+
+    @staticmethod
+    def receive(connection: socket.socket) -> bytes:
+        """One whole request, body included: it may arrive in several pieces; b"" when there is none."""
+        request = connection.recv(1 << 16)
+        while request.startswith((b"GET ", b"POST ")):  # and not the hello of TLS
+            head, end, body = request.partition(b"\r\n\r\n")
+            length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+            if end and len(body) >= (int(length[1]) if length else 0):
+                break
+            piece = connection.recv(1 << 16)
+            if not piece:
+                break
+            request += piece
+        return request
 
     def close(self) -> None:
         self._listener.close()

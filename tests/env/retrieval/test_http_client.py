@@ -183,7 +183,7 @@ def test_a_connection_is_kept_and_replaced_when_the_server_closed_it(fault_serve
 
     def twice_then_gone(connection: socket.socket, _request: bytes) -> None:
         connection.sendall(kept)
-        connection.recv(1 << 16)
+        server.receive(connection)
         connection.sendall(kept)
 
     server = fault_server(twice_then_gone)
