@@ -90,3 +90,9 @@ def test_the_lower_bound_is_met_by_an_even_tree():
         int((rows.lengths[c] - rows.shared[c]).sum() + rows.shared[c.start]) for c in cut_rows(rows, 10)
     )
     assert lower_bound(rows, 10) == 20
+
+
+def test_packs_are_even_where_that_costs_nothing():
+    # prompt of 2, six branches of 4 more: packs of 22 tokens could hold 5 + 1 branches; 3 + 3 are smaller
+    rows = sort_rows(arrays([[0, 0, i, i, i, i] for i in range(6)]))
+    assert cut_rows(rows, 22) == [slice(0, 3), slice(3, 6)]
