@@ -1,13 +1,17 @@
 """The race: every algorithm from the same cold start, at the same budget of sampled tokens.
 
-    python -m benchmarks.algorithms --out FOLDER --seeds 0 1 2 3 4
+    python -m benchmarks.algorithms --out FOLDER --tune --seeds 0
+    python -m benchmarks.algorithms --out FOLDER --seeds 0 1 2 3 4 --report docs/results
 
-trains whatever is not in FOLDER yet (one JSON file per finished run, so it can be stopped at any time), two
-runs at a time with one thread each, and then writes the report: `algorithms.csv` (a row per run),
-`algorithms_curve.csv`, `algorithms.md` (means with 95% intervals) and `algorithms.png` to `--report`.
+The first command tries three learning rates for every method that has one of its own, on seeds that are not
+reported (from 100 on). The second trains every row at the rate that was best there, by mean sampled exact
+match on the way (`--rate` gives all rows one rate instead), and writes `algorithms.csv` (a row per run),
+`algorithms_curve.csv`, `algorithms.md` (means with 95% intervals), `tuning.csv` and `algorithms.png`.
 
-The task and the model are those of `race.yaml`: MiniWiki, two and three hops, sparse success at the start.
-`--tune` tries learning rates on seeds of its own (from 100 on), the same for every method.
+Both train whatever is not in FOLDER yet, one JSON file per finished run, so they can be stopped at any time;
+two runs at a time with one thread each. The task and the model are those of `race.yaml`: MiniWiki, two and
+three hops, sparse success at the start. `--study NAME --set KEY=VALUE ...` keeps runs with other settings
+apart; `--cold KEY=VALUE ...` changes the cold start, and wants a FOLDER of its own.
 """
 
 import argparse
@@ -23,7 +27,9 @@ from typing import Any, NamedTuple
 
 BASE = Path(__file__).with_name("race.yaml")
 TUNING_SEED = 100
-TUNING_RATES = (1e-4, 2e-4, 4e-4)
+TUNING_RATES = (2e-4, 4e-4, 8e-4)
+QUESTIONS_ON_THE_WAY = 100
+DEFAULT_RATE = 4e-4
 _TREE = ("algorithm=at2po",)
 _GROUP = ("algorithm.credit=group", "algorithm.credit_options={}")
 _GRPO_LOSS = ("algorithm.loss=grpo", "algorithm.loss_options={}")
@@ -58,6 +64,8 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "advantage diff_localglobal": _advantage("diff_localglobal"),
 }
 """Nine algorithms; three steps of AT2PO's ablation (at2po is the fourth); value and advantage modes."""
+TUNED = tuple(name for name in METHODS if not name.startswith(("value ", "advantage ")))
+"""The rows that are tuned; the modes differ from `at2po` in its credit alone and take its rate."""
 
 
 class Job(NamedTuple):
@@ -88,7 +96,7 @@ class Job(NamedTuple):
         return [*METHODS[self.method], *own, "cold_start.steps=0", *self.extra]
 
 
-def prepare(out: Path) -> Path:
+def prepare(out: Path, settings: Sequence[str] = ()) -> Path:
     """The shared cold start: trained once, then reused; returns its checkpoint."""
     from at2po_agent.config import load_config
     from at2po_agent.run import run_training
@@ -96,12 +104,15 @@ def prepare(out: Path) -> Path:
     folder = out / "cold_start"
     checkpoint = folder / "checkpoints" / "step_000000"
     if not (checkpoint / "state.json").exists():
-        run_training(load_config(BASE, [f"run.dir={folder}", "train.steps=0"]))
+        run_training(load_config(BASE, [f"run.dir={folder}", "train.steps=0", *settings]))
     return checkpoint
 
 
 def run(job: Job, *, evaluations: int = 5) -> dict[str, Any]:
-    """Train until the budget is spent; sampled exact match on the way, both at the end."""
+    """Train until the budget is spent; sampled exact match on the way, both at the end.
+
+    The points on the way are of the first `QUESTIONS_ON_THE_WAY` questions, the last one is of all of them.
+    """
     from at2po_agent.agent import build_agent
     from at2po_agent.config import load_config
     from at2po_agent.progress import NoProgress
@@ -118,8 +129,11 @@ def run(job: Job, *, evaluations: int = 5) -> dict[str, Any]:
             records.append(trainer.step())
             if trainer.state.sampled_tokens >= len(curve) * job.budget / evaluations:
                 curve.append(_point(trainer))
-        if curve[-1]["sampled_tokens"] != trainer.state.sampled_tokens:
-            curve.append(_point(trainer))
+        if curve[-1]["sampled_tokens"] == trainer.state.sampled_tokens:
+            curve.pop()
+        curve.append(
+            {"sampled_tokens": trainer.state.sampled_tokens, "sampled_em": trainer.evaluate("sampled").em}
+        )
         greedy = trainer.evaluate("greedy")
     figures = {
         name: _mean(records, name) for name in ("turn_kl_entropy", "clip_fraction", "token_kl", "leaves")
@@ -142,7 +156,28 @@ def run(job: Job, *, evaluations: int = 5) -> dict[str, Any]:
 
 
 def _point(trainer: Any) -> dict[str, Any]:
-    return {"sampled_tokens": trainer.state.sampled_tokens, "sampled_em": trainer.evaluate("sampled").em}
+    from at2po_agent.environments import first_tasks, make_eval_env
+    from at2po_agent.evaluate import evaluate
+    from at2po_agent.seeding import RunPurpose, run_seed
+
+    env, config = make_eval_env(trainer.config), trainer.config
+    seed = run_seed(config.run.seed, RunPurpose.EVALUATION)
+    tasks = first_tasks(env, QUESTIONS_ON_THE_WAY)
+    result, _ = evaluate(tasks, env, trainer.agent.policy, config.rollout, seed=seed, temperature=1.0)
+    return {"sampled_tokens": trainer.state.sampled_tokens, "sampled_em": result.em}
+
+
+def tuned_rates(folder: Path) -> dict[str, float]:
+    """The best rate of each method by mean sampled EM over the tuning runs; rows without take `at2po`'s."""
+    scores: dict[str, dict[float, list[float]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        scores.setdefault(run["method"], {}).setdefault(run["rate"], []).append(run["mean_sampled_em"])
+    best = {
+        method: max(rates, key=lambda rate: sum(rates[rate]) / len(rates[rate]))
+        for method, rates in scores.items()
+    }
+    return {method: best.get(method, best.get("at2po", DEFAULT_RATE)) for method in METHODS}
 
 
 def _next_step_fits(records: Sequence[Mapping[str, Any]], budget: int) -> bool:
@@ -177,30 +212,32 @@ def _outcome(done: Future[str]) -> str:
     return done.result() if error is None else f"failed: {type(error).__name__}: {error}"
 
 
+def results_folder(arguments: argparse.Namespace) -> Path:
+    """Where the figures of these runs lie; made if need be."""
+    name = "tuning" if arguments.tune else "runs"
+    folder: Path = arguments.out / (f"study-{arguments.study}" if arguments.study else name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def jobs_to_do(arguments: argparse.Namespace, start: Path) -> list[Job]:
     """All runs that are asked for and not done, seed by seed, so that a stopped race is balanced."""
-    folder = arguments.out / ("tuning" if arguments.tune else "runs")
-    folder.mkdir(parents=True, exist_ok=True)
-    rates = TUNING_RATES if arguments.tune else (arguments.rate,)
-    seeds = [TUNING_SEED + seed if arguments.tune else seed for seed in arguments.seeds]
+    folder = results_folder(arguments)
+    tuned = tuned_rates(arguments.out / "tuning")
     jobs = []
-    for seed in seeds:
+    for seed in arguments.seeds:
         for method in arguments.methods:
+            if arguments.tune:
+                rates: tuple[float, ...] = TUNING_RATES if method in TUNED else ()
+            else:
+                rates = (arguments.rate or tuned[method],)
             for rate in rates:
+                number = TUNING_SEED + seed if arguments.tune else seed
                 name = method.replace(" ", "_").replace("+", "and")
-                result = folder / f"{name}.lr{rate:g}.seed{seed}.json"
+                result = folder / f"{name}.lr{rate:g}.seed{number}.json"
                 if not result.exists():
-                    jobs.append(
-                        Job(
-                            method,
-                            seed,
-                            rate,
-                            arguments.budget,
-                            str(start),
-                            str(result),
-                            tuple(arguments.set),
-                        )
-                    )
+                    extra = tuple(arguments.set)
+                    jobs.append(Job(method, number, rate, arguments.budget, str(start), str(result), extra))
     return jobs
 
 
@@ -215,21 +252,28 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--budget", type=int, default=200_000, help="sampled tokens of a run")
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate")
+    parser.add_argument("--budget", type=int, default=60_000, help="sampled tokens of a run")
+    parser.add_argument("--rate", type=float, help="one learning rate for all rows (default: the tuned ones)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--tune", action="store_true", help="learning rates on seeds of their own")
+    parser.add_argument("--study", help="keep these runs apart, under this name")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of all runs"
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of a study's runs"
     )
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--cold", nargs="*", default=[], metavar="KEY=VALUE", help="settings of this folder's cold start"
+    )
+    options = parser.parse_args(arguments)
+    if options.set and not options.study:
+        parser.error("--set makes other runs than the race's: name them with --study")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then report."""
     options = parse(arguments)
     if options.jobs:
-        start = prepare(options.out)
+        start = prepare(options.out, options.cold)
         jobs = jobs_to_do(options, start)
         print(f"{len(jobs)} runs to do")
         spawn = multiprocessing.get_context("spawn")
@@ -239,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.report is not None:
         from benchmarks.race_report import write_report
 
-        write_report(options.out / ("tuning" if options.tune else "runs"), options.report)
+        write_report(results_folder(options), options.report, tuning=options.out / "tuning")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Every case is one tree; three ways to the gradient of the same turn loss take tu
 order, all as long as the longest, logits at every position. *sorted*: the learner's rows, sorted by length,
 in micro-batches of at most 16,384 positions with their padding, logits only where a token is trained.
 *packed*: the learner's packs of at most 16,384 tokens, every unique token once. Seconds are medians over the
-rounds.
+rounds; the passes that compare the gradients come first and warm up.
 
 Peak memory is the growth of the process's peak resident set (`ru_maxrss`) during one forward and backward
 pass, in a process of its own for each way, after a pass over a tiny tree has loaded every library.
@@ -123,7 +123,7 @@ def run_case(
     error = float((gradient(model, ways["packed"]) - exact).norm() / exact.norm())
     prepare = partial(model.zero_grad, set_to_none=True)
     timings = measure(
-        {way: Case(run, prepare=prepare) for way, run in ways.items()}, rounds=rounds, warmup=1, clock=clock
+        {way: Case(run, prepare=prepare) for way, run in ways.items()}, rounds=rounds, warmup=0, clock=clock
     )
     ratio = packs.flattened_tokens / packs.unique_tokens
     result = {
@@ -227,7 +227,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Packed trees against rows")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds per case (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds per case (default 3)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument(
@@ -243,10 +243,12 @@ def main() -> None:
     clock = time.thread_time if options.cpu_time else time.perf_counter
     model = build_model(SHAPE, seed=0)
     names = [name for name in CASES if options.only in name]
-    measured = [
-        run_case(name, model, rounds=options.rounds, clock=clock, memory=not options.no_memory)
-        for name in names
-    ]
+    measured = []
+    for number, name in enumerate(names, start=1):
+        print(f"[{number}/{len(names)}] {name}", file=sys.stderr, flush=True)
+        measured.append(
+            run_case(name, model, rounds=options.rounds, clock=clock, memory=not options.no_memory)
+        )
     result = {
         "cases": measured,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -18,6 +18,16 @@ COLUMNS = (
     *("method", "seed", "sampled_tokens", "em", "sampled_em", "start_sampled_em", "mean_sampled_em"),
     *("tokens_to_grpo", "turn_kl_entropy", "clip_fraction", "token_kl", "steps", "leaves", "rate", "seconds"),
 )
+TUNING_COLUMNS = (
+    "method",
+    "rate",
+    "seed",
+    "sampled_tokens",
+    "em",
+    "sampled_em",
+    "mean_sampled_em",
+    "clip_fraction",
+)
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5% quantiles of Student's t for 1, 2, ... degrees of freedom."""
 
@@ -65,8 +75,14 @@ def tokens_to_reach(curve: Sequence[Mapping[str, float]], level: float) -> float
     return 0.0 if curve and curve[0]["sampled_em"] >= level else None
 
 
-def write_report(results: Path, report: Path) -> None:
-    """Write `algorithms.csv`, `algorithms_curve.csv`, `algorithms.md` and `algorithms.png` into a folder."""
+def write_report(results: Path, report: Path, *, tuning: Path | None = None) -> None:
+    """Write `algorithms.csv`, `algorithms_curve.csv`, `algorithms.md` and `algorithms.png` into a folder.
+
+    Args:
+        results: Folder of the finished runs.
+        report: Where the report goes.
+        tuning: Folder of the tuning runs; theirs goes to `tuning.csv`.
+    """
     runs = read_results(results)
     report.mkdir(parents=True, exist_ok=True)
     grpo = estimate(run["sampled_em"] for run in runs if run["method"] == "grpo")
@@ -76,6 +92,8 @@ def write_report(results: Path, report: Path) -> None:
     _write_csv(report / "algorithms.csv", COLUMNS, runs)
     points = [{**run, **point} for run in runs for point in run["curve"]]
     _write_csv(report / "algorithms_curve.csv", ("method", "seed", "sampled_tokens", "sampled_em"), points)
+    if tuning is not None and (tuned := read_results(tuning)):
+        _write_csv(report / "tuning.csv", TUNING_COLUMNS, tuned)
     (report / "algorithms.md").write_text(table(runs), encoding="utf-8")
     draw(runs, report / "algorithms.png")
 
@@ -83,9 +101,9 @@ def write_report(results: Path, report: Path) -> None:
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a row per method, means over seeds with 95% intervals."""
     lines = [
-        "| method | seeds | sampled EM | greedy EM | mean sampled EM on the way | tokens to GRPO's EM | "
-        "turn-KL entropy | clip fraction |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | rate | seeds | sampled EM | greedy EM | mean sampled EM on the way | "
+        "tokens to GRPO's EM | turn-KL entropy | clip fraction |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:
         own = [run for run in runs if run["method"] == method]
@@ -95,7 +113,8 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         cells = [str(estimate(run[name] for run in own)) for name in ("sampled_em", "em", "mean_sampled_em")]
         cells.append(f"{np.mean(reached) / 1000:.0f}k ({len(reached)} of {len(own)})" if reached else "never")
         cells += [str(estimate(run[name] for run in own)) for name in ("turn_kl_entropy", "clip_fraction")]
-        lines.append(f"| {method} | {len(own)} | " + " | ".join(cells) + " |")
+        rates = ", ".join(f"{rate:g}" for rate in sorted({run["rate"] for run in own}))
+        lines.append(f"| {method} | {rates} | {len(own)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

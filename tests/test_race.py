@@ -7,7 +7,16 @@ import math
 import pytest
 
 from at2po_agent.config import load_config
-from benchmarks.algorithms import BASE, METHODS, TUNING_SEED, Job, _next_step_fits, jobs_to_do, parse
+from benchmarks.algorithms import (
+    BASE,
+    METHODS,
+    TUNING_SEED,
+    Job,
+    _next_step_fits,
+    jobs_to_do,
+    parse,
+    tuned_rates,
+)
 from benchmarks.race_report import estimate, table, tokens_to_reach, write_report
 
 
@@ -59,6 +68,44 @@ def test_tuning_has_seeds_of_its_own(tmp_path):
     assert len({job.rate for job in jobs}) == 3
 
 
+def test_modes_are_not_tuned_and_take_the_rate_of_at2po(tmp_path):
+    assert (
+        jobs_to_do(parse(["--out", str(tmp_path), "--methods", "value leaf_mean", "--tune"]), tmp_path) == []
+    )
+    tuning = tmp_path / "tuning"
+    scores = [
+        ("at2po", 2e-4, 0, 0.5),
+        ("at2po", 2e-4, 1, 0.3),
+        ("at2po", 8e-4, 0, 0.45),
+        ("at2po", 8e-4, 1, 0.45),
+    ]
+    for number, (method, rate, seed, score) in enumerate([*scores, ("grpo", 4e-4, 0, 0.6)]):
+        figures = result(method, seed, score) | {"rate": rate, "mean_sampled_em": score}
+        (tuning / f"{number}.json").write_text(json.dumps(figures))
+    rates = tuned_rates(tuning)
+    assert (rates["at2po"], rates["grpo"], rates["value leaf_mean"]) == (
+        8e-4,
+        4e-4,
+        8e-4,
+    )  # 0.45 > (0.5+0.3)/2
+    found = jobs_to_do(
+        parse(["--out", str(tmp_path), "--methods", "grpo", "at2po", "--seeds", "0"]), tmp_path
+    )
+    assert [job.rate for job in found] == [4e-4, 8e-4]
+
+
+def test_other_settings_need_a_name_and_a_place_of_their_own(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--set", "algorithm.loss_options.clip_high=0.2"])
+    assert "--study" in capsys.readouterr().err
+    options = parse(
+        ["--out", str(tmp_path), "--methods", "at2po", "--seeds", "0", "--study", "clip", "--set", "a=1"]
+    )
+    (job,) = jobs_to_do(options, tmp_path)
+    assert job.extra == ("a=1",)
+    assert "/study-clip/" in job.result
+
+
 def test_a_run_ends_as_near_to_the_budget_as_whole_steps_allow():
     assert _next_step_fits([], 100)
     assert _next_step_fits([{"sampled_tokens": 90, "step_tokens": 20}], 100)
@@ -86,14 +133,15 @@ def test_the_report_holds_every_run(tmp_path):
     runs.mkdir()
     for number, (method, em) in enumerate([("grpo", 0.4), ("at2po", 0.6), ("at2po", 0.5)]):
         (runs / f"{number}.json").write_text(json.dumps(result(method, number, em)))
-    write_report(runs, tmp_path / "report")
+    write_report(runs, tmp_path / "report", tuning=runs)
     with (tmp_path / "report" / "algorithms.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["method"], row["seed"]) for row in rows] == [("at2po", "1"), ("at2po", "2"), ("grpo", "0")]
     assert rows[0]["tokens_to_grpo"] == "600"  # 0.1 + 0.5 share = 0.4
     assert list(rows[0])[:5] == ["method", "seed", "sampled_tokens", "em", "sampled_em"]
     text = (tmp_path / "report" / "algorithms.md").read_text()
-    assert "| at2po | 2 | 0.550 ± 0.635 |" in text  # t(1) = 12.706 times 0.0707 / sqrt 2
+    assert "| at2po | 0.0001 | 2 | 0.550 ± 0.635 |" in text  # t(1) = 12.706 times 0.0707 / sqrt 2
+    assert (tmp_path / "report" / "tuning.csv").read_text().count("\n") == 4
     assert (tmp_path / "report" / "algorithms.png").stat().st_size > 10_000
 
 
