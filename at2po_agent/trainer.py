@@ -6,17 +6,14 @@ bars.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from at2po_agent.agent import Agent
-from at2po_agent.algorithms import Credit, give_credit, objective
+from at2po_agent.algorithms import Credit, give_credit
 from at2po_agent.checkpoint import Restored, load_newest, save_checkpoint
+from at2po_agent.clock import Clock
 from at2po_agent.collect import Collected, collect_trees
 from at2po_agent.environments import (
     Env,
@@ -28,19 +25,14 @@ from at2po_agent.environments import (
 )
 from at2po_agent.evaluate import Evaluation, evaluate
 from at2po_agent.interrupts import StopRequested
-from at2po_agent.learner import Learner, checkpoint_activations, make_optimizer
 from at2po_agent.metrics import tree_metrics
-from at2po_agent.packed_forward import check_model
-from at2po_agent.packing import Batch, pack_rows
 from at2po_agent.progress import Progress
-from at2po_agent.reference import reference_learner, with_kl_in_reward
 from at2po_agent.run_files import RunFolder, disk_refusals
 from at2po_agent.scalars import Scalars
-from at2po_agent.seeding import RunPurpose, run_generator, run_seed
+from at2po_agent.seeding import RunPurpose, run_seed
 from at2po_agent.settings import Config
 from at2po_agent.tree import Tree
-from at2po_agent.tree_packing import PackedBatch, pack_trees
-from at2po_env.errors import ConfigError
+from at2po_agent.tree_learner import TreeLearner
 
 
 @dataclass
@@ -64,20 +56,6 @@ class TrainerState:
     cold_start: dict[str, float] = field(default_factory=dict)
     before: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluated: int = 0
-
-
-class Clock:
-    """Seconds of the phases of a step."""
-
-    def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """The time since the last lap went into `phase`."""
-        now = time.perf_counter()
-        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
-        self._last = now
 
 
 class Trainer:
@@ -112,21 +90,7 @@ class Trainer:
         self._env = env or make_training_env(config)
         self._eval_env = eval_env
         self._order = TaskOrder(number_of_tasks(self._env), run_seed(config.run.seed, RunPurpose.TASKS))
-        self._optimizer = make_optimizer(agent.model, config.optimizer)
-        self._learner = Learner(
-            agent.model,
-            self._optimizer,
-            objective(config.algorithm),
-            config.train.micro_batch_tokens,
-            config.optimizer.max_grad_norm,
-            config.rollout.temperature,
-            None if config.train.autocast == "none" else getattr(torch, config.train.autocast),
-            config.train.gradient_checkpointing,
-        )
-        if config.train.gradient_checkpointing:
-            checkpoint_activations(agent.model)
-        self._pack = self._choose_packing()
-        self._reference: Learner | None = None
+        self._learner = TreeLearner(agent.model, config, folder.path, progress.message)
         self._scalars: Scalars | None = None
         self._first_step = 0
         self._started = time.monotonic() if started is None else started
@@ -175,10 +139,10 @@ class Trainer:
         """
         clock, number = Clock(), self.state.step + 1
         collected = self._grow(number, clock)
-        trees = self._with_kl(collected.trees)
+        trees = self._learner.with_kl(collected.trees, number)
         credits = [give_credit(tree, self.config.algorithm) for tree in trees]
         clock.lap("credit")
-        figures = self._learn(trees, credits, number, clock)
+        figures = self._learner.learn(trees, credits, step=number, clock=clock)
         self.agent.weights_changed()
         self.state.step, self.state.cursor = number, collected.cursor
         self.state.sampled_tokens += collected.tokens
@@ -231,7 +195,7 @@ class Trainer:
             self.folder.checkpoints,
             step=self.state.step,
             model=self.agent.model,
-            optimizer=self._optimizer,
+            optimizer=self._learner.optimizer,
             tokenizer=tokenizer,
             state=vars(self.state),
             keep=self.config.train.keep_checkpoints,
@@ -243,7 +207,7 @@ class Trainer:
         restored = load_newest(
             self.folder.checkpoints,
             model=self.agent.model,
-            optimizer=self._optimizer,
+            optimizer=self._learner.optimizer,
             report=self._progress.message,
         )
         self.state = TrainerState(**restored.state)
@@ -272,70 +236,6 @@ class Trainer:
         clock.phases["rollout"] -= collected.policy_seconds
         clock.phases["sampling"] = collected.policy_seconds
         return collected
-
-    def _learn(
-        self, trees: Sequence[Tree], credits: Sequence[Credit], number: int, clock: Clock
-    ) -> dict[str, float]:
-        settings = self.config.train
-        rate = self._set_learning_rate(number)
-        if not trees:
-            return {"learning_rate": rate, "updates": 0}
-        generator = run_generator(self.config.run.seed, RunPurpose.MINIBATCHES, number)
-        order = generator.permutation(len(trees))
-        batches: list[Batch | PackedBatch] = []
-        for chosen in np.array_split(order, max(1, len(trees) // settings.minibatch_questions)):
-            batches.append(self._pack([trees[i] for i in chosen], [credits[i].advantages for i in chosen]))
-        clock.lap("packing")
-        old = self._old_log_probs(batches)
-        clock.lap("old_log_probs")
-        weighs_kl = self._learner.objective.kl_weight
-        references = [self._frozen().log_probs(batch) if weighs_kl else None for batch in batches]
-        clock.lap("reference")
-        updates = []
-        for epoch in range(settings.epochs):
-            turn = range(len(batches)) if epoch == 0 else generator.permutation(len(batches))
-            updates += [self._learner.update(batches[i], old[i], references[i]) for i in turn]
-        clock.lap("update")
-        return {**_means(updates), "learning_rate": rate, "updates": len(updates)}
-
-    def _choose_packing(self) -> Callable[..., Batch | PackedBatch]:
-        """`pack_trees` where the model can be trained on packed trees, unless the settings decide."""
-        packing = self.config.train.packing
-        if packing == "auto":
-            try:
-                check_model(self.agent.model)
-            except ConfigError as error:
-                self._progress.message(f"training on rows: {error}")
-                packing = "rows"
-        return pack_rows if packing == "rows" else pack_trees
-
-    def _with_kl(self, trees: Sequence[Tree]) -> Sequence[Tree]:
-        settings = self.config.algorithm
-        if not settings.kl_weight or settings.kl_place != "reward":
-            return trees
-        return with_kl_in_reward(
-            trees, self._frozen(), weight=settings.kl_weight, estimator=settings.kl_estimator
-        )
-
-    def _frozen(self) -> Learner:
-        """The reference, made when it is first asked for."""
-        if self._reference is None:
-            started = self.state.step > 0
-            self._reference = reference_learner(self._learner, self.folder.path, started=started)
-        return self._reference
-
-    def _old_log_probs(self, batches: Sequence[Batch | PackedBatch]) -> list[Tensor]:
-        source = self.config.train.old_log_probs
-        if source == "sampler" or (source == "auto" and self._learner.sampler_agrees(batches[0])):
-            return [batch.sampled_log_probs for batch in batches]
-        return [self._learner.log_probs(batch) for batch in batches]
-
-    def _set_learning_rate(self, number: int) -> float:
-        settings = self.config.optimizer
-        rate = settings.lr * min(1.0, number / max(settings.warmup_steps, 1))
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        return rate
 
     def _evaluate_if_due(self) -> None:
         step, every = self.state.step, self.config.eval.every
@@ -374,12 +274,6 @@ def tree_record(env: Env, tree: Tree, credit: Credit, step: int) -> dict[str, An
         "advantages": credit.advantages.tolist(),
         "tree": tree.to_json(),
     }
-
-
-def _means(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each figure over the updates that have it."""
-    names = dict.fromkeys(name for update in updates for name in update)
-    return {name: float(np.mean([update[name] for update in updates if name in update])) for name in names}
 
 
 def _task(env: Env, task_id: str) -> Any:
