@@ -11,7 +11,7 @@ match on the way (`--rate` gives all rows one rate instead), and writes `algorit
 Both train whatever is not in FOLDER yet, one JSON file per finished run, so they can be stopped at any time;
 two runs at a time with one thread each. The task and the model are those of `race.yaml`: MiniWiki, two and
 three hops, sparse success at the start. `--study NAME --set KEY=VALUE ...` keeps runs with other settings
-apart; `--cold KEY=VALUE ...` changes the cold start, and wants a FOLDER of its own.
+apart; `--task KEY=VALUE ...` changes cold start and training, and wants a FOLDER of its own.
 """
 
 import argparse
@@ -97,10 +97,21 @@ class Job(NamedTuple):
 
 
 def prepare(out: Path, settings: Sequence[str] = ()) -> Path:
-    """The shared cold start: trained once, then reused; returns its checkpoint."""
+    """The shared cold start: trained once, then reused; returns its checkpoint.
+
+    Raises:
+        SystemExit: The folder's runs were started with other settings.
+    """
     from at2po_agent.config import load_config
     from at2po_agent.run import run_training
 
+    out.mkdir(parents=True, exist_ok=True)
+    kept, text = out / "task.json", json.dumps(list(settings))
+    if kept.exists() and kept.read_text(encoding="utf-8") != text:
+        raise SystemExit(
+            f"{out} holds runs with --task {kept.read_text(encoding='utf-8')}: choose another --out"
+        )
+    kept.write_text(text, encoding="utf-8")
     folder = out / "cold_start"
     checkpoint = folder / "checkpoints" / "step_000000"
     if not (checkpoint / "state.json").exists():
@@ -236,7 +247,7 @@ def jobs_to_do(arguments: argparse.Namespace, start: Path) -> list[Job]:
                 name = method.replace(" ", "_").replace("+", "and")
                 result = folder / f"{name}.lr{rate:g}.seed{number}.json"
                 if not result.exists():
-                    extra = tuple(arguments.set)
+                    extra = (*arguments.task, *arguments.set)
                     jobs.append(Job(method, number, rate, arguments.budget, str(start), str(result), extra))
     return jobs
 
@@ -261,7 +272,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of a study's runs"
     )
     parser.add_argument(
-        "--cold", nargs="*", default=[], metavar="KEY=VALUE", help="settings of this folder's cold start"
+        "--task", nargs="*", default=[], metavar="KEY=VALUE", help="task and cold start of this folder"
     )
     options = parser.parse_args(arguments)
     if options.set and not options.study:
@@ -273,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then report."""
     options = parse(arguments)
     if options.jobs:
-        start = prepare(options.out, options.cold)
+        start = prepare(options.out, options.task)
         jobs = jobs_to_do(options, start)
         print(f"{len(jobs)} runs to do")
         spawn = multiprocessing.get_context("spawn")

@@ -15,6 +15,7 @@ from benchmarks.algorithms import (
     _next_step_fits,
     jobs_to_do,
     parse,
+    prepare,
     tuned_rates,
 )
 from benchmarks.race_report import estimate, table, tokens_to_reach, write_report
@@ -104,6 +105,15 @@ def test_other_settings_need_a_name_and_a_place_of_their_own(tmp_path, capsys):
     (job,) = jobs_to_do(options, tmp_path)
     assert job.extra == ("a=1",)
     assert "/study-clip/" in job.result
+
+
+def test_runs_of_another_task_are_refused_in_the_same_folder(tmp_path):
+    (tmp_path / "cold_start" / "checkpoints" / "step_000000").mkdir(parents=True)
+    (tmp_path / "cold_start" / "checkpoints" / "step_000000" / "state.json").write_text("{}")
+    prepare(tmp_path, ["env.kwargs.namesakes=0.3"])
+    prepare(tmp_path, ["env.kwargs.namesakes=0.3"])
+    with pytest.raises(SystemExit, match=r"namesakes=0\.3"):
+        prepare(tmp_path, [])
 
 
 def test_a_run_ends_as_near_to_the_budget_as_whole_steps_allow():

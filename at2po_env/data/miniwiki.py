@@ -3,7 +3,8 @@
 A world is a pure function of ``(seed, split)``. It holds one short passage per entity and answers unlimited
 1-, 2-, 3- and 4-hop bridge questions and year comparisons. Names are two words of a shared inventory, and a
 pair of words belongs either to training worlds or to test worlds, never to both: a policy that answers in a
-test world has learnt to search, not the facts.
+test world has learnt to search, not the facts. With `namesakes`, a share of the entities bears the two words
+of an entity of another kind in the other order: a search finds both pages, and only reading tells them apart.
 
 This module knows nothing of environments, tools or retrieval indexes.
 """
@@ -143,22 +144,50 @@ def _draw_names(rng: np.random.Generator, split: Split, count: int) -> list[str]
     return list(names)
 
 
-def make_world(seed: int, split: Split) -> World:
+def _name_alike(rng: np.random.Generator, split: Split, names: list[str], count: int) -> list[str]:
+    """Rename `count` entities in pairs of two kinds: the same two words, in either order."""
+    if not count:  # and draw nothing: the world without namesakes stays what it was
+        return names
+    kinds = [kind for kind, members in COUNTS.items() for _ in range(members)]
+    order = rng.permutation(len(names)).tolist()
+    for _ in range(count // 2):
+        entity = order.pop()
+        other = next(number for number in reversed(order) if kinds[number] != kinds[entity])
+        order.remove(other)
+        while True:
+            (name,) = _draw_names(rng, split, 1)
+            exchanged = " ".join(reversed(name.split()))
+            if name not in names and exchanged not in names and _in_split(exchanged, split):
+                break
+        names[entity], names[other] = name, exchanged
+    return names
+
+
+def _in_split(name: str, split: Split) -> bool:
+    first, second = (name_words().index(word) for word in name.split())
+    return in_test_split(first, second) == (split == "test")
+
+
+def make_world(seed: int, split: Split, *, namesakes: float = 0.0) -> World:
     """Draw a world: names, years and every relation, uniformly.
 
     Args:
         seed: world number, at least 0.
         split: which half of the names it uses.
+        namesakes: share of the entities, at most a half, that share their two words with one of another kind.
 
     Raises:
-        DataError: for a negative seed or an unknown split.
+        DataError: for a negative seed, an unknown split or a share that cannot be.
     """
+    if not 0 <= namesakes <= 0.5:
+        raise DataError(f"MiniWiki: namesakes={namesakes!r}, need a share of the entities in [0, 0.5]")
     if split not in ("train", "test") or seed < 0:
         raise DataError(
             f"MiniWiki world (seed={seed}, split={split!r}): need seed >= 0 and split 'train' or 'test'"
         )
     rng = np.random.default_rng([seed, 0 if split == "train" else 1])
-    names = iter(_draw_names(rng, split, sum(COUNTS.values())))
+    total = sum(COUNTS.values())
+    names = iter(_name_alike(rng, split, _draw_names(rng, split, total), round(namesakes * total)))
     members = {kind: [next(names) for _ in range(count)] for kind, count in COUNTS.items()}
 
     def draw(kind: str) -> str:
@@ -211,6 +240,7 @@ class MiniWikiTasks:
         first_world: seed of the first; worlds are numbered from there.
         hops: which question types, in rotation: 1 to 4 hops, or ``"comparison"``.
         seed: draws the questions.
+        namesakes: share of the entities that share their two words with one of another kind.
 
     Raises:
         DataError: for an empty or unknown ``hops`` or no world.
@@ -224,6 +254,7 @@ class MiniWikiTasks:
         first_world: int = 0,
         hops: Sequence[int | str] = (1, 2),
         seed: int = 0,
+        namesakes: float = 0.0,
     ) -> None:
         if worlds < 1:
             raise DataError(f"MiniWiki: worlds={worlds}, need at least 1")
@@ -233,7 +264,8 @@ class MiniWikiTasks:
         self.split: Split = split
         self.hops = tuple(hops)
         self.seed = seed
-        self._worlds = tuple(make_world(first_world + i, split) for i in range(worlds))
+        self.namesakes = namesakes
+        self._worlds = tuple(make_world(first_world + i, split, namesakes=namesakes) for i in range(worlds))
         self._chains = {kind: chains(kind) for kind in self.hops if isinstance(kind, int)}
 
     def __len__(self) -> int:

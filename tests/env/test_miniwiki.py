@@ -1,6 +1,7 @@
 import itertools
 import json
 
+import gymnasium
 import pytest
 
 from at2po_env.data.miniwiki import (
@@ -14,6 +15,8 @@ from at2po_env.data.miniwiki import (
     phrase,
 )
 from at2po_env.errors import DataError
+
+FIRST_NAMES = ["Gifam Ribur", "Kebi Zaba"]
 
 
 def test_a_world_is_a_pure_function_of_seed_and_split():
@@ -36,6 +39,39 @@ def test_training_and_test_worlds_share_words_but_no_name():
     assert {word for name in train for word in name.split()} == {
         word for name in test for word in name.split()
     }
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_namesakes_bear_the_words_of_another_kind_in_the_other_order(split):
+    world = make_world(5, split, namesakes=0.3)
+    pairs = [
+        (entity, world.entities[exchanged])
+        for name, entity in world.entities.items()
+        if (exchanged := " ".join(reversed(name.split()))) in world.entities
+    ]
+    assert len(pairs) >= round(0.3 * 586) // 2 * 2
+    assert len(world.entities) == 586
+    assert sum(one.kind != other.kind for one, other in pairs) >= 174
+    words = {word: number for number, word in enumerate(name_words())}
+    numbers = [tuple(words[word] for word in name.split()) for name in world.entities]
+    assert all(in_test_split(*pair) == (split == "test") for pair in numbers)
+
+
+def test_a_world_without_namesakes_is_the_same_as_ever():
+    assert make_world(3, "train", namesakes=0.0) == make_world(3, "train")
+    assert list(make_world(0, "train").entities)[:2] == FIRST_NAMES
+    with pytest.raises(DataError, match=r"namesakes=0\.6"):
+        make_world(0, "train", namesakes=0.6)
+
+
+def test_a_search_for_a_name_finds_the_namesake_too():
+    env = gymnasium.make("at2po/MiniWiki-v0", namesakes=0.4, topk=2)
+    world = make_world(0, "train", namesakes=0.4)
+    name = next(name for name in world.entities if " ".join(reversed(name.split())) in world.entities)
+    env.reset(options={"index": 0})
+    shown, *_ = env.step(f"<think> x </think><search> {name} </search>")
+    assert describe(world.entities[name]) in shown
+    assert describe(world.entities[" ".join(reversed(name.split()))]) in shown
 
 
 def test_a_fifth_of_all_names_belongs_to_test_worlds():

@@ -19,26 +19,29 @@ class WorldSearchTool(SearchTool):
     """Searches the passages of the world that the episode's question is about."""
 
     def __init__(self, tasks: MiniWikiTasks, *, topk: int) -> None:
-        super().__init__(world_retriever(tasks.world(tasks[0]).seed, tasks.split), topk=topk)
+        super().__init__(world_retriever(tasks.world(tasks[0]).seed, tasks.split, tasks.namesakes), topk=topk)
         self._split = tasks.split
+        self._namesakes = tasks.namesakes
 
     def retriever_for(self, task: Task) -> Retriever:
         """The index of the task's world, built when it is first searched."""
-        return world_retriever(int(task.metadata["world"]), self._split)
+        return world_retriever(int(task.metadata["world"]), self._split, self._namesakes)
 
 
 @lru_cache(maxsize=512)
-def world_retriever(seed: int, split: Split) -> Retriever:
+def world_retriever(seed: int, split: Split, namesakes: float = 0.0) -> Retriever:
     """The index of one world, built once per process."""
-    return Bm25Retriever.from_passages(make_world(seed, split).passages)
+    return Bm25Retriever.from_passages(make_world(seed, split, namesakes=namesakes).passages)
 
 
 @lru_cache(maxsize=32)
 def _tasks(
-    split: Split, worlds: int, first_world: int, hops: tuple[int | str, ...], seed: int
+    split: Split, worlds: int, first_world: int, hops: tuple[int | str, ...], seed: int, namesakes: float
 ) -> MiniWikiTasks:
     """Immutable, so all environments of a process share them."""
-    return MiniWikiTasks(split, worlds=worlds, first_world=first_world, hops=hops, seed=seed)
+    return MiniWikiTasks(
+        split, worlds=worlds, first_world=first_world, hops=hops, seed=seed, namesakes=namesakes
+    )
 
 
 def make_miniwiki(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
@@ -48,6 +51,7 @@ def make_miniwiki(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
     first_world: int = 0,
     hops: Sequence[int | str] = (1, 2),
     seed: int = 0,
+    namesakes: float = 0.0,
     topk: int = 1,
     max_turns: int = 7,
     protocol: str | ActionProtocol = "tagged",
@@ -66,7 +70,8 @@ def make_miniwiki(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
         first_world: Number of the first world.
         hops: Kinds of questions in rotation: 1 to 4, or "comparison".
         seed: Draws the questions.
-        topk: Passages shown by a search; one, as there is one passage per entity.
+        namesakes: Share of the entities whose two words an entity of another kind bears in the other order.
+        topk: Passages shown by a search; one, as there is one passage per entity. More show distractors too.
         max_turns: Turns of an episode; the last has to answer.
         protocol: As for the other ids.
         answer_format: As for the other ids.
@@ -78,7 +83,7 @@ def make_miniwiki(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
     """
     if dataset is not None or corpus is not None:
         raise ConfigError("MiniWiki makes its own questions and passages. Fix: leave dataset and corpus out")
-    tasks = _tasks(split, worlds, first_world, tuple(hops), seed)
+    tasks = _tasks(split, worlds, first_world, tuple(hops), seed, namesakes)
     return ToolEnv(
         tasks=tasks,
         tools=[WorldSearchTool(tasks, topk=topk)],
