@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 from pydantic import BaseModel
 
 from at2po_env.errors import ConfigError
-from at2po_env.schemas import argument_lines, bare_schema, text_field
+from at2po_env.schemas import argument_lines, function_schema, text_field
 
 _TAG_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _USUAL_FIELDS = {"search": "query", "python": "code", "calculator": "expression"}
@@ -357,13 +357,7 @@ class HermesProtocol:
 
     def describe(self, tools: Sequence[ToolSpec]) -> str:
         """The tools' JSON schemas in `<tools>`, as Qwen's chat template shows them."""
-        schemas = [
-            {"name": t.name, "description": t.description, "parameters": bare_schema(t.Arguments)}
-            for t in tools
-        ]
-        functions = "\n".join(
-            json.dumps({"type": "function", "function": schema}, ensure_ascii=False) for schema in schemas
-        )
+        functions = "\n".join(json.dumps(function_schema(tool), ensure_ascii=False) for tool in tools)
         return (
             "Call one function per turn. The functions, with the JSON schemas of their arguments:\n"
             f"<tools>\n{functions}\n</tools>\n"

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel
+
+
+class Described(Protocol):
+    """What a schema has to know of a tool."""
+
+    name: str
+    description: str
+    Arguments: type[BaseModel]
 
 
 def text_field(model: type[BaseModel]) -> str | None:
@@ -26,6 +34,13 @@ def bare_schema(model: type[BaseModel]) -> dict[str, Any]:
     for field in schema.get("properties", {}).values():
         field.pop("title", None)
     return schema
+
+
+def function_schema(tool: Described) -> dict[str, Any]:
+    """A tool as chat endpoints take it: `{"type": "function", "function": {name, description, parameters}}`."""
+    parameters = bare_schema(tool.Arguments)
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
 
 
 def argument_lines(model: type[BaseModel]) -> dict[str, str]:

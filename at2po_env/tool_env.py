@@ -32,7 +32,7 @@ from at2po_env.errors import ConfigError, DataError, EnvError
 from at2po_env.frozen import EMPTY, FrozenDict, freeze
 from at2po_env.prompts import Prompt, make_prompt
 from at2po_env.rng import next_seed
-from at2po_env.schemas import example_arguments
+from at2po_env.schemas import example_arguments, function_schema
 from at2po_env.scoring import ScoredResponse, exact_match, reward_rule, token_f1
 from at2po_env.spaces import Text
 from at2po_env.tools.base import UNCHANGED, Tool, ToolContext, ToolResult, call_tool
@@ -287,6 +287,11 @@ class ToolEnv(ForkableEnv):
         tools = self.tools.values()
         calls = [ToolCall(tool.name, example_arguments(tool.Arguments), "why") for tool in tools]
         return [*map(self.protocol.format_call, calls), "<think>why</think><answer>none</answer>"]
+
+    @property
+    def tool_schemas(self) -> list[dict[str, Any]]:
+        """The tools as chat endpoints take them: functions with the JSON schemas of their arguments."""
+        return [function_schema(tool) for tool in self.tools.values()]
 
     def get_state(self) -> Episode | None:
         """The episode; None before the first reset."""

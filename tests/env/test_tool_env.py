@@ -552,3 +552,23 @@ def test_an_unseeded_reset_continues_the_sequence_of_the_seed() -> None:
     firsts = [make().reset(seed=seed)[1]["task_id"] for seed in range(500)]
     counts = [firsts.count(task["id"]) for task in TASKS]
     assert all(60 <= count <= 140 for count in counts), counts  # 100 expected, standard deviation 9
+
+
+def test_tools_are_described_as_chat_endpoints_take_them() -> None:
+    env = ToolEnv(tasks=TASKS, tools=[SearchTool(Shelf()), note], protocol="hermes")
+    search, noted = env.tool_schemas
+    assert noted == {
+        "type": "function",
+        "function": {
+            "name": "note",
+            "description": "Write a word down.",
+            "parameters": {
+                "type": "object",
+                "properties": {"word": {"type": "string", "description": "What to write."}},
+                "required": ["word"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    prompt, _ = env.reset(seed=0)
+    assert json.dumps(search, ensure_ascii=False) in prompt  # what the prompt says is the same text
