@@ -37,7 +37,7 @@ def bare_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def function_schema(tool: Described) -> dict[str, Any]:
-    """A tool as chat endpoints take it: `{"type": "function", "function": {name, description, parameters}}`."""
+    """A tool as chat endpoints take it: `{"type": "function", "function": {...}}`, arguments by schema."""
     parameters = bare_schema(tool.Arguments)
     function = {"name": tool.name, "description": tool.description, "parameters": parameters}
     return {"type": "function", "function": function}
