@@ -1,7 +1,6 @@
 """Evaluating what a run has learned, or any model, without training: what `at2po eval` does."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,8 +8,9 @@ import torch
 from at2po_agent.agent import build_agent
 from at2po_agent.checkpoint import check_checkpoint, list_checkpoints
 from at2po_agent.config import CONFIG_FILE, load_config
-from at2po_agent.environments import first_tasks, make_eval_env
+from at2po_agent.environments import Env, first_tasks, make_eval_env
 from at2po_agent.evaluate import Evaluation, evaluate
+from at2po_agent.policies.base import Policy
 from at2po_agent.progress import Progress
 from at2po_agent.run_files import CHECKPOINTS
 from at2po_agent.seeding import RunPurpose, run_seed
@@ -56,23 +56,37 @@ def evaluate_config(config: Config, progress: Progress, modes: Sequence[str]) ->
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     agent, env = build_agent(config), make_eval_env(config)
+    return {mode: evaluate_mode(config, mode, env, agent.policy, progress) for mode in modes}
+
+
+def evaluate_mode(
+    config: Config, mode: str, env: Env, policy: Policy, progress: Progress, *, phase: str = ""
+) -> Evaluation:
+    """Ask a policy the first `eval.questions` questions of an environment.
+
+    Args:
+        config: Limits, seed, and how many questions there are and run at once.
+        mode: `greedy` or `sampled` (temperature 1).
+        env: Where they are asked.
+        policy: Who answers.
+        progress: Listener.
+        phase: What it is told; none means `evaluate (MODE)`.
+    """
+    phase = phase or f"evaluate ({mode})"
     tasks = first_tasks(env, config.eval.questions)
-    results = {}
-    for mode in modes:
-        phase = f"evaluate ({mode})"
-        progress.start(phase, len(tasks))
-        results[mode], _ = evaluate(
-            tasks,
-            env,
-            agent.policy,
-            config.rollout,
-            seed=run_seed(config.run.seed, RunPurpose.EVALUATION),
-            temperature=0.0 if mode == "greedy" else 1.0,
-            batch=config.eval.batch,
-            on_question=partial(progress.advance, phase),
-        )
-        progress.finish(phase)
-    return results
+    progress.start(phase, len(tasks))
+    result, _ = evaluate(
+        tasks,
+        env,
+        policy,
+        config.rollout,
+        seed=run_seed(config.run.seed, RunPurpose.EVALUATION),
+        temperature=0.0 if mode == "greedy" else 1.0,
+        batch=config.eval.batch,
+        on_question=lambda: progress.advance(phase),
+    )
+    progress.finish(phase)
+    return result
 
 
 def _with_model(config: str, checkpoint: Path, overrides: Sequence[str]) -> Config:

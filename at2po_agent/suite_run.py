@@ -5,7 +5,6 @@ The results are written after every set, so a run of hours that is stopped keeps
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,12 +12,11 @@ import torch
 
 from at2po_agent import suite as suites
 from at2po_agent.agent import build_agent
-from at2po_agent.environments import first_tasks, make_eval_env
-from at2po_agent.evaluate import evaluate
+from at2po_agent.environments import make_eval_env
+from at2po_agent.evaluate_run import evaluate_mode
 from at2po_agent.policies.base import Policy
 from at2po_agent.progress import Progress
 from at2po_agent.run_files import disk_refusals, replace_text
-from at2po_agent.seeding import RunPurpose, run_seed
 from at2po_agent.settings import Config
 from at2po_env.data.cache import cache_dir
 from at2po_env.data.catalog import CORPORA, QA_SETS, WIKI_18
@@ -160,19 +158,7 @@ def _evaluate_set(
         }
     )
     env = make_eval_env(asked)
-    tasks = first_tasks(env, config.eval.questions)
-    progress.start(title, len(tasks))
-    seed = run_seed(config.run.seed, RunPurpose.EVALUATION)
-    result, _ = evaluate(
-        tasks,
-        env,
-        policy,
-        config.rollout,
-        seed=seed,
-        batch=config.eval.batch,
-        on_question=partial(progress.advance, title),
-    )
-    progress.finish(title)
+    result = evaluate_mode(config, "greedy", env, policy, progress, phase=title)
     env.close()
     return result.to_json()
 

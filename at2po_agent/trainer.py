@@ -18,12 +18,12 @@ from at2po_agent.collect import Collected, collect_trees
 from at2po_agent.environments import (
     Env,
     TaskOrder,
-    first_tasks,
     make_eval_env,
     make_training_env,
     number_of_tasks,
 )
-from at2po_agent.evaluate import Evaluation, evaluate
+from at2po_agent.evaluate import Evaluation
+from at2po_agent.evaluate_run import evaluate_mode
 from at2po_agent.interrupts import StopRequested
 from at2po_agent.metrics import tree_metrics
 from at2po_agent.progress import Progress
@@ -164,23 +164,9 @@ class Trainer:
 
     def evaluate(self, mode: str) -> Evaluation:
         """Evaluate the current weights, `greedy` or `sampled`, and record the figures."""
-        settings = self.config.eval
         if self._eval_env is None:
             self._eval_env = make_eval_env(self.config)
-        tasks = first_tasks(self._eval_env, settings.questions)
-        phase = f"evaluate ({mode})"
-        self._progress.start(phase, len(tasks))
-        result, _ = evaluate(
-            tasks,
-            self._eval_env,
-            self.agent.policy,
-            self.config.rollout,
-            seed=run_seed(self.config.run.seed, RunPurpose.EVALUATION),
-            temperature=0.0 if mode == "greedy" else 1.0,
-            batch=settings.batch,
-            on_question=lambda: self._progress.advance(phase),
-        )
-        self._progress.finish(phase)
+        result = evaluate_mode(self.config, mode, self._eval_env, self.agent.policy, self._progress)
         self._record({"kind": "eval", "mode": mode, "step": self.state.step, **result.to_json()})
         return result
 
