@@ -133,7 +133,7 @@ def train(
         with make_listener(_errors()) as progress:
             summary = run_training(settings, resume=resume, progress=progress)
     except KeyboardInterrupt as stop:
-        _say_interrupted(str(stop), settings)
+        _say_interrupted(stop, settings)
         raise typer.Exit(EXIT_INTERRUPTED) from stop
     if "folder" in summary:
         _say_ending(config, Path(summary["folder"]), summary)
@@ -339,16 +339,16 @@ def _say_ending(config: str, run: Path, summary: dict[str, Any]) -> None:
     print_ending(Console(), run, summary, write_run_report(run), commands)
 
 
-def _say_interrupted(message: str, config: Config) -> None:
+def _say_interrupted(stop: KeyboardInterrupt, config: Config) -> None:
     """What was saved and how to go on; with the command as it can be typed here."""
     from at2po_agent.report.ending import command_line
     from at2po_agent.report.run_report import write_run_report
-    from at2po_agent.run_files import newest_run
 
-    run = Path(config.run.dir) if config.run.dir else newest_run(config.run.name)
+    fallback = Path(config.run.dir) if config.run.dir else None
+    run: Path | None = getattr(stop, "folder", fallback)
     if run is not None and run.is_dir():
         write_run_report(run)
-    text = message.replace("at2po ", command_line(*_program()) + " ", 1) or "stopped"
+    text = str(stop).replace("at2po ", command_line(*_program()) + " ", 1) or "stopped"
     _errors().print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -7,12 +7,23 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from at2po_agent.progress import Progress
+from at2po_agent.run_files import RunFolder
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """The run stopped on a signal; the message says what was saved and how to go on."""
+    """The run stopped on a signal; the message says what was saved and how to go on.
+
+    Attributes:
+        folder: The run's folder.
+        resume_command: What goes on with it.
+    """
+
+    def __init__(self, message: str, folder: RunFolder) -> None:
+        super().__init__(message)
+        self.folder = folder.path
+        self.resume_command = folder.resume_command
 
 
 class StopRequested(Exception):
@@ -20,10 +31,15 @@ class StopRequested(Exception):
 
 
 class Interrupts:
-    """While open, signals set `requested`; outside the main thread signals stay as they are."""
+    """While open, signals set `requested`; outside the main thread signals stay as they are.
 
-    def __init__(self) -> None:
+    Args:
+        folder: Of the run that is to stop.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
         self.requested = False
+        self._folder = folder
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -51,7 +67,11 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         if self.requested:
-            raise TrainingInterrupted("stopped at once; the checkpoint before this step is the newest")
+            raise TrainingInterrupted(
+                "stopped at once; the checkpoint before this step is the newest. "
+                f"Go on with: {self._folder.resume_command}",
+                self._folder,
+            )
         self.requested = True
 
 

@@ -55,7 +55,7 @@ def run_training(
         plan = plan_run(config)
         progress.message(describe_plan(config, plan))
         return plan
-    with open_run(config, resume=resume) as (folder, config), Interrupts() as interrupts:
+    with open_run(config, resume=resume) as (folder, config), Interrupts(folder) as interrupts:
         started = time.monotonic()
         listener = InterruptibleProgress(progress, interrupts)
         if config.run.threads:
@@ -66,7 +66,7 @@ def run_training(
             with contextlib.closing(trainer):
                 return _run(config, trainer, folder, listener, resume=resume)
         except StopRequested as stop:
-            raise TrainingInterrupted(_farewell(folder)) from stop
+            raise TrainingInterrupted(_farewell(folder), folder) from stop
 
 
 def _run(

@@ -180,8 +180,10 @@ def test_another_seed_gives_another_run(whole_run, tmp_path):
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_stopped_run_goes_on_bit_for_bit(whole_run, tmp_path, number, step):
     folder = tmp_path / "run"
-    with pytest.raises(TrainingInterrupted, match=f"at2po train {folder} --resume"):
+    with pytest.raises(TrainingInterrupted, match=f"at2po train {folder} --resume") as stopped:
         train(settings(folder), progress=StopAt(step, number))
+    assert stopped.value.folder == folder
+    assert stopped.value.resume_command in str(stopped.value)
     assert len(records(folder)) == step
     assert not (folder / "summary.json").exists()
     listener = StopAt(99)
@@ -195,8 +197,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole_run, tmp_path, number, step):
 
 def test_a_second_signal_stops_at_once(tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(TrainingInterrupted, match="stopped at once"):
+    with pytest.raises(TrainingInterrupted, match="stopped at once") as stopped:
         train(settings(folder), progress=StopAt(3, times=2))
+    assert stopped.value.resume_command == f"at2po train {folder} --resume"
     assert (folder / "checkpoints" / "latest").read_text() == "step_000002\n"
     train(settings(folder), resume=True)
 
