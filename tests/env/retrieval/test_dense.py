@@ -59,7 +59,7 @@ class Counting:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real passages that ship with the package, so that nothing here is skipped where there is no other data."""
+    """Passages that ship with the package, so that nothing is skipped where there is no other data."""
     path = tmp_path_factory.mktemp("dense") / "corpus.jsonl"
     with (SAMPLE / "corpus.jsonl").open() as lines:
         path.write_text("".join(line for line, _ in zip(lines, range(ROWS), strict=False)))
