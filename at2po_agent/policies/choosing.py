@@ -10,7 +10,7 @@ from torch import Tensor
 
 from at2po_agent.policies.base import Request, Step
 from at2po_agent.policies.rows import Row
-from at2po_agent.policies.sampling import distribution, draw, entropy
+from at2po_agent.policies.sampling import Draw, distribution, draw, entropy
 from at2po_agent.policies.stops import StopTable
 from at2po_agent.types import StopReason
 from at2po_env.errors import PolicyError
@@ -28,22 +28,7 @@ def choose(rows: Sequence[Row], logits: Tensor, stops: StopTable) -> list[tuple[
         FloatingPointError: The logits are not finite; no row has changed.
         PolicyError: An intervention forced an id outside the vocabulary.
     """
-    device = logits.device
-    uniforms = torch.tensor([row.draws[len(row.ids)] for row in rows], dtype=torch.float64, device=device)
-    forced = None
-    if all(row.plain for row in rows):
-        drawn = draw(distribution(logits), uniforms)
-    else:
-        log_probs = distribution(logits, _setting(rows, lambda request: request.temperature, device))
-        greedy = [row.request.temperature == 0 for row in rows]
-        forced = _intervene(rows, log_probs)
-        drawn = draw(
-            log_probs,
-            uniforms,
-            greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
-            top_p=_setting(rows, lambda request: request.top_p, device),
-            forced=None if forced is None else torch.tensor(forced, device=device),
-        )
+    drawn, forced = draw_tokens(rows, logits)
     # One transfer for both: float64 holds every id exactly.
     both = torch.stack([drawn.tokens.double(), drawn.log_probs.double()]).cpu().numpy()
     if not np.isfinite(both[1]).all():
@@ -67,6 +52,36 @@ def choose(rows: Sequence[Row], logits: Tensor, stops: StopTable) -> list[tuple[
             if token >= 0:
                 row.forced.append(len(row.ids) - 1)
     return ended
+
+
+def draw_tokens(rows: Sequence[Row], logits: Tensor) -> tuple[Draw, list[int] | None]:
+    """Ask the interventions of the rows, then draw each row's next token; the rows' ids stay as they are.
+
+    Args:
+        rows: The rows, in the order of `logits`.
+        logits: float[rows, V].
+
+    Returns:
+        The draws, and the id that each row was forced to take (-1: none); None where nothing was forced.
+
+    Raises:
+        PolicyError: An intervention forced an id outside the vocabulary.
+    """
+    device = logits.device
+    uniforms = torch.tensor([row.draws[len(row.ids)] for row in rows], dtype=torch.float64, device=device)
+    if all(row.plain for row in rows):
+        return draw(distribution(logits), uniforms), None
+    log_probs = distribution(logits, _setting(rows, lambda request: request.temperature, device))
+    greedy = [row.request.temperature == 0 for row in rows]
+    forced = _intervene(rows, log_probs)
+    drawn = draw(
+        log_probs,
+        uniforms,
+        greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
+        top_p=_setting(rows, lambda request: request.top_p, device),
+        forced=None if forced is None else torch.tensor(forced, device=device),
+    )
+    return drawn, forced
 
 
 def _setting(
