@@ -89,5 +89,5 @@ def _check(trees: Sequence[Tree]) -> None:
     outcomes = [tree.outcomes[leaf] or {} for tree in trees for leaf in tree.leaves()]
     if not outcomes:
         raise TrainingError(f"all {len(trees)} prompts are longer than rollout.max_prompt_tokens; raise it")
-    if all(outcome.get("outcome") == "env_error" for outcome in outcomes):
+    if all(outcome.get("outcome") in ("env_error", "env_timeout") for outcome in outcomes):
         raise TrainingError(f"the environment failed in every branch of a step: {outcomes[0].get('reason')}")

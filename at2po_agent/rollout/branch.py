@@ -1,23 +1,20 @@
 """One branch under way: an environment, the ids so far, and the turns that are not in the tree yet.
 
-The errors that live here: whatever an environment raises from `step` becomes a recorded outcome of its branch
-(a bad rollout is data). Everything else that goes wrong is a bug, and stays an exception.
+A turn has two halves: `write` takes what the policy wrote, `arrive` what the environment answered. Between
+them the environment belongs to whoever steps it.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-
-import gymnasium
 
 from at2po_agent.group_credit import overlong_penalty
 from at2po_agent.policies.base import Tokenizer
 from at2po_agent.rollout.settings import RolloutConfig
+from at2po_agent.rollout.steps import Env, Stepped
+from at2po_agent.transcripts import Transcript
 from at2po_agent.types import Generation, Turn
-from at2po_env import Snapshot, snapshot
-
-Env = gymnasium.Env[str, str]
+from at2po_env import Snapshot
 
 
 class Place(NamedTuple):
@@ -67,10 +64,12 @@ class Branch:
         turns: What is to be added to the tree when the round ends.
         outcome: How the branch ended; None while it runs.
         reward: Its terminal reward.
-        env_failed: Whether the environment raised, and so must not be used again.
+        env_failed: Whether the environment raised or hangs, and so must not be used again.
         chain: The chain of the first round that it belongs to.
         attempt: How many attempts at the next turn were discarded.
         discarded: What they were, over all turns of the branch.
+        uncertainty: Phi of the action that was written last, where it is measured.
+        closed: Whether that action ended with the end-of-sequence id itself.
     """
 
     question: int
@@ -88,6 +87,8 @@ class Branch:
     chain: int = 0
     attempt: int = 0
     discarded: list[dict[str, Any]] = field(default_factory=list)
+    uncertainty: float | None = None
+    closed: bool = False
 
     @property
     def turn_number(self) -> int:
@@ -111,7 +112,7 @@ class Branch:
         entry = {"turn": self.turn_number, "action": text, "tokens": len(generation.ids)}
         self.discarded.append({**entry, "uncertainty": uncertainty})
 
-    def receive(
+    def write(
         self,
         generation: Generation,
         tokenizer: Tokenizer,
@@ -119,8 +120,8 @@ class Branch:
         *,
         first_entropy: float = 0.0,
         uncertainty: float | None = None,
-    ) -> None:
-        """Take the action, step the environment, and either stand at the next turn or end.
+    ) -> str | None:
+        """Take what the policy wrote; returns the action for the environment, None where the branch ended.
 
         Args:
             generation: What the policy wrote.
@@ -129,7 +130,7 @@ class Branch:
             first_entropy: Entropy over its first tokens in nats, where it is measured.
             uncertainty: Its Phi, where it is measured.
         """
-        self.attempt = 0
+        self.attempt, self.uncertainty, self.closed = 0, uncertainty, ends_closed(generation, tokenizer)
         request_ids = self.request_ids
         turn = Turn.from_generation(
             generation,
@@ -138,64 +139,74 @@ class Branch:
             action=decode_action(generation, tokenizer),
         )
         self.prefix = request_ids + generation.ids
-        place = None
-        if generation.stop_reason == "abort":
-            self._end(config.error_reward, "abort", "the policy gave up", truncated=True)
-        else:
-            place = self._step(turn.action, tokenizer, config)
-        self.turns.append(PendingTurn(request_ids, turn, place, first_entropy))
-        if place is not None:
-            self.place = place._replace(uncertainty=uncertainty)
-            self.turns[-1] = self.turns[-1]._replace(place=self.place)
-            if self.room(config) < 1:
-                reason = f"no room for another action in {config.max_response_tokens} response tokens"
-                self._end(config.cut_reward, "length", reason, truncated=True)
-        if self.outcome is not None and self.discarded:
-            self.outcome["discarded"] = self.discarded
-        if self.outcome is not None and config.overlong_share:
-            self.reward += self._overlong_penalty(config)
+        self.turns.append(PendingTurn(request_ids, turn, None, first_entropy))
+        if generation.stop_reason != "abort":
+            return turn.action
+        self._end(config, config.error_reward, "abort", "the policy gave up", truncated=True)
+        return None
 
-    def _overlong_penalty(self, config: RolloutConfig) -> float:
-        length, limit = len(self.prefix) - self.prompt_length, config.max_response_tokens
-        buffer = max(1, round(config.overlong_share * limit))
-        return float(overlong_penalty(length, max_length=limit, buffer=buffer, factor=config.overlong_factor))
+    def arrive(self, stepped: Stepped, transcript: Transcript, config: RolloutConfig) -> None:
+        """Take what the environment answered: stand at the next turn, or end.
 
-    def _step(self, action: str, tokenizer: Tokenizer, config: RolloutConfig) -> Place | None:
-        try:
-            observation, reward, terminated, truncated, info = self.env.step(action)
-        except Exception as error:  # noqa: BLE001  the boundary to foreign environments: a failure is data
+        Args:
+            stepped: The answer.
+            transcript: Makes the observation's ids.
+            config: The limits.
+        """
+        place = self._next_place(stepped, transcript, config)
+        if place is None:
+            return
+        self.place = place
+        self.turns[-1] = self.turns[-1]._replace(place=place)
+        if self.room(config) < 1:
+            reason = f"no room for another action in {config.max_response_tokens} response tokens"
+            self._end(config, config.cut_reward, "length", reason, truncated=True)
+
+    def _next_place(self, stepped: Stepped, transcript: Transcript, config: RolloutConfig) -> Place | None:
+        """Where the next turn starts; None where there is none."""
+        if stepped.fault:
             self.env_failed = True
-            self._end(config.error_reward, "env_error", f"{type(error).__name__}: {error}", truncated=True)
+            kind = "env_timeout" if stepped.late else "env_error"
+            self._end(config, config.error_reward, kind, stepped.fault, truncated=True)
             return None
-        kind = info.get("outcome", "")
-        place = self.place
-        total = place.reward + float(reward)
+        kind, place = stepped.info.get("outcome", ""), self.place
+        total = place.reward + stepped.reward
         if not math.isfinite(total):
-            self._end(config.error_reward, "env_error", f"the reward is {reward}", truncated=True)
+            fault = f"the reward is {stepped.reward}"
+            self._end(config, config.error_reward, "env_error", fault, truncated=True)
             return None
         calls = place.tool_calls + (kind in ("tool", "tool_error"))
         errors = place.tool_errors + (kind == "tool_error")
-        if terminated or truncated:
+        if stepped.state is None:
             self.place = place._replace(reward=total, tool_calls=calls, tool_errors=errors)
-            self._end_by_environment(info, terminated=bool(terminated), truncated=bool(truncated))
+            self._end_by_environment(stepped, config)
             return None
-        ids = tuple(tokenizer.encode(observation))
-        return Place(snapshot(self.env), observation, ids, total, calls, errors)
+        ids = tuple(transcript.observe(stepped.observation, closed=self.closed))
+        return Place(stepped.state, stepped.observation, ids, total, calls, errors, self.uncertainty)
 
-    def _end_by_environment(self, info: Mapping[str, Any], *, terminated: bool, truncated: bool) -> None:
+    def _end_by_environment(self, stepped: Stepped, config: RolloutConfig) -> None:
+        info, terminated, truncated = stepped.info, stepped.terminated, stepped.truncated
         kind = str(info.get("outcome") or "terminated")
         if truncated and not terminated and kind in ("tool", "tool_error", "terminated"):
             kind = "limit"  # a wrapper's, over a turn that would have gone on
-        self._end(
-            self.place.reward, kind, str(info.get("reason", "")), terminated=terminated, truncated=truncated
-        )
+        reason, reward = str(info.get("reason", "")), self.place.reward
+        self._end(config, reward, kind, reason, terminated=terminated, truncated=truncated)
         assert self.outcome is not None
         self.outcome.update({key: info[key] for key in ("em", "f1", "answer") if key in info})
 
     def _end(
-        self, reward: float, kind: str, reason: str, *, terminated: bool = False, truncated: bool = False
+        self,
+        config: RolloutConfig,
+        reward: float,
+        kind: str,
+        reason: str,
+        *,
+        terminated: bool = False,
+        truncated: bool = False,
     ) -> None:
         self.reward = reward
+        if config.overlong_share:
+            self.reward += self._overlong_penalty(config)
         self.outcome = {
             "outcome": kind,
             "reason": reason,
@@ -204,11 +215,22 @@ class Branch:
             "tool_calls": self.place.tool_calls,
             "tool_errors": self.place.tool_errors,
         }
+        if self.discarded:
+            self.outcome["discarded"] = self.discarded
+
+    def _overlong_penalty(self, config: RolloutConfig) -> float:
+        length, limit = len(self.prefix) - self.prompt_length, config.max_response_tokens
+        buffer = max(1, round(config.overlong_share * limit))
+        return float(overlong_penalty(length, max_length=limit, buffer=buffer, factor=config.overlong_factor))
 
 
 def decode_action(generation: Generation, tokenizer: Tokenizer) -> str:
     """The action's text: what was sampled, verbatim, without an end-of-sequence token at its end."""
     ids = generation.ids
-    if generation.stop_reason == "eos" and ids and ids[-1] == tokenizer.eos_id:
-        ids = ids[:-1]
-    return tokenizer.decode(ids)
+    return tokenizer.decode(ids[:-1] if ends_closed(generation, tokenizer) else ids)
+
+
+def ends_closed(generation: Generation, tokenizer: Tokenizer) -> bool:
+    """Whether an action ends with the end-of-sequence id itself."""
+    ids = generation.ids
+    return generation.stop_reason == "eos" and bool(ids) and ids[-1] == tokenizer.eos_id

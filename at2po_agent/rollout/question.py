@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import gymnasium
-
-from at2po_agent.policies.base import Tokenizer
-from at2po_agent.rollout.branch import Branch, Env, Place
+from at2po_agent.rollout.branch import Branch, Place
 from at2po_agent.rollout.expansions import Expansion
 from at2po_agent.rollout.growth import Grown, Start, first_starts, next_starts
 from at2po_agent.rollout.seeds import Purpose, derive_generator, derive_seed
 from at2po_agent.rollout.settings import RolloutConfig
+from at2po_agent.rollout.steps import Env
+from at2po_agent.transcripts import Transcript
 from at2po_agent.tree import Tree
 from at2po_env import Snapshot, fork, restore, snapshot
 
@@ -43,7 +42,7 @@ class Opening(NamedTuple):
     state: Snapshot
 
 
-def open_question(env: gymnasium.Env[str, str], options: Mapping[str, Any] | None, seed: int) -> Opening:
+def open_question(env: Env, options: Mapping[str, Any] | None, seed: int) -> Opening:
     """Reset the environment to one question.
 
     Whatever `reset` raises is passed on: a question that cannot be opened is a fault of data or
@@ -66,7 +65,7 @@ class Question:
         index: int,
         opening: Opening,
         *,
-        tokenizer: Tokenizer,
+        transcript: Transcript,
         pool: EnvPool,
         config: RolloutConfig,
         expansion: Expansion,
@@ -75,7 +74,7 @@ class Question:
     ) -> None:
         self.index = index
         self.stop = opening.stop
-        self.tree = Tree(tokenizer.encode(opening.prompt), opening.prompt, opening.task_id)
+        self.tree = Tree(transcript.open(opening.prompt), opening.prompt, opening.task_id)
         self._places: list[Place | None] = [Place(opening.state, "", ())]
         self._grown = Grown(self.tree, [0.0], [-1])
         self._pool = pool

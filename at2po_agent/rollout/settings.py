@@ -73,6 +73,20 @@ class RolloutConfig(BaseModel):
         0.0, ge=0, le=1, description="Last share of max_response_tokens, over which the reward falls (DAPO)."
     )
     overlong_factor: float = Field(1.0, ge=0, description="How far it has fallen at the limit.")
+    tool_workers: int = Field(
+        64, ge=0, description="Most steps of slow environments at a time, each in a thread; 0: one, in line."
+    )
+    tool_deadline_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds after which an environment's step is given up, and its branch ends.",
+    )
+    max_requests: int | None = Field(
+        None,
+        ge=1,
+        description="Most requests open at the policy; other branches wait, first come first served.",
+    )
     signal: SignalSettings = Field(default_factory=SignalSettings, description="Uncertainty (T2PO).")
     thinking: ThinkingSettings = Field(
         default_factory=ThinkingSettings, description="Intervention in thinking (T2PO)."
@@ -85,6 +99,14 @@ class RolloutConfig(BaseModel):
     def _rounds_need_forks(self) -> Self:
         if self.rounds and not self.forks:
             raise ValueError("rounds > 0 with forks = 0 expands nothing; set forks >= 1 or rounds = 0")
+        return self
+
+    @model_validator(mode="after")
+    def _deadlines_need_workers(self) -> Self:
+        if self.tool_deadline_s is not None and not self.tool_workers:
+            raise ValueError(
+                "tool_deadline_s needs threads (a step in line cannot be given up); set tool_workers >= 1"
+            )
         return self
 
     @property
