@@ -16,7 +16,7 @@ _Option = Annotated[
 
 @app.command("index")
 def index(
-    corpus: _Corpus,
+    corpus: Annotated[Path | None, typer.Argument(help="JSON lines in wiki-18 form.")] = None,
     kind: Annotated[str, typer.Option(help="bm25, lucene, flat, ivf, hnsw or ivfpq.")] = "bm25",
     out: Annotated[Path | None, typer.Option(help="Folder; default: beside the corpus.")] = None,
     encoder: Annotated[
@@ -24,10 +24,20 @@ def index(
     ] = "e5",
     device: Annotated[str | None, typer.Option(help="Where the encoder runs.")] = None,
     tokens: Annotated[str, typer.Option(help="Of lucene: english (stemmed) or plain.")] = "english",
+    verify: Annotated[
+        Path | None, typer.Option(help="Build nothing; compare all of this index with its checksums.")
+    ] = None,
 ) -> None:
     """Build a search index of a corpus; one that was killed goes on where it stopped."""
-    from at2po_env.retrieval.index import build_index
+    from at2po_env.retrieval.index import build_index, verify_index
 
+    if verify is not None:
+        found = verify_index(verify, corpus)
+        size = sum(file.bytes for file in found.files.values()) / 1e6
+        typer.echo(f"{verify} is whole: {found.kind}, {found.passages:,} passages, {size:,.1f} MB")
+        return
+    if corpus is None:
+        raise typer.BadParameter("give CORPUS, or --verify FOLDER", param_hint="CORPUS")
     folder = build_index(corpus, kind, out=out, encoder=encoder, device=device, tokens=tokens)
     typer.echo(f"{kind} index: {folder}")
 

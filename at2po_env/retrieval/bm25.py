@@ -15,9 +15,10 @@ from typing import Any
 from at2po_env.data.corpus import Corpus
 from at2po_env.data.passages import Passage
 from at2po_env.errors import DataError, RetrievalError
-from at2po_env.retrieval.bm25_build import MemoryStore, Postings, Settings, build
-from at2po_env.retrieval.bm25_index import open_index, open_or_build, settings_digest
+from at2po_env.retrieval.bm25_build import Postings, Settings, build
+from at2po_env.retrieval.bm25_index import build_index, open_index, settings_digest
 from at2po_env.retrieval.bm25_rank import Ranker
+from at2po_env.retrieval.bm25_store import MemoryStore
 from at2po_env.retrieval.tokens import STOP_WORDS, tokenize
 
 QUERY_CHARS = 8192
@@ -52,21 +53,17 @@ class Bm25Retriever:
             DataError: the corpus is unreadable or has a bad line.
             RetrievalError: the index is damaged, or belongs to another corpus or other settings.
         """
-        settings = _settings(k1, b, stop_words)
+        settings = bm25_settings(k1, b, stop_words)
         self._arguments: dict[str, Any] = {
             "k1": k1,
             "b": b,
             "stop_words": settings.stop_words,
             "index": index,
         }
-        self._passages: Sequence[Passage] | Corpus = Corpus(corpus)
-        self._corpus_digest = self._passages.digest
-        postings = (
-            open_or_build(self._passages, settings)
-            if index is None
-            else open_index(Path(index), self._passages, settings)
-        )
-        self._start(postings, settings)
+        self._passages: Sequence[Passage] | Corpus = (opened := Corpus(corpus))
+        self._corpus_digest = opened.digest
+        home = build_index(opened, settings) if index is None else Path(index)
+        self._start(open_index(home, opened, settings), settings)
 
     @classmethod
     def from_passages(
@@ -79,12 +76,12 @@ class Bm25Retriever:
     ) -> "Bm25Retriever":
         """Index `passages` in memory; row numbers are their order."""
         self = cls.__new__(cls)
-        settings = _settings(k1, b, stop_words)
+        settings = bm25_settings(k1, b, stop_words)
         self._arguments = {"k1": k1, "b": b, "stop_words": settings.stop_words}
         self._passages = tuple(passages)
         text = json.dumps([passage[:3] for passage in self._passages])
         self._corpus_digest = hashlib.sha256(text.encode()).hexdigest()
-        self._start(build(self._passages, settings, MemoryStore(), total=len(self._passages)), settings)
+        self._start(build(self._passages, settings, MemoryStore()), settings)
         return self
 
     def _start(self, postings: Postings, settings: Settings) -> None:
@@ -139,7 +136,12 @@ class Bm25Retriever:
             ) from error
 
 
-def _settings(k1: float, b: float, stop_words: Iterable[str]) -> Settings:
+def bm25_settings(k1: float = 0.9, b: float = 0.4, stop_words: Iterable[str] = STOP_WORDS) -> Settings:
+    """Check and collect what an index depends on beside the corpus.
+
+    Raises:
+        RetrievalError: k1 or b is impossible.
+    """
     if not (k1 >= 0 and 0 <= b <= 1):
         raise RetrievalError(f"BM25 needs k1 >= 0 and b in [0, 1], got k1={k1}, b={b}.")
     return Settings(float(k1), float(b), frozenset(stop_words))

@@ -1,14 +1,14 @@
-"""Build any index of a corpus: `build_index`, what `at2po index` calls.
+"""Build any index of a corpus and verify it: `build_index` and `verify_index`, what `at2po index` calls.
 
-Every build streams the corpus, shows its progress, works in bounded memory, and goes on where it was killed
-("bm25", which takes about a minute per million passages, starts over). The finished folder holds a
-manifest with the corpus digest and the settings, which every opening checks.
+Every build streams the corpus, shows its progress, works in bounded memory, and goes on where it was killed.
+The finished folder holds a manifest with the corpus digest and the settings, which every opening checks.
 """
 
 from pathlib import Path
 
 from at2po_env.data.corpus import Corpus
-from at2po_env.errors import ConfigError
+from at2po_env.errors import ConfigError, RetrievalError
+from at2po_env.retrieval.manifest import FIX, Manifest, verify
 
 KINDS = ("bm25", "lucene", "flat", "ivf", "hnsw", "ivfpq")
 
@@ -29,7 +29,7 @@ def build_index(  # noqa: PLR0913 - keyword-only settings of the kinds
     Args:
         corpus: JSON lines in wiki-18 form.
         kind: One of `KINDS`; those after "lucene" are dense.
-        out: Folder of the index; default: beside the corpus, where retrievers look for it ("bm25" always).
+        out: Folder of the index; default: beside the corpus, where retrievers look for it.
         encoder: Of a dense index; see `encoders.encoder_spec`.
         device: Where the encoder runs.
         tokens: Of a Lucene index; see `lucene.LuceneRetriever`.
@@ -47,7 +47,9 @@ def build_index(  # noqa: PLR0913 - keyword-only settings of the kinds
     """
     home = None if out is None else Path(out)
     if kind == "bm25":
-        return _bm25(corpus, home, k1, b)
+        from at2po_env.retrieval import bm25, bm25_index
+
+        return bm25_index.build_index(Corpus(corpus), bm25.bm25_settings(k1, b), home)
     if kind == "lucene":
         from at2po_env.retrieval import lucene
 
@@ -60,13 +62,21 @@ def build_index(  # noqa: PLR0913 - keyword-only settings of the kinds
     return dense.build(Corpus(corpus), SentenceEncoder(encoder, device=device), kind, home)
 
 
-def _bm25(corpus: str | Path, home: Path | None, k1: float, b: float) -> Path:
-    from at2po_env.retrieval.bm25 import Bm25Retriever
-    from at2po_env.retrieval.bm25_build import Settings
-    from at2po_env.retrieval.bm25_index import index_home
-    from at2po_env.retrieval.tokens import STOP_WORDS
+def verify_index(folder: str | Path, corpus: str | Path | None = None) -> Manifest:
+    """Read an index whole and compare all of it with its checksums; opening does so only for files to 256 MB.
 
-    if home is not None:
-        raise ConfigError("a bm25 index lies beside its corpus, or in the cache. Fix: leave --out away.")
-    Bm25Retriever(corpus, k1=k1, b=b)
-    return index_home(Corpus(corpus), Settings(float(k1), float(b), STOP_WORDS))
+    Args:
+        folder: What `build_index` returned.
+        corpus: Also check that the index was built from this corpus.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        RetrievalError: the index is damaged, or of another corpus.
+        DataError: the corpus is unreadable.
+    """
+    found = verify(Path(folder))
+    if corpus is not None and found.corpus_digest != Corpus(corpus).digest:
+        raise RetrievalError(f"{folder} is whole, but was built from another corpus than {corpus}. {FIX}")
+    return found

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from at2po_env.data.cache import beside_or_cached
 from at2po_env.data.corpus import Corpus
-from at2po_env.errors import RetrievalError
+from at2po_env.errors import DataError, RetrievalError
 
 HASHED_BYTES = (
     256 * 2**20
@@ -33,7 +33,7 @@ class IndexFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     bytes: int
-    sha256: str | None = None
+    sha256: str | None = None  # None: made before large files had one
 
 
 class Manifest(BaseModel):
@@ -87,6 +87,7 @@ def build_once(home: Path, wanted: Manifest, build: Callable[[Path], None]) -> P
 
     Raises:
         RetrievalError: `home` holds something else, or cannot be written.
+        DataError: a line of the corpus is not a passage.
     """
     with _explained(home):
         home.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,11 @@ def build_once(home: Path, wanted: Manifest, build: Callable[[Path], None]) -> P
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir()
                 left.write_text(wanted.model_dump_json(), "utf-8")
-            build(work)
+            try:
+                build(work)
+            except DataError:  # nothing to go on from: the mended corpus has another digest
+                shutil.rmtree(work, ignore_errors=True)
+                raise
             left.unlink()
             _finish(work, wanted)
             work.rename(home)
@@ -112,7 +117,7 @@ def _finish(work: Path, wanted: Manifest) -> None:
     for path in sorted(work.rglob("*")):
         if path.is_file() and path.name != "manifest.json" and not path.name.endswith(".lock"):
             size = path.stat().st_size
-            files[path.relative_to(work).as_posix()] = IndexFile(bytes=size, sha256=_sha256(path, size))
+            files[path.relative_to(work).as_posix()] = IndexFile(bytes=size, sha256=_sha256(path))
     text = wanted.model_copy(update={"files": files}).model_dump_json(indent=1)
     with (work / "manifest.json").open("w", encoding="utf-8") as file:
         file.write(text)
@@ -120,9 +125,7 @@ def _finish(work: Path, wanted: Manifest) -> None:
         os.fsync(file.fileno())
 
 
-def _sha256(path: Path, size: int) -> str | None:
-    if size > HASHED_BYTES:
-        return None
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -155,7 +158,7 @@ def check(home: Path, wanted: Manifest, *, contents: bool = True) -> Manifest:
     if wrong:
         raise RetrievalError(f"{home} was built with other settings: {', '.join(wrong)}. {FIX}")
     for name, file in found.files.items():
-        _check_file(home / name, file, contents)
+        _check_file(home / name, file, hashed_bytes=HASHED_BYTES if contents else -1)
     return found
 
 
@@ -170,12 +173,26 @@ def _read(home: Path) -> Manifest:
         raise RetrievalError(f"{path} is damaged ({first['loc']}: {first['msg']}). {FIX}") from error
 
 
-def _check_file(path: Path, expected: IndexFile, contents: bool) -> None:
+def verify(home: Path) -> Manifest:
+    """Read an index whole and compare all of it with its manifest.
+
+    Raises:
+        RetrievalError: a file is damaged or missing, or its checksum was never taken.
+    """
+    found = _read(home)
+    for name, file in found.files.items():
+        if file.sha256 is None:
+            raise RetrievalError(f"{home / name} has no checksum: an earlier version made it. {FIX}")
+        _check_file(home / name, file, hashed_bytes=file.bytes)
+    return found
+
+
+def _check_file(path: Path, expected: IndexFile, *, hashed_bytes: int) -> None:
     try:
         size = path.stat().st_size
         if size != expected.bytes:
             raise RetrievalError(f"{path} is damaged: {size} bytes, expected {expected.bytes}. {FIX}")
-        if contents and expected.sha256 and _sha256(path, size) != expected.sha256:
+        if size <= hashed_bytes and expected.sha256 and _sha256(path) != expected.sha256:
             raise RetrievalError(f"{path} is damaged: its content does not match its checksum. {FIX}")
     except OSError as error:
         raise RetrievalError(

@@ -24,6 +24,27 @@ def test_index_builds_beside_the_corpus_and_says_where(corpus: Path) -> None:
     assert home.name in result.output.replace("\n", "")
 
 
+def test_index_goes_where_it_is_told_and_is_verified_there(corpus: Path, tmp_path: Path) -> None:
+    home = tmp_path / "elsewhere"
+    built = runner.invoke(app, ["index", str(corpus), "--out", str(home)])
+    assert built.exit_code == 0, built.output
+    for arguments in ([], [str(corpus)]):
+        result = runner.invoke(app, ["index", *arguments, "--verify", str(home)])
+        assert result.exit_code == 0, result.output
+        assert "is whole: bm25, 1 passages" in result.output.replace("\n", "")
+    rows = home / "rows.u32"
+    rows.write_bytes(bytes(byte ^ 1 for byte in rows.read_bytes()))
+    result = runner.invoke(app, ["index", "--verify", str(home)])
+    assert isinstance(result.exception, RetrievalError)
+    assert str(rows) in str(result.exception)
+
+
+def test_index_needs_a_corpus_or_something_to_verify() -> None:
+    result = runner.invoke(app, ["index"])
+    assert result.exit_code == 2
+    assert "--verify FOLDER" in result.output
+
+
 def test_an_unknown_kind_is_an_error_that_names_the_known_ones(corpus: Path) -> None:
     result = runner.invoke(app, ["index", str(corpus), "--kind", "annoy"])
     assert isinstance(result.exception, ConfigError)

@@ -3,8 +3,10 @@ from pathlib import Path
 import pytest
 
 from at2po_env.data.corpus import Corpus
-from at2po_env.errors import RetrievalError
-from at2po_env.retrieval.manifest import build_once, check, home_of, plan
+from at2po_env.errors import DataError, RetrievalError
+from at2po_env.retrieval import manifest as module
+from at2po_env.retrieval.index import verify_index
+from at2po_env.retrieval.manifest import build_once, check, home_of, plan, verify
 
 LINE = '{{"id": "{0}", "contents": "\\"T{0}\\"\\ntext {0}"}}\n'
 
@@ -90,3 +92,41 @@ def test_no_room_is_an_error_that_keeps_what_was_done(corpus: Corpus, tmp_path: 
     with pytest.raises(RetrievalError, match="No space left"):
         build_once(home, plan("demo", corpus, {}), full)
     assert (tmp_path / "index.partial" / "part").exists()
+
+
+def test_a_corpus_with_a_bad_line_leaves_nothing_to_go_on_from(corpus: Corpus, tmp_path: Path) -> None:
+    def bad(work: Path) -> None:
+        write(work)
+        raise DataError("line 2")
+
+    with pytest.raises(DataError):
+        build_once(tmp_path / "index", plan("demo", corpus, {}), bad)
+    assert not list(tmp_path.glob("index*"))
+
+
+def test_damage_in_a_large_file_is_found_by_verifying(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HASHED_BYTES", 9)
+    wanted = plan("demo", corpus, {})
+    home = build_once(tmp_path / "index", wanted, write)
+    assert verify(home) == check(home, wanted)
+    (home / "data").write_bytes(b"0123456780")
+    check(home, wanted)  # the size is right, and that is all that is looked at
+    with pytest.raises(RetrievalError, match="checksum"):
+        verify(home)
+
+
+def test_verifying_needs_checksums_and_the_right_corpus(corpus: Corpus, tmp_path: Path) -> None:
+    home = build_once(tmp_path / "index", plan("demo", corpus, {}), write)
+    assert verify_index(home, corpus.path).passages == 3
+    other = tmp_path / "other.jsonl"
+    other.write_text(LINE.format(7))
+    with pytest.raises(RetrievalError, match="another corpus"):
+        verify_index(home, other)
+    text = (home / "manifest.json").read_text()
+    found = module.Manifest.model_validate_json(text)
+    (home / "manifest.json").write_text(text.replace(f'"{found.files["data"].sha256}"', "null"))
+    assert check(home, plan("demo", corpus, {}))
+    with pytest.raises(RetrievalError, match="no checksum"):
+        verify(home)
