@@ -167,7 +167,8 @@ def train_tokenizer(
 ) -> HFTokenizer:
     """Learn a byte-level vocabulary from texts; any text can be encoded and comes back verbatim.
 
-    A special token swallows the space before it, so that the words around it keep their leading-space form.
+    A special token swallows the space before it, so that the words around it keep their leading-space form;
+    not so the end of sequence and marks such as `<|im_end|>`, around which texts stay verbatim.
 
     Args:
         texts: What to learn from.
@@ -189,7 +190,11 @@ def train_tokenizer(
             f"vocab_size {vocab_size} does not hold 256 bytes and {len(names)} special tokens; "
             f"give at least {256 + len(names)}"
         )
-    added = [AddedToken(name, lstrip=name != eos_token, normalized=False, special=False) for name in names]
+    tags = [name != eos_token and not name.startswith("<|") for name in names]
+    added = [
+        AddedToken(name, lstrip=tag, normalized=False, special=False)
+        for name, tag in zip(names, tags, strict=True)
+    ]
     make = _bpe if kind == "bpe" else _words
     wrap: Any = PreTrainedTokenizerFast
     made = make(texts, vocab_size, added)
