@@ -1,0 +1,227 @@
+"""One generation from a served model: tries, pauses, deadlines, and what to do about refusals.
+
+All of it runs in one event loop. The key is read from the environment, sent as a header, and never shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from at2po_agent.policies.openai_errors import (
+    BadRequestError,
+    ContextError,
+    ParameterError,
+    PassingError,
+    RequestFailedError,
+    UnknownModelError,
+    refusal,
+)
+from at2po_agent.policies.openai_stats import ServedStats
+from at2po_agent.policies.openai_wire import ENDPOINTS, Answer, Endpoint, WireError, read_answer, read_usage
+from at2po_env.errors import ConfigError, PolicyError
+
+MAX_PAUSE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server and how patient its client is.
+
+    Attributes:
+        url: Its address up to and with the version, such as `http://localhost:8000/v1`.
+        api_key_env: Environment variable that holds the key; None sends none.
+        timeout_s: Deadline of a generation, all tries and pauses included.
+        attempt_s: Longest try.
+        connect_s: Longest wait for a connection.
+        retries: Tries after the first.
+        backoff_s: First pause; doubles up to `MAX_PAUSE_S`, each time drawn from its upper half.
+    """
+
+    url: str
+    api_key_env: str | None = None
+    timeout_s: float = 900.0
+    attempt_s: float = 600.0
+    connect_s: float = 10.0
+    retries: int = 6
+    backoff_s: float = 0.5
+    key: str | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", normal_url(self.url))
+        times = (self.timeout_s, self.attempt_s, self.connect_s)
+        if min(times) <= 0 or self.retries < 0 or self.backoff_s < 0:
+            raise ConfigError("times of a server must be positive, retries and backoff_s at least 0")
+        if self.api_key_env is not None:
+            key = os.environ.get(self.api_key_env, "").strip()
+            if not key or not key.isascii() or not key.isprintable():
+                raise ConfigError(
+                    f"the environment variable {self.api_key_env} holds no key. "
+                    f"Fix: export {self.api_key_env}=..., or name the variable that holds it"
+                )
+            object.__setattr__(self, "key", key)
+
+
+def normal_url(url: str) -> str:
+    """An address without the endpoint, with the version where none was given.
+
+    Raises:
+        ConfigError: It is no address, or one with a key in it.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{url!r} is no address of a server: expected http(s)://HOST[:PORT][/v1]")
+    if parts.username or parts.password or parts.query:
+        raise ConfigError("an address holds no key or options. Fix: name the variable that holds the key")
+    path = parts.path.rstrip("/")
+    for endpoint in ENDPOINTS.values():  # the longer one first
+        path = path.removesuffix(endpoint)
+    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+
+
+class Client:
+    """Asks one server. Must be made, used and closed in one event loop.
+
+    Args:
+        server: Where and how.
+        endpoint: Chat, or completions.
+        stats: Counters to keep.
+    """
+
+    def __init__(self, server: Server, endpoint: Endpoint, stats: ServedStats, *, connections: int) -> None:
+        self._server, self._endpoint, self._stats = server, endpoint, stats
+        headers = {"Content-Type": "application/json"}
+        if server.key is not None:
+            headers["Authorization"] = f"Bearer {server.key}"
+        self._http = httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(server.attempt_s, connect=server.connect_s),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            trust_env=not _is_loopback(server.url),  # proxies of the environment, but not to this machine
+        )
+        self._random = random.Random()
+        self._answered = False
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def ask(self, body: Mapping[str, Any]) -> Answer:
+        """Get one answer before the deadline.
+
+        Raises:
+            RequestFailedError: It cannot be had.
+            PolicyError: None can be had, for a reason that all requests share.
+        """
+        last: list[str] = []
+        try:
+            async with asyncio.timeout(self._server.timeout_s) as deadline:
+                return await self._tries(dict(body), last, deadline.when() or 0.0)
+        except TimeoutError as error:
+            said = f"; the last failure was: {last[-1]}" if last else ""
+            raise RequestFailedError(
+                "deadline", f"no answer within {self._server.timeout_s:g} s{said}"
+            ) from error
+
+    async def models(self) -> list[str]:
+        """Names of the models that the server lists; none where it lists nothing that can be read."""
+        try:
+            response = await self._http.get(f"{self._server.url}/models")
+            return [str(entry["id"]) for entry in response.json()["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return []
+
+    async def _tries(self, body: dict[str, Any], last: list[str], deadline: float) -> Answer:
+        shortened, left_out = False, self._stats.left_out
+        while True:
+            try:
+                answer = await self._try(_without(body, left_out))
+            except ParameterError as error:  # never one that was left out, so this ends
+                if error.name not in left_out:
+                    left_out.append(error.name)
+            except ContextError as error:
+                if shortened or error.room is None or not 1 <= error.room < body["max_tokens"]:
+                    raise
+                shortened, body = True, {**body, "max_tokens": error.room}
+                self._stats.shortened += 1
+            except PassingError as error:
+                last.append(str(error))
+                await self._wait(error, failed=len(last), deadline=deadline)
+            except UnknownModelError as error:
+                raise PolicyError(await self._unknown(str(body["model"]), error)) from error
+            except BadRequestError as error:
+                if not self._answered:  # the first requests: it will not get better
+                    raise PolicyError(f"{self._server.url} refuses the request: {error}") from error
+                raise
+            else:
+                self._answered = True
+                return answer
+
+    async def _wait(self, error: PassingError, *, failed: int, deadline: float) -> None:
+        """Pause before another try, or give up where there is none."""
+        longest = min(self._server.backoff_s * 2.0 ** (failed - 1), MAX_PAUSE_S)
+        pause = max(longest * self._random.uniform(0.5, 1.0), error.pause_s)
+        in_time = asyncio.get_running_loop().time() + pause < deadline
+        if failed > self._server.retries or not in_time:
+            tries = f"{failed} tries" if in_time else f"{failed} tries, none left before the deadline"
+            raise RequestFailedError(error.kind, f"{error} ({tries})") from error
+        self._stats.retries += 1
+        await asyncio.sleep(pause)
+
+    async def _try(self, body: Mapping[str, Any]) -> Answer:
+        self._stats.tries += 1
+        url = self._server.url + ENDPOINTS[self._endpoint]
+        try:
+            async with asyncio.timeout(self._server.attempt_s):  # that of httpx is one of each read
+                response = await self._http.post(url, content=json.dumps(body))
+        except (httpx.TimeoutException, TimeoutError) as error:
+            raise PassingError("timeout", f"no whole answer in time ({type(error).__name__})") from error
+        except httpx.RequestError as error:
+            raise PassingError("connection", f"{type(error).__name__}: {error}") from error
+        if response.status_code != 200:
+            raise refusal(response.status_code, response.headers, self._without_key(response), sent=body)
+        try:
+            value = response.json()
+            self._stats.count_usage(read_usage(value))  # paid for, whether it can be read or not
+            return read_answer(value, self._endpoint)
+        except (WireError, ValueError, RecursionError) as error:
+            raise PassingError("bad answer", f"{type(error).__name__}: {error}") from error
+
+    async def _unknown(self, model: str, error: UnknownModelError) -> str:
+        models = await self.models()
+        if not models:
+            return f"{self._server.url} knows no {ENDPOINTS[self._endpoint]}, or no model {model!r}: {error}"
+        if model in models:
+            return f"{self._server.url} has no {ENDPOINTS[self._endpoint]} for {model!r}: {error}"
+        listed = ", ".join(models[:20]) + (" ..." if len(models) > 20 else "")
+        return f"{self._server.url} serves no model {model!r}; it has: {listed}"
+
+    def _without_key(self, response: httpx.Response) -> bytes:
+        """The body of a refusal; some servers repeat the key in it."""
+        key = self._server.key
+        return response.content if key is None else response.content.replace(key.encode(), b"[key]")
+
+
+def _without(body: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """A request as this server takes it."""
+    sent = {key: value for key, value in body.items() if key not in names}
+    if "max_tokens" in names:  # the newer name of the same limit
+        sent["max_completion_tokens"] = body["max_tokens"]
+    return sent
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,155 @@
+"""What a refusal of a server means: try again, ask otherwise, give this request up, or stop everything.
+
+The error model: a request that fails is data (`RequestFailedError` becomes an aborted generation). A refusal
+that every other request would meet as well (the key, the model's name, the address) is a `PolicyError`.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import re
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from at2po_agent.policies.openai_wire import OPTIONAL
+from at2po_env.errors import PolicyError
+
+PASSING = frozenset({408, 409, 425, 429})
+"""Statuses, besides 5xx, that another try may not meet."""
+MAX_DETAIL = 300
+_CONTEXT = re.compile(
+    r"context.{0,20}length|context window|max_model_len|prompt is too long|too many tokens", re.I
+)
+_CONTEXT_LIMIT = re.compile(r"maximum context length (?:is|of) (\d+)", re.I)
+_CONTEXT_USED = re.compile(
+    r"(\d+) (?:tokens )?(?:in|from) (?:the|your) (?:messages|prompt|input)|(\d+) (?:prompt|input) tokens",
+    re.I,
+)
+_REFUSED = re.compile(
+    r"unsupported|unrecogni[sz]ed|not support|unknown|unexpected|not permitted|not allowed|extra", re.I
+)
+
+
+class RequestFailedError(Exception):
+    """This request is given up; `kind` is what is counted."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class PassingError(RequestFailedError):
+    """A failure that another try may not meet; `pause_s` is what the server asked for."""
+
+    def __init__(self, kind: str, message: str, pause_s: float = 0.0) -> None:
+        super().__init__(kind, message)
+        self.pause_s = pause_s
+
+
+class ContextError(RequestFailedError):
+    """The context is full; `room` tokens are left for the answer where the server told."""
+
+    def __init__(self, message: str, room: int | None) -> None:
+        super().__init__("context", message)
+        self.room = room
+
+
+class ParameterError(RequestFailedError):
+    """The server knows no such member of a request, or not this value of it."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__("parameter", message)
+        self.name = name
+
+
+class BadRequestError(RequestFailedError):
+    """The server refuses what it was sent, and says nothing that helps."""
+
+
+class UnknownModelError(RequestFailedError):
+    """The server has no such model, or no such endpoint."""
+
+
+def refusal(
+    status: int, headers: Mapping[str, str], body: bytes, *, sent: Collection[str]
+) -> RequestFailedError | PolicyError:
+    """What an answer with another status than 200 means.
+
+    Args:
+        status: HTTP status.
+        headers: Headers, whose names are looked up in lower case.
+        body: The body.
+        sent: Members of the request.
+    """
+    error = _error_object(body)
+    detail = str(error.get("message") or error.get("detail") or body.decode("utf-8", "replace"))
+    detail, code = detail[:2000].strip(), str(error.get("code") or error.get("type") or "")
+    said = f"status {status}: {detail[:MAX_DETAIL]}"
+    if status in (401, 403):
+        return PolicyError(f"the server refuses the key ({said}). Fix: name the variable that holds it")
+    if status == 402 or code == "insufficient_quota":
+        return PolicyError(f"the account cannot pay ({said})")
+    if status in PASSING or status >= 500:
+        return PassingError(f"status {status}", said, retry_after(headers.get("retry-after", "")))
+    if status == 404:
+        return UnknownModelError("status 404", said)
+    if status in (400, 413, 422):
+        return _bad_request(status, said, detail, code, error, sent)
+    return PolicyError(f"this is not how an OpenAI-compatible server answers ({said})")
+
+
+def retry_after(value: str) -> float:
+    """Seconds of a Retry-After header, a number or a date; 0 where there is none."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _bad_request(
+    status: int, said: str, detail: str, code: str, error: Mapping[str, Any], sent: Collection[str]
+) -> RequestFailedError:
+    if status == 413 or code == "context_length_exceeded" or _CONTEXT.search(detail):
+        return ContextError(said, _room(detail))
+    if "content_filter" in code or "content_policy" in code:
+        return RequestFailedError("content filter", said)
+    name = _refused_parameter(detail, str(error.get("param") or ""), sent)
+    return BadRequestError(f"status {status}", said) if name is None else ParameterError(name, said)
+
+
+def _refused_parameter(detail: str, named: str, sent: Collection[str]) -> str | None:
+    candidates = [name for name in (*OPTIONAL, "max_tokens") if name in sent]
+    if named.split(".")[-1] in candidates:
+        return named.split(".")[-1]
+    if not _REFUSED.search(detail):
+        return None
+    return next((name for name in candidates if re.search(rf"\b{name}\b", detail)), None)
+
+
+def _room(detail: str) -> int | None:
+    limit, used = _CONTEXT_LIMIT.search(detail), _CONTEXT_USED.search(detail)
+    if limit is None or used is None:
+        return None
+    return int(limit[1]) - int(used[1] or used[2])
+
+
+def _error_object(body: bytes) -> Mapping[str, Any]:
+    """The object that describes an error, wherever a server puts it."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    if isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, Mapping):
+        return {}
+    inner = value.get("error")
+    if isinstance(inner, str):
+        return {"message": inner}
+    return inner if isinstance(inner, Mapping) else value

@@ -1,0 +1,212 @@
+"""What is sent to an OpenAI-compatible server, and what its answers hold. Knows no HTTP.
+
+Reading is strict about what a generation is made of (a wrong shape is an error) and lenient about all else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from at2po_agent.policies.base import Request
+from at2po_agent.policies.openai_tokens import NativeCall, chat_messages, encode, inline_text
+
+Endpoint = Literal["chat", "completions"]
+ENDPOINTS: Mapping[str, str] = {"chat": "/chat/completions", "completions": "/completions"}
+OPTIONAL = ("seed", "logprobs", "stop", "temperature", "top_p", "parallel_tool_calls")
+"""What a server may refuse; the request is then made without it."""
+LOWEST_LOG_PROB = -9999.0
+"""What servers write for minus infinity."""
+NO_STOP = object()
+"""The server does not tell which stop string ended a generation."""
+
+
+class WireError(ValueError):
+    """An answer has not the shape of one."""
+
+
+class SpelledToken(NamedTuple):
+    """A sampled token: the bytes that it stands for, and its log-prob in nats."""
+
+    spelling: bytes
+    log_prob: float
+
+
+class Usage(NamedTuple):
+    """Tokens that the server counted for one answer; the prompt's include the cached ones."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Answer(NamedTuple):
+    """One answer.
+
+    Attributes:
+        text: What was written.
+        reasoning: What the server's parser took for reasoning; None without.
+        call: The first tool call that the server's parser found.
+        finish: The server's `finish_reason`.
+        stop: The stop string that ended it, None for another end, `NO_STOP` where the server does not tell.
+        tokens: Log-probs; None without.
+    """
+
+    text: str
+    reasoning: str | None
+    call: NativeCall | None
+    finish: str
+    stop: object
+    tokens: Sequence[SpelledToken] | None
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How requests to one server are written.
+
+    Attributes:
+        endpoint: Chat, or completions.
+        tools: JSON schemas of functions (`ToolEnv.tool_schemas`) for the server's own tool calls.
+        logprobs: Ask for log-probs.
+        bytes_per_token: A request's `max_tokens` counts bytes; the server is asked for this part of it.
+        keep_reasoning: Send earlier reasoning back.
+        extra: Further members of every request.
+    """
+
+    endpoint: Endpoint = "chat"
+    tools: Sequence[Mapping[str, Any]] = ()
+    logprobs: bool = True
+    bytes_per_token: int = 4
+    keep_reasoning: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def request_body(request: Request, model: str, dialect: Dialect) -> dict[str, Any]:
+    """The JSON value that asks for one generation.
+
+    Raises:
+        PolicyError: The ids do not fit the endpoint.
+    """
+    chat = dialect.endpoint == "chat"
+    body: dict[str, Any] = {"model": model}
+    if chat:
+        body["messages"] = chat_messages(request.prefix_ids, keep_reasoning=dialect.keep_reasoning)
+    else:
+        body["prompt"] = inline_text(request.prefix_ids)
+    body["max_tokens"] = max(1, request.max_tokens // dialect.bytes_per_token)
+    body["temperature"] = request.temperature
+    if request.top_p < 1:
+        body["top_p"] = request.top_p
+    stop = [text for text in request.stop if not (chat and dialect.tools and text == "</tool_call>")]
+    if stop:  # where the server parses tool calls, stopping inside one would hide it from the parser
+        body["stop"] = stop
+    if request.temperature > 0:
+        body["seed"] = request.seed % 2**63
+    if dialect.logprobs:
+        body["logprobs"] = True if chat else 1
+    if chat and dialect.tools:
+        body |= {"tools": list(dialect.tools), "parallel_tool_calls": False}
+    return {**body, **dialect.extra}
+
+
+def read_usage(value: Any) -> Usage:
+    """The `usage` of an answer; what is not told counts as 0."""
+    usage = value.get("usage") if isinstance(value, Mapping) else None
+    if not isinstance(usage, Mapping):
+        return Usage()
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
+    return Usage(_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), _count(cached))
+
+
+def read_answer(value: Any, endpoint: Endpoint) -> Answer:
+    """Read a whole answer.
+
+    Raises:
+        WireError: It holds no generation.
+    """
+    choice = _member(value, "choices", list, "answer")
+    if not choice or not isinstance(choice[0], Mapping):
+        raise WireError("the answer has no choices")
+    first = choice[0]
+    stop = first.get("stop_reason", first.get("matched_stop", NO_STOP))
+    if stop is not NO_STOP and not isinstance(stop, str):
+        stop = None  # an end-of-sequence id, or none
+    finish = str(first.get("finish_reason") or "stop")
+    if endpoint == "completions":
+        text = _member(first, "text", str, "choice")
+        tokens = _completion_tokens(first.get("logprobs"))
+        return Answer(text, None, None, finish, stop, tokens)
+    message = _member(first, "message", Mapping, "choice")
+    text = _optional_text(message, "content") or _optional_text(message, "refusal") or ""
+    reasoning = _optional_text(message, "reasoning_content") or _optional_text(message, "reasoning")
+    call = _call(message.get("tool_calls"))
+    return Answer(text, reasoning, call, finish, stop, _chat_tokens(first.get("logprobs")))
+
+
+def _call(value: Any) -> NativeCall | None:
+    if not value:
+        return None
+    if not isinstance(value, list) or not isinstance(value[0], Mapping):
+        raise WireError("tool_calls is no list of objects")
+    function = _member(value[0], "function", Mapping, "tool call")
+    return NativeCall(
+        _member(function, "name", str, "function"), _member(function, "arguments", str, "function")
+    )
+
+
+def _chat_tokens(value: Any) -> list[SpelledToken] | None:
+    content = value.get("content") if isinstance(value, Mapping) else None
+    if not isinstance(content, list):
+        return None
+    tokens = []
+    for entry in content:
+        token, log_prob = _pair(entry, "token", "logprob")
+        given = entry.get("bytes")
+        whole = isinstance(given, list) and all(isinstance(one, int) and 0 <= one < 256 for one in given)
+        tokens.append(SpelledToken(bytes(given) if whole else encode(token), log_prob))
+    return tokens
+
+
+def _completion_tokens(value: Any) -> list[SpelledToken] | None:
+    if not isinstance(value, Mapping):
+        return None
+    texts, log_probs = value.get("tokens"), value.get("token_logprobs")
+    if not isinstance(texts, list) or not isinstance(log_probs, list) or len(texts) != len(log_probs):
+        return None
+    pairs = (
+        _pair({"token": text, "logprob": log_prob}, "token", "logprob")
+        for text, log_prob in zip(texts, log_probs, strict=True)
+    )
+    return [SpelledToken(encode(text), log_prob) for text, log_prob in pairs]
+
+
+def _pair(entry: Any, name: str, number: str) -> tuple[str, float]:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get(name), str):
+        raise WireError(f"a log-prob has no {name}")
+    value = entry.get(number)
+    if value is None:
+        return entry[name], LOWEST_LOG_PROB
+    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
+        raise WireError(f"a log-prob is {value!r}")
+    return entry[name], min(0.0, max(LOWEST_LOG_PROB, float(value)))
+
+
+def _member(value: Any, name: str, kind: type[Any], where: str) -> Any:
+    found = value.get(name) if isinstance(value, Mapping) else None
+    if not isinstance(found, kind):
+        raise WireError(f"the {where} has no {name} of the expected type (got {type(found).__name__})")
+    return found
+
+
+def _optional_text(message: Mapping[str, Any], name: str) -> str | None:
+    value = message.get(name)
+    if value is not None and not isinstance(value, str):
+        raise WireError(f"the message's {name} is no text (got {type(value).__name__})")
+    return value
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
