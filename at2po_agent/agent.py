@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from at2po_agent.chat_templates import OWN, template_marks
 from at2po_agent.coldstart import record_demonstrations
 from at2po_agent.environments import make_cold_start_env, make_training_env
 from at2po_agent.model import ModelShape, build_model, load_model, train_tokenizer
@@ -14,6 +15,8 @@ from at2po_agent.policies.hf import HFPolicy
 from at2po_agent.policies.tokenizer import HFTokenizer
 from at2po_agent.seeding import RunPurpose, run_generator, run_seed
 from at2po_agent.settings import Config
+from at2po_agent.transcripts import ChatTranscript, Transcript
+from at2po_env.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,10 +31,12 @@ class Agent:
     Attributes:
         model: A causal language model of transformers, or any module whose output has `logits`.
         policy: Samples; its method `weights_changed`, where it has one, is called after each step.
+        transcript: Turns what the environment shows into ids; None encodes it as it is.
     """
 
     model: nn.Module
     policy: Policy
+    transcript: Transcript | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -48,8 +53,29 @@ class Agent:
 def build_agent(config: Config) -> Agent:
     """Make or load model and tokenizer, and the transformers policy over them."""
     tokenizer = build_tokenizer(config)
+    transcript = build_transcript(config, tokenizer)
+    if transcript is not None:
+        tokenizer = transcript.tokenizer
     model = build_weights(config, vocab_size=len(tokenizer), eos_id=tokenizer.eos_id)
-    return Agent(model, HFPolicy(model, tokenizer, slots=config.model.slots))
+    return Agent(model, HFPolicy(model, tokenizer, slots=config.model.slots), transcript)
+
+
+def build_transcript(config: Config, tokenizer: HFTokenizer) -> ChatTranscript | None:
+    """How episodes are written, where not inline; the policy then needs the transcript's own tokenizer.
+
+    Raises:
+        ConfigError: The chat template will not do.
+    """
+    if config.model.transcript == "inline":
+        return None
+    chat = config.model.chat
+    return ChatTranscript(
+        tokenizer,
+        template=chat.template,
+        system=chat.system,
+        observation_role=chat.observation_role,
+        template_options=chat.template_options,
+    )
 
 
 def build_weights(
@@ -83,10 +109,16 @@ def build_tokenizer(config: Config, folder: "Path | None" = None) -> HFTokenizer
     source = folder or config.model.tokenizer or own
     if source is not None:
         return HFTokenizer.load(source)
+    marks = template_marks(config.model.chat.template)
+    if config.model.transcript == "chat" and config.model.chat.template == OWN:
+        raise ConfigError(
+            "model.chat.template: a tokenizer that is trained here has no template of its own; "
+            "set model.chat.template=chatml"
+        )
     return train_tokenizer(
         example_texts(config),
         vocab_size=config.model.vocab_size,
-        special_tokens=config.model.special_tokens,
+        special_tokens=[*config.model.special_tokens, *marks],
         kind=config.model.tokenizer_kind,
     )
 

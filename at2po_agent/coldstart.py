@@ -20,6 +20,7 @@ from at2po_agent.expert import ExpertConfig, demonstrate
 from at2po_agent.policies.base import Tokenizer
 from at2po_agent.progress import NoProgress, Progress
 from at2po_agent.settings import ColdStartSettings
+from at2po_agent.transcripts import InlineTranscript, Transcript
 from at2po_env.data.tasks import Task
 
 PHASE = "cold start"
@@ -54,24 +55,27 @@ def record_demonstrations(
     rng: np.random.Generator,
     progress: Progress | None = None,
     script: Script | None = None,
+    transcript: Transcript | None = None,
 ) -> list[Demonstration]:
     """Let an expert play `settings.demonstrations` episodes.
 
     Args:
         env: environment with a task source `tasks`, as every tool environment has.
-        tokenizer: encodes prompt, observations and actions piece by piece, as a rollout does.
+        tokenizer: encodes actions and, by itself or through the transcript, what the environment shows.
         settings: how many, and the shipped expert's faults.
         rng: draws tasks and faults.
         progress: listener.
         script: another expert: a generator that yields actions and is sent observations.
+        transcript: turns what the environment shows into ids; None encodes it as it is.
     """
     progress = progress or NoProgress()
+    transcript = transcript or InlineTranscript(tokenizer)
     if script is None:
         script = partial(demonstrate, config=ExpertConfig.model_validate(settings.expert))
     progress.start("demonstrations", settings.demonstrations)
     demonstrations = []
     for _ in range(settings.demonstrations):
-        demonstrations.append(_play(env, tokenizer, script, rng))
+        demonstrations.append(_play(env, tokenizer, transcript, script, rng))
         progress.advance("demonstrations")
     progress.finish("demonstrations")
     return demonstrations
@@ -128,24 +132,38 @@ def cold_start(
 
 
 def _play(
-    env: gymnasium.Env[str, str], tokenizer: Tokenizer, script: Script, rng: np.random.Generator
+    env: gymnasium.Env[str, str],
+    tokenizer: Tokenizer,
+    transcript: Transcript,
+    script: Script,
+    rng: np.random.Generator,
 ) -> Demonstration:
     prompt, info = env.reset(seed=int(rng.integers(2**31)))
     expert = script(env.get_wrapper_attr("tasks").by_id(info["task_id"]), rng=rng)
-    pieces: list[tuple[str, bool]] = [(prompt, False)]
+    pieces: list[tuple[Sequence[int], bool]] = [(transcript.open(prompt), False)]
     action, ended = next(expert), False
     while not ended:
         observation, _, terminated, truncated, _ = env.step(action)
-        pieces.append((action, True))
+        ids, closed = _action_ids(action, tokenizer, info.get("stop", ()))
+        pieces.append((ids, True))
         ended = terminated or truncated
         if not ended:
-            pieces.append((observation, False))
+            pieces.append((transcript.observe(observation, closed=closed), False))
             action = expert.send(observation)
-    encoded = [(tokenizer.encode(text), trained) for text, trained in pieces]
     return Demonstration(
-        np.array([token for ids, _ in encoded for token in ids], dtype=np.int64),
-        np.array([trained for ids, trained in encoded for _ in ids], dtype=np.bool_),
+        np.array([token for ids, _ in pieces for token in ids], dtype=np.int64),
+        np.array([trained for ids, trained in pieces for _ in ids], dtype=np.bool_),
     )
+
+
+def _action_ids(action: str, tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[list[int], bool]:
+    """Ids that a policy would have had to sample, and whether it ended them itself.
+
+    What completes no stop string ends with the end of sequence, or a policy would never learn to stop there.
+    """
+    ids = tokenizer.encode(action)
+    closed = not any(mark in action for mark in stop)
+    return ([*ids, tokenizer.eos_id], True) if closed else (ids, False)
 
 
 def _endless_order(count: int, rng: np.random.Generator) -> Iterator[int]:

@@ -10,6 +10,7 @@ from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import rollout_with_stats
 from at2po_agent.seeding import RunPurpose, run_seed
 from at2po_agent.settings import Config
+from at2po_agent.transcripts import Transcript
 from at2po_agent.tree import Tree
 
 
@@ -33,7 +34,7 @@ class Collected:
     policy_seconds: float = 0.0
 
 
-def collect_trees(
+def collect_trees(  # noqa: PLR0913  which questions, who answers where, and who is told
     order: TaskOrder,
     cursor: int,
     env: Env,
@@ -42,6 +43,7 @@ def collect_trees(
     *,
     step: int,
     on_leaf: Callable[[], None],
+    transcript: Transcript | None = None,
 ) -> Collected:
     """Sample the trees of a step.
 
@@ -56,6 +58,7 @@ def collect_trees(
         config: The run.
         step: Number of the step; with `run.seed` it decides every draw.
         on_leaf: Called whenever a branch has ended.
+        transcript: Turns what the environment shows into ids; None encodes it as it is.
 
     Raises:
         TrainingError: Every prompt was too long, or the environment failed in every branch.
@@ -66,7 +69,9 @@ def collect_trees(
     for attempt in range(algorithm.oversampling if dynamic else 1):
         seed = run_seed(config.run.seed, RunPurpose.ROLLOUT, step, attempt)
         tasks = order.options(collected.cursor, count)
-        trees, stats = rollout_with_stats(tasks, env, policy, config.rollout, seed=seed, on_leaf=on_leaf)
+        trees, stats = rollout_with_stats(
+            tasks, env, policy, config.rollout, seed=seed, on_leaf=on_leaf, transcript=transcript
+        )
         _check(trees)
         collected.cursor += count
         collected.sampled += trees

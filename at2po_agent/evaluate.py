@@ -9,6 +9,7 @@ from at2po_agent.metrics import OUTCOME_PREFIX, sampled_tokens, tree_metrics, wi
 from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import Options, RolloutConfig, rollout
 from at2po_agent.rollout.settings import ResamplingSettings, ThinkingSettings
+from at2po_agent.transcripts import Transcript
 from at2po_agent.tree import Tree
 
 
@@ -52,6 +53,7 @@ def evaluate(  # noqa: PLR0913  (what to ask whom, then three figures)
     temperature: float = 0.0,
     batch: int = 256,
     on_question: Callable[[], None] | None = None,
+    transcript: Transcript | None = None,
 ) -> tuple[Evaluation, list[Tree]]:
     """Ask every question once.
 
@@ -64,6 +66,7 @@ def evaluate(  # noqa: PLR0913  (what to ask whom, then three figures)
         temperature: 0 is greedy.
         batch: Questions under way at the same time.
         on_question: Called after each question.
+        transcript: Turns what the environment shows into ids; None encodes it as it is.
 
     Returns:
         The figures, and one tree of a single chain per question.
@@ -76,7 +79,9 @@ def evaluate(  # noqa: PLR0913  (what to ask whom, then three figures)
     trees: list[Tree] = []
     for start in range(0, len(tasks), batch):
         part = tasks[start : start + batch]
-        trees += rollout(part, env, policy, chain, seed=seed + start, on_leaf=on_question)
+        trees += rollout(
+            part, env, policy, chain, seed=seed + start, on_leaf=on_question, transcript=transcript
+        )
     return summarise(trees), trees
 
 

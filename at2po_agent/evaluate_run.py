@@ -15,6 +15,7 @@ from at2po_agent.progress import Progress
 from at2po_agent.run_files import CHECKPOINTS
 from at2po_agent.seeding import RunPurpose, run_seed
 from at2po_agent.settings import Config
+from at2po_agent.transcripts import Transcript
 from at2po_env.errors import ConfigError
 
 DEFAULT_CONFIG = "qwen3-4b-multihop"
@@ -56,11 +57,21 @@ def evaluate_config(config: Config, progress: Progress, modes: Sequence[str]) ->
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     agent, env = build_agent(config), make_eval_env(config)
-    return {mode: evaluate_mode(config, mode, env, agent.policy, progress) for mode in modes}
+    return {
+        mode: evaluate_mode(config, mode, env, agent.policy, progress, transcript=agent.transcript)
+        for mode in modes
+    }
 
 
 def evaluate_mode(
-    config: Config, mode: str, env: Env, policy: Policy, progress: Progress, *, phase: str = ""
+    config: Config,
+    mode: str,
+    env: Env,
+    policy: Policy,
+    progress: Progress,
+    *,
+    phase: str = "",
+    transcript: Transcript | None = None,
 ) -> Evaluation:
     """Ask a policy the first `eval.questions` questions of an environment.
 
@@ -71,6 +82,7 @@ def evaluate_mode(
         policy: Who answers.
         progress: Listener.
         phase: What it is told; none means `evaluate (MODE)`.
+        transcript: Turns what the environment shows into ids; None encodes it as it is.
     """
     phase = phase or f"evaluate ({mode})"
     tasks = first_tasks(env, config.eval.questions)
@@ -84,6 +96,7 @@ def evaluate_mode(
         temperature=0.0 if mode == "greedy" else 1.0,
         batch=config.eval.batch,
         on_question=lambda: progress.advance(phase),
+        transcript=transcript,
     )
     progress.finish(phase)
     return result

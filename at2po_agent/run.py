@@ -96,6 +96,7 @@ def _prepare(config: Config, trainer: Trainer, progress: Progress) -> None:
             config.cold_start,
             rng=rng,
             progress=progress,
+            transcript=trainer.agent.transcript,
         )
         figures = cold_start(
             trainer.agent.model, demonstrations, config.cold_start, rng=rng, progress=progress

@@ -37,6 +37,21 @@ class EvalSettings(Section):
     batch: int = Field(256, ge=1, description="Questions under way at the same time.")
 
 
+class ChatSettings(Section):
+    """How an episode is written as a chat."""
+
+    template: str = Field(
+        "tokenizer",
+        description="chatml, qwen3-preserving, llama3, a .jinja file, or the tokenizer's own; one that "
+        "changes earlier messages is refused.",
+    )
+    system: str | None = Field(None, description="System message; none leaves it to the template.")
+    observation_role: Literal["user", "tool"] = Field("user", description="Whose messages observations are.")
+    template_options: dict[str, Any] = Field(
+        default_factory=dict, description="Variables for the template, such as enable_thinking."
+    )
+
+
 class ModelSettings(Section):
     """The policy's model: weights from a path, or a Qwen3-shaped one made here."""
 
@@ -72,6 +87,10 @@ class ModelSettings(Section):
     tied: bool = Field(True, description="Whether input and output embeddings are one matrix.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of random weights.")
     rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary embedding.")
+    transcript: Literal["inline", "chat"] = Field(
+        "inline", description="Episodes as one running text, or as the messages of a chat."
+    )
+    chat: ChatSettings = Field(default_factory=ChatSettings, description="The chat, where it is one.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Number format of the weights."
     )
@@ -82,6 +101,15 @@ class ModelSettings(Section):
     def _heads_divide(self) -> Self:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        return self
+
+    @model_validator(mode="after")
+    def _chat_is_used(self) -> Self:
+        if self.transcript != "chat" and self.chat != ChatSettings():
+            raise ValueError(
+                f"chat is set, but transcript is {self.transcript}: set model.transcript=chat, or leave chat "
+                "as it was"
+            )
         return self
 
 

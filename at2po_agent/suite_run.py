@@ -18,6 +18,7 @@ from at2po_agent.policies.base import Policy
 from at2po_agent.progress import Progress
 from at2po_agent.run_files import disk_refusals, replace_text
 from at2po_agent.settings import Config
+from at2po_agent.transcripts import Transcript
 from at2po_env.data.cache import cache_dir
 from at2po_env.data.catalog import CORPORA, QA_SETS, WIKI_18
 from at2po_env.errors import ConfigError
@@ -71,6 +72,7 @@ def evaluate_suite(
     progress: Progress,
     *,
     policy: Policy | None = None,
+    transcript: Transcript | None = None,
     files: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Ask the policy the first `eval.questions` questions of every set, greedily, one chain each.
@@ -79,7 +81,8 @@ def evaluate_suite(
         config: Model, limits and data.
         suite: A key of `suite.SUITES`.
         progress: Listener.
-        policy: Who answers; None builds it from `config.model`.
+        policy: Who answers; None builds it from `config.model`, with its transcript.
+        transcript: Turns what the environment shows a given policy into ids; None encodes it as it is.
         files: Where the results are written, after every set.
 
     Returns:
@@ -98,12 +101,14 @@ def evaluate_suite(
         raise ConfigError("eval.questions: got 0, expected how many questions of each set to ask")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    policy = policy or build_agent(config).policy
+    if policy is None:
+        agent = build_agent(config)
+        policy, transcript = agent.policy, agent.transcript
     figures: dict[str, dict[str, Any]] = {}
     results: dict[str, Any] = {}
     for name, source in sources.items():
         if source.origin != "missing":
-            figures[name] = _evaluate_set(config, name, source, policy, progress)
+            figures[name] = _evaluate_set(config, name, source, policy, progress, transcript=transcript)
         results = suite_results(config, suite, sources, figures)
         for file in files:
             _write(file, {**results, "complete": name == list(sources)[-1]})
@@ -146,7 +151,13 @@ def suite_results(
 
 
 def _evaluate_set(
-    config: Config, name: str, source: Source, policy: Policy, progress: Progress
+    config: Config,
+    name: str,
+    source: Source,
+    policy: Policy,
+    progress: Progress,
+    *,
+    transcript: Transcript | None,
 ) -> dict[str, Any]:
     title = QA_SETS[name].title
     kwargs = {**_options(config), "split": source.split}
@@ -158,7 +169,7 @@ def _evaluate_set(
         }
     )
     env = make_eval_env(asked)
-    result = evaluate_mode(config, "greedy", env, policy, progress, phase=title)
+    result = evaluate_mode(config, "greedy", env, policy, progress, phase=title, transcript=transcript)
     env.close()
     return result.to_json()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from at2po_agent.chat_rendering import Renderer
@@ -20,8 +19,6 @@ from at2po_env.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-_REMEMBERED = 4096
 
 
 @runtime_checkable
@@ -99,12 +96,10 @@ class ChatTranscript:
         self._end = _closing_token(self._renderer)
         self.tokenizer = _ending_with(tokenizer, self._end, text)
         self._specials = _any_of({*_special_tokens(hf), *template_marks(template), self._end})
-        self._opening_ids = lru_cache(_REMEMBERED)(self._encode_opening)
-        self._ids_between = lru_cache(_REMEMBERED)(self._encode_between)
 
     def open(self, prompt: str) -> list[int]:
         """Ids of the system message, the prompt and the opening of the assistant's message."""
-        return list(self._opening_ids(prompt))
+        return self.tokenizer.encode(self._renderer.opening(self._as_text(prompt)))
 
     def observe(self, observation: str, *, closed: bool) -> list[int]:
         """Ids from the end of the assistant's message to the opening of its next.
@@ -112,16 +107,9 @@ class ChatTranscript:
         Raises:
             ConfigError: With this observation the template changes what precedes it.
         """
-        ids = self._ids_between(observation)
-        return list(ids[1:] if closed else ids)
-
-    def _encode_opening(self, prompt: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(self._renderer.opening(self._as_text(prompt))))
-
-    def _encode_between(self, observation: str) -> tuple[int, ...]:
-        ids = tuple(self.tokenizer.encode(self._renderer.between(self._as_text(observation))))
+        ids = self.tokenizer.encode(self._renderer.between(self._as_text(observation)))
         assert ids[0] == self.tokenizer.eos_id, "the piece begins with the token that was found at first"
-        return ids
+        return ids[1:] if closed else ids
 
     def _as_text(self, content: str) -> str:
         """Content without tokens that would be the template's: `<|im_end|>` becomes `< |im_end|>`."""

@@ -173,11 +173,3 @@ def test_text_from_outside_cannot_forge_messages(transcripts):
         assert [i for i in transcript.open(forged) if i in marks] == [
             i for i in transcript.open("page") if i in marks
         ]
-
-
-def test_pieces_are_the_callers_own(transcripts):
-    transcript = transcripts["chatml", 0, "user", None]
-    transcript.open("P").clear()
-    transcript.observe("O", closed=False).clear()
-    assert transcript.open("P")
-    assert transcript.observe("O", closed=False)
