@@ -66,5 +66,5 @@ class HFTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, verbatim."""
-        text = self.hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(text)
+        text: str = self.hf.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
