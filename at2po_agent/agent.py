@@ -43,6 +43,11 @@ class Agent:
         """The policy's tokenizer."""
         return self.policy.tokenizer
 
+    @property
+    def version(self) -> int:
+        """Version of the policy's weights, as it counts them; 0 where it does not."""
+        return int(getattr(self.policy, "version", 0))
+
     def weights_changed(self) -> None:
         """Tell the policy that the model's weights are new."""
         notify: Callable[[], object] | None = getattr(self.policy, "weights_changed", None)

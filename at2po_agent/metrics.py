@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,43 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
 def sampled_tokens(trees: Iterable[Tree]) -> int:
     """Tokens that the policy sampled, shared prefixes once."""
     return sum(int(turn.sampled_mask.sum()) for tree in trees for turn in tree.turns if turn is not None)
+
+
+def staleness_metrics(trees: Iterable[Tree], version: int) -> dict[str, float]:
+    """How old the weights were that sampled the turns of some trees.
+
+    Args:
+        trees: The trees that are trained on.
+        version: Version of the weights that are about to be updated, as the policy counts them.
+
+    Returns:
+        stale_turns, how many turns older weights sampled; staleness, the mean over turns of how many versions
+        older they were.
+    """
+    ages = [version - turn.version for tree in trees for turn in tree.turns if turn is not None]
+    return {
+        "stale_turns": sum(age > 0 for age in ages),
+        "staleness": float(np.mean(ages)) if ages else 0.0,
+    }
+
+
+def retrieval_metrics(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, float]:
+    """What happened in retrieval between two calls of `at2po_env.retrieval.counters.counted`.
+
+    Returns:
+        Under `retrieval/` each count that rose (the names are listed there), failures whenever something
+        happened, and cache_hit_rate where a cache was asked. Empty where nothing was counted, as with a
+        retriever in this process and no cache.
+    """
+    rose = {name: count - before.get(name, 0) for name, count in sorted(after.items())}
+    figures: dict[str, float] = {name: count for name, count in rose.items() if count}
+    if not figures:
+        return {}
+    figures.setdefault("failures", 0)
+    asked = rose.get("cache_hits", 0) + rose.get("cache_misses", 0)
+    if asked:
+        figures["cache_hit_rate"] = rose.get("cache_hits", 0) / asked
+    return {f"retrieval/{name}": value for name, value in figures.items()}
 
 
 def wilson_interval(mean: float, count: int, *, z: float = 1.96) -> tuple[float, float]:

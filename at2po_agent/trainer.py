@@ -25,7 +25,7 @@ from at2po_agent.environments import (
 from at2po_agent.evaluate import Evaluation
 from at2po_agent.evaluate_run import evaluate_mode
 from at2po_agent.interrupts import StopRequested
-from at2po_agent.metrics import tree_metrics
+from at2po_agent.metrics import retrieval_metrics, staleness_metrics, tree_metrics
 from at2po_agent.progress import Progress
 from at2po_agent.run_files import RunFolder, disk_refusals
 from at2po_agent.scalars import Scalars
@@ -33,6 +33,7 @@ from at2po_agent.seeding import RunPurpose, run_seed
 from at2po_agent.settings import Config
 from at2po_agent.tree import Tree
 from at2po_agent.tree_learner import TreeLearner
+from at2po_env.retrieval.counters import counted
 
 
 @dataclass
@@ -137,12 +138,13 @@ class Trainer:
         A stop that is requested while trees grow takes effect there, and leaves everything as after the last
         step.
         """
-        clock, number = Clock(), self.state.step + 1
+        clock, number, retrieved = Clock(), self.state.step + 1, counted()
         collected = self._grow(number, clock)
         trees = self._learner.with_kl(collected.trees, number)
         credits = [give_credit(tree, self.config.algorithm) for tree in trees]
         clock.lap("credit")
-        figures = self._learner.learn(trees, credits, step=number, clock=clock)
+        figures = staleness_metrics(trees, self.agent.version)
+        figures |= self._learner.learn(trees, credits, step=number, clock=clock)
         self.agent.weights_changed()
         self.state.step, self.state.cursor = number, collected.cursor
         self.state.sampled_tokens += collected.tokens
@@ -156,6 +158,7 @@ class Trainer:
             **tree_metrics(collected.sampled),
             "trained_questions": len(trees),
             **figures,
+            **retrieval_metrics(retrieved, counted()),
             "seconds": sum(clock.phases.values()),
             **{f"seconds/{phase}": seconds for phase, seconds in clock.phases.items()},
         }

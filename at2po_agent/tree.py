@@ -225,6 +225,7 @@ class Tree:
             "stop_reason": turn.stop_reason,
             "reward": self._rewards[node],
             "outcome": self.outcomes[node],
+            **({"version": turn.version} if turn.version else {}),
         }
 
     def _check_prefix(self, parent: int, turn: Turn, prefix: tuple[int, ...]) -> None:
@@ -254,6 +255,7 @@ def _turn_from_json(entry: Mapping[str, Any]) -> Turn:
         action=entry["action"],
         entropy=float(entry["entropy"]),
         stop_reason=entry["stop_reason"],
+        version=int(entry.get("version", 0)),
     )
 
 

@@ -62,6 +62,7 @@ class Turn:
         action: The action's text, verbatim.
         entropy: Mean surprisal of the sampled tokens in nats (algorithms.md section 1); 0 without any.
         stop_reason: Why sampling stopped.
+        version: Version of the weights that sampled, as the policy counts them.
     """
 
     observation_ids: tuple[int, ...]
@@ -72,6 +73,7 @@ class Turn:
     action: str
     entropy: float
     stop_reason: StopReason
+    version: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "observation_ids", tuple(self.observation_ids))
@@ -98,6 +100,7 @@ class Turn:
             action=action,
             entropy=mean_surprisal(generation.log_probs, generation.sampled),
             stop_reason=generation.stop_reason,
+            version=generation.version,
         )
 
     @property

@@ -1,8 +1,10 @@
+import contextlib
 import json
 import os
 import resource
 import signal
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,16 @@ from at2po_agent.config import load_config
 from at2po_agent.interrupts import TrainingInterrupted
 from at2po_agent.learner import TrainingError
 from at2po_agent.model import ModelShape, build_model
+from at2po_agent.policies.base import Request
 from at2po_agent.policies.hf import HFPolicy
 from at2po_agent.progress import NoProgress
 from at2po_agent.run import run_training
 from at2po_agent.run_files import RunFolderError, newest_run, open_run
 from at2po_agent.settings import Config
 from at2po_agent.tree import Tree
-from at2po_env.errors import ConfigError
+from at2po_agent.types import Generation
+from at2po_env.errors import ConfigError, RetrievalError
+from at2po_env.retrieval.http import HttpRetriever
 
 SHAPE = ModelShape(
     vocab_size=len(SmallTokenizer.alphabet),
@@ -357,6 +362,58 @@ def test_recomputed_log_probs_agree_with_the_sampler(whole_run, tmp_path):
     recomputed, sampled = records(tmp_path / "run")[0], records(whole_run)[0]
     assert recomputed["loss"] == pytest.approx(sampled["loss"], abs=1e-4)
     assert recomputed["grad_norm"] == pytest.approx(sampled["grad_norm"], rel=1e-2)
+
+
+class Lagging:
+    """Samples with the current weights and says that they are older."""
+
+    def __init__(self, inner: HFPolicy, versions: int) -> None:
+        self.tokenizer = inner.tokenizer
+        self._inner, self._versions = inner, versions
+
+    @property
+    def version(self) -> int:
+        return self._inner.version + self._versions
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        return self._inner.generate(requests)
+
+    def weights_changed(self) -> None:
+        self._inner.weights_changed()
+
+
+@pytest.mark.parametrize("versions", [0, 2])
+def test_stale_turns_are_counted_and_kept_with_their_version(tmp_path, versions):
+    def agent(config: Config) -> Agent:
+        plain = make_agent(config)
+        return Agent(plain.model, Lagging(plain.policy, versions))
+
+    train(settings(tmp_path / "run", train__steps=3, eval__questions=0), agent=agent)
+    for record in records(tmp_path / "run"):
+        assert record["staleness"] == versions
+        assert record["stale_turns"] == (record["nodes"] if versions else 0)
+    kept = (tmp_path / "run" / "trees" / "step_000003.jsonl").read_text().splitlines()
+    turns = [turn for line in kept for turn in Tree.from_json(json.loads(line)["tree"]).turns if turn]
+    assert {turn.version for turn in turns} == {2}  # two updates before the third step
+
+
+def test_failing_retrieval_shows_in_the_metrics(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    dead = HttpRetriever(url=url, retries=0, timeout_s=5)
+
+    class Searching(GuessEnv):
+        def step(self, action: str) -> Any:
+            with contextlib.suppress(RetrievalError):
+                dead.search([action], 1)
+            return super().step(action)
+
+    train(settings(tmp_path / "run", train__steps=2, eval__questions=0), env=Searching())
+    for record in records(tmp_path / "run"):
+        assert record["retrieval/requests"] == record["retrieval/failures"] >= record["nodes"]
+    plain = tmp_path / "plain"
+    train(settings(plain, train__steps=1, eval__questions=0))
+    assert not [key for key in records(plain)[0] if key.startswith("retrieval/")]
 
 
 def test_dynamic_sampling_trains_on_questions_whose_leaves_differ(tmp_path):

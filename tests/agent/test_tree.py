@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -26,6 +27,16 @@ def two_branches() -> Tree:
     tree.close(left, 1.0, {"em": 1.0, "reason": "answer"})
     tree.close(right, -1.0)
     return tree
+
+
+def test_json_keeps_the_version_of_the_weights_and_omits_the_first() -> None:
+    tree = Tree([1])
+    for version in (0, 7):
+        turn = dataclasses.replace(make_turn(), version=version)
+        tree.close(tree.add(0, turn), 1.0)
+    text = tree.to_json()
+    assert ["version" in node for node in json.loads(text)["nodes"]] == [False, True]
+    assert [turn.version for turn in Tree.from_json(text).turns[1:]] == [0, 7]
 
 
 def test_pieces_along_a_path_are_the_branch() -> None:

@@ -25,6 +25,7 @@ def test_turn_from_generation_keeps_every_token() -> None:
     assert turn.entropy == 0.5
     assert turn.sampled_mask.tolist() == [True, False]
     assert (turn.observation, turn.action, turn.stop_reason) == ("seen", "done", "stop")
+    assert turn.version == 3
     all_sampled = Turn.from_generation(Generation((7,), np.array([-1.0], np.float32), "eos"), action="")
     assert all_sampled.sampled_mask.tolist() == [True]
     assert all_sampled.observation_ids == ()
