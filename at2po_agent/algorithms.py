@@ -45,6 +45,7 @@ def objective(settings: AlgorithmSettings) -> Objective:
         needs_entropy="entropies" in spec.requires,
         kl_weight=settings.kl_weight if settings.kl_place == "loss" else 0.0,
         kl_estimator=settings.kl_estimator,
+        level=spec.level,
     )
 
 

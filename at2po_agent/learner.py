@@ -5,8 +5,9 @@ Both are cut into micro-batches by their tokens; logits exist only where a token
 minibatch does not depend on the cut, since losses divide by the totals of the minibatch. Branches whose
 advantages are all zero add nothing to the gradient and are not computed.
 
-Batches are cut on the host. With a fused optimiser nothing waits for the device until an update is complete;
-then one transfer brings its figures.
+Batches are cut on the host, and whatever depends on what a tensor holds is worked out there. With a fused
+optimiser nothing waits for the device until an update is complete; then one transfer brings its figures.
+(With rows, transformers waits once in each forward pass: it looks into the positions for packed sequences.)
 """
 
 import math
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from at2po_agent.losses.base import LossTotals
+from at2po_agent.losses.base import LossTotals, RatioLevel
 from at2po_agent.losses.drift import drift_metrics
 from at2po_agent.losses.kl import Estimator, kl_penalty
+from at2po_agent.mismatch import Mismatch
 from at2po_agent.packed_forward import check_model, head_of, logits_at, packed_stats
-from at2po_agent.packing import Batch
+from at2po_agent.packing import Batch, move
 from at2po_agent.settings import OptimizerSettings
 from at2po_agent.tree_attention import tree_attention
 from at2po_agent.tree_packing import PackedBatch, PackedPiece
@@ -31,8 +33,6 @@ from at2po_env.errors import At2poError, ConfigError
 
 LossFunction = Callable[..., tuple[Tensor, Mapping[str, Any]]]
 
-SAMPLER_TOLERANCE = 1e-3
-"""Mean difference of log-probs in nats up to which the sampler's are taken; AT2PO's clip begins at 3e-3."""
 _WHOLE = 1 << 62
 
 
@@ -51,6 +51,7 @@ class Objective(NamedTuple):
         needs_entropy: Whether it takes `entropies`, those of the policy when the update begins.
         kl_weight: Weight of the KL to the reference that is added to it.
         kl_estimator: The KL's estimator.
+        level: Whose tokens make one importance ratio.
     """
 
     loss: LossFunction
@@ -59,6 +60,7 @@ class Objective(NamedTuple):
     needs_entropy: bool = False
     kl_weight: float = 0.0
     kl_estimator: Estimator = "k3"
+    level: RatioLevel = "token"
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
@@ -125,22 +127,26 @@ class Learner:
         """Entropies of all trained tokens without gradient, a micro-batch at a time; float32[B, T]."""
         return self._without_gradient(batch, self._entropies)
 
-    def sampler_agrees(self, batch: Batch | PackedBatch, *, tolerance: float = SAMPLER_TOLERANCE) -> bool:
-        """Whether the sampler's log-probs are those of the model, judged by one micro-batch.
+    def first_mismatch(self, batch: Batch | PackedBatch) -> dict[str, float]:
+        """How far the sampler's log-probs are from the model's, judged by one micro-batch (`Mismatch.read`).
 
         Args:
             batch: Sampled with the model's weights.
-            tolerance: Largest mean |difference| over its trained tokens, in nats.
         """
+        found = Mismatch()
         with torch.no_grad(), self._attention(batch):
             pieces: Iterator[tuple[Tensor, Batch | PackedPiece]] = batch.micro_batches(self.token_budget)
             here = next(pieces)[1].to(self._device)
-            trained = here.turn_ids >= 0
-            difference = (self._forward(here) - here.sampled_log_probs).abs()[trained]
-        return not len(difference) or bool(difference.mean() <= tolerance)
+            found.add(self._forward(here), here.sampled_log_probs, here.turn_ids)
+        return found.read()
 
     def update(
-        self, batch: Batch | PackedBatch, old_log_probs: Tensor, ref_log_probs: Tensor | None = None
+        self,
+        batch: Batch | PackedBatch,
+        old_log_probs: Tensor,
+        ref_log_probs: Tensor | None = None,
+        *,
+        mismatch: Mismatch | None = None,
     ) -> dict[str, float]:
         """One optimiser step on a minibatch.
 
@@ -148,6 +154,8 @@ class Learner:
             batch: The minibatch.
             old_log_probs: float32[B, T], nats.
             ref_log_probs: float32[B, T], nats, of the reference; needed where the objective has a KL term.
+            mismatch: Takes the log-probs that the update computes (before it changes the weights) beside
+                those of the sampler.
 
         Returns:
             loss, grad_norm, and the loss's own metrics as means over the computed rows.
@@ -158,7 +166,7 @@ class Learner:
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         self.model.train(self.checkpointing)
-        figures = self._backward(batch, old_log_probs, ref_log_probs)
+        figures = self._backward(batch, old_log_probs, ref_log_probs, mismatch)
         self.model.eval()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         figures["grad_norm"] = getattr(norm, "full_tensor", lambda: norm)()
@@ -201,40 +209,51 @@ class Learner:
         with torch.no_grad(), self._attention(batch):
             for rows, piece in batch.micro_batches(self.token_budget):
                 here = piece.to(self._device)
-                out[rows.to(self._device), : here.turn_ids.shape[1]] = function(here).float()
+                out[move(rows, self._device), : here.turn_ids.shape[1]] = function(here).float()
         return out
 
     def _entropies(self, piece: Batch | PackedPiece) -> Tensor:
-        if isinstance(piece, PackedPiece):
-            return packed_stats(
-                self.model, piece, temperature=self.temperature, with_entropies=True
-            ).entropies
-        return trained_entropies(self.model, piece, temperature=self.temperature)
+        with self._number_format(piece):
+            if isinstance(piece, PackedPiece):
+                return packed_stats(
+                    self.model, piece, temperature=self.temperature, with_entropies=True
+                ).entropies
+            return trained_entropies(self.model, piece, temperature=self.temperature)
+
+    def _number_format(self, piece: Batch | PackedPiece) -> AbstractContextManager[Any]:
+        device = piece.turn_ids.device.type
+        return torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
 
     def _forward(self, piece: Batch | PackedPiece) -> Tensor:
-        device = piece.turn_ids.device.type
-        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+        with self._number_format(piece):
             if isinstance(piece, PackedPiece):
                 return packed_stats(self.model, piece, temperature=self.temperature).log_probs
             return trained_log_probs(self.model, piece, temperature=self.temperature)
 
     def _backward(
-        self, batch: Batch | PackedBatch, old_log_probs: Tensor, ref_log_probs: Tensor | None = None
+        self,
+        batch: Batch | PackedBatch,
+        old_log_probs: Tensor,
+        ref_log_probs: Tensor | None = None,
+        mismatch: Mismatch | None = None,
     ) -> dict[str, Any]:
+        device = self._device
         entropies = self.entropies(batch) if self.objective.needs_entropy else None
         totals = LossTotals.of(batch.turn_ids, entropies)
-        given = [t if t is None else t.to(self._device) for t in (old_log_probs, ref_log_probs, entropies)]
-        total = torch.zeros((), device=self._device)
+        given = [t if t is None else move(t, device) for t in (old_log_probs, ref_log_probs, entropies)]
+        total = torch.zeros((), device=device)
         sums: dict[str, Any] = {}
         computed = 0
         with self._attention(batch):
             for rows, piece in self._pieces(batch):
                 computed += int((piece.turn_ids >= 0).sum())
-                here, width = piece.to(self._device), piece.turn_ids.shape[1]
-                index = rows.to(self._device)
-                loss, metrics = self._loss(
-                    here, *(t if t is None else t[index, :width] for t in given), totals=totals
-                )
+                here, width = piece.to(device), piece.turn_ids.shape[1]
+                index = move(rows, device)
+                old, ref, entropy = (t if t is None else t[index, :width] for t in given)
+                log_probs = self._forward(here)
+                if mismatch is not None:
+                    mismatch.add(log_probs, here.sampled_log_probs, here.turn_ids)
+                loss, metrics = self._loss(log_probs, here, old, ref, entropy, totals=totals)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
                 for name, value in metrics.items():
@@ -244,6 +263,7 @@ class Learner:
 
     def _loss(
         self,
+        log_probs: Tensor,
         piece: Batch | PackedPiece,
         old_log_probs: Tensor | None,
         ref_log_probs: Tensor | None,
@@ -252,7 +272,6 @@ class Learner:
         totals: LossTotals,
     ) -> tuple[Tensor, Mapping[str, Any]]:
         objective = self.objective
-        log_probs = self._forward(piece)
         loss, metrics = objective.loss(
             log_probs,
             old_log_probs,
@@ -291,11 +310,10 @@ def trained_log_probs(model: nn.Module, batch: Batch, *, temperature: float = 1.
         float32[B, T] in nats: entry t is the log-prob of token t given the tokens before it, 0 where turn id
         is -1.
     """
-    trained = batch.turn_ids[:, 1:] >= 0
-    logits = _tempered(_logits_where(model, batch, trained), temperature)
-    chosen = -functional.cross_entropy(logits, batch.input_ids[:, 1:][trained], reduction="none")
-    out = torch.zeros(batch.input_ids.shape, dtype=chosen.dtype, device=chosen.device)
-    return out.masked_scatter(functional.pad(trained, (1, 0)), chosen)
+    places = batch.find_places()
+    logits = _tempered(_logits_before(model, batch, places), temperature)
+    chosen = -functional.cross_entropy(logits, batch.input_ids.flatten()[places], reduction="none")
+    return _in_rows(chosen, batch, places)
 
 
 def trained_entropies(model: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
@@ -304,11 +322,16 @@ def trained_entropies(model: nn.Module, batch: Batch, *, temperature: float = 1.
     Returns:
         float32[B, T] in nats, 0 where turn id is -1.
     """
-    trained = batch.turn_ids[:, 1:] >= 0
-    log_probs = _tempered(_logits_where(model, batch, trained), temperature).log_softmax(dim=-1)
+    places = batch.find_places()
+    log_probs = _tempered(_logits_before(model, batch, places), temperature).log_softmax(dim=-1)
     values = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(dim=-1)
-    out = torch.zeros(batch.input_ids.shape, dtype=values.dtype, device=values.device)
-    return out.masked_scatter(functional.pad(trained, (1, 0)), values)
+    return _in_rows(values, batch, places)
+
+
+def _in_rows(per_token: Tensor, batch: Batch, places: Tensor) -> Tensor:
+    """Numbers float[S] at their places in rows float[B, T] of zeros."""
+    out = torch.zeros(batch.input_ids.numel(), dtype=per_token.dtype, device=per_token.device)
+    return out.index_put((places,), per_token).view(batch.input_ids.shape)
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
@@ -327,11 +350,11 @@ def _read(figures: Mapping[str, Any]) -> dict[str, float]:
     return dict(zip(figures, torch.stack(scalars).tolist(), strict=True))
 
 
-def _logits_where(model: nn.Module, batch: Batch, trained: Tensor) -> Tensor:
-    """Logits float[S, V] that predict the trained tokens, in row-major order."""
+def _logits_before(model: nn.Module, batch: Batch, places: Tensor) -> Tensor:
+    """Logits float[S, V] of the tokens before the given places, which predict those there."""
     if head_of(model) is None:
         logits: Tensor = model(input_ids=batch.input_ids).logits
-        return logits[:, :-1][trained]
+        return logits.flatten(0, 1)[places - 1]
     return logits_at(
-        model, lambda hidden: hidden[:, :-1][trained], input_ids=batch.input_ids, use_cache=False
+        model, lambda hidden: hidden.flatten(0, 1)[places - 1], input_ids=batch.input_ids, use_cache=False
     )

@@ -33,6 +33,8 @@ class Batch:
         turn_ids: int64, -1 where not trained.
         advantages: float32, 0 where not trained.
         sampled_log_probs: float32, nats, as sampled; 0 where not trained.
+        places: Not [B, T] but int64[S]: places of the trained tokens in the flattened rows, where they are
+            known. `to` finds them on the host: elsewhere that would wait for the device.
     """
 
     input_ids: Tensor
@@ -41,9 +43,10 @@ class Batch:
     turn_ids: Tensor
     advantages: Tensor
     sampled_log_probs: Tensor
+    places: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shapes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
+        shapes = {name: tuple(getattr(self, name).shape) for name in _PER_TOKEN}
         if len(set(shapes.values())) != 1 or self.input_ids.ndim != 2:
             raise ValueError(f"all tensors of a batch must be [B, T], got {shapes}")
 
@@ -58,13 +61,31 @@ class Batch:
 
     def select(self, rows: Tensor, length: int | None = None) -> Self:
         """Some rows in a given order, cut after `length` positions."""
-        return type(self)(*(getattr(self, field.name)[rows, :length] for field in fields(self)))
+        return type(self)(*(getattr(self, name)[rows, :length] for name in _PER_TOKEN))
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch on another device."""
-        return type(self)(
-            *(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
-        )
+        """The same batch on another device, without waiting for it."""
+        tensors = [getattr(self, name) for name in _PER_TOKEN]
+        return type(self)(*(move(tensor, device) for tensor in (*tensors, self.find_places())))
+
+    def find_places(self) -> Tensor:
+        """`places`, whether they are known or not."""
+        if self.places is not None:
+            return self.places
+        trained = self.turn_ids >= 0
+        trained[:, 0] = False
+        return torch.nonzero(trained.flatten()).flatten()
+
+
+_PER_TOKEN = tuple(field.name for field in fields(Batch) if field.name != "places")
+
+
+def move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on another device; the host goes on at once, also when it comes from the host."""
+    where = torch.device(device)
+    if where.type != "cuda" or tensor.is_cuda:
+        return tensor.to(where)
+    return tensor.pin_memory().to(where, non_blocking=True)
 
 
 def pack_rows(

@@ -4,7 +4,7 @@ Its weights lie in the run's folder, so that a resumed run measures from the sam
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from torch import nn
 from at2po_agent.checkpoint import CheckpointError
 from at2po_agent.learner import Learner
 from at2po_agent.losses.kl import Estimator, token_kl
-from at2po_agent.packing import pack_rows
+from at2po_agent.packing import Batch, pack_rows
 from at2po_agent.tree import Tree
+from at2po_agent.tree_packing import PackedBatch
 
 FILE = "reference.safetensors"
 
@@ -45,7 +46,12 @@ def reference_learner(learner: Learner, folder: Path, *, started: bool) -> Learn
 
 
 def with_kl_in_reward(
-    trees: Sequence[Tree], reference: Learner, *, weight: float, estimator: Estimator = "k3"
+    trees: Sequence[Tree],
+    reference: Learner,
+    *,
+    weight: float,
+    estimator: Estimator = "k3",
+    pack: Callable[..., Batch | PackedBatch] = pack_rows,
 ) -> list[Tree]:
     """Take the KL to the reference from the rewards: `R <- R - weight * sum_t KL_t` over a branch.
 
@@ -54,16 +60,17 @@ def with_kl_in_reward(
         reference: Scores the sampled tokens.
         weight: Weight of the KL.
         estimator: `k1`, `k2` or `k3`, from the log-probs as sampled.
+        pack: `pack_rows`, or `pack_trees`, by which the reference sees shared tokens once.
 
     Returns:
         The same trees with other rewards; nothing is copied.
     """
     if not trees:
         return []
-    batch = pack_rows(trees, [np.zeros(len(tree.leaves())) for tree in trees])
-    batch = batch.to(next(reference.model.parameters()).device)
-    kl = token_kl(batch.sampled_log_probs, reference.log_probs(batch), batch.turn_ids, estimator=estimator)
-    sums = kl.sum(dim=1).double().cpu().numpy()
+    batch = pack(trees, [np.zeros(len(tree.leaves())) for tree in trees])
+    log_probs = reference.log_probs(batch).cpu()
+    kl = token_kl(batch.sampled_log_probs, log_probs, batch.turn_ids, estimator=estimator)
+    sums = kl.double().sum(dim=1).numpy()
     shaped, first = [], 0
     for tree in trees:
         rewards = tree.leaf_reward[tree.is_leaf]

@@ -171,6 +171,16 @@ class TrainSettings(Section):
         description="Log-probs at the start of the update: as sampled, or from a forward pass; auto takes "
         "the sampler's where a micro-batch shows that they agree to 0.001 nats.",
     )
+    importance_cap: float | None = Field(
+        None,
+        ge=1,
+        allow_inf_nan=False,
+        description="Weigh each token's loss by how much likelier the learner finds it than the sampler did, "
+        "at most so much (truncated importance sampling); none does not weigh.",
+    )
+    mismatch_warning: float = Field(
+        0.01, gt=0, description="Warn when sampler and learner differ by a larger KL, in nats per token."
+    )
     autocast: Literal["none", "bfloat16"] = Field(
         "none", description="Number format of the learner's matrix products; weights keep model.dtype."
     )
@@ -187,6 +197,15 @@ class TrainSettings(Section):
         if self.minibatch_questions > self.questions:
             raise ValueError(
                 f"minibatch_questions ({self.minibatch_questions}) exceeds questions ({self.questions})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_have_two_sides(self) -> Self:
+        if self.importance_cap is not None and self.old_log_probs == "sampler":
+            raise ValueError(
+                "importance_cap compares recomputed log-probs with the sampler's, and old_log_probs is "
+                "'sampler'; set it to recompute or auto"
             )
         return self
 

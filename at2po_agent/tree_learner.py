@@ -5,6 +5,7 @@ the old log-probs come from, and what the reference is asked. The trainer knows 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,18 @@ from torch import Tensor, nn
 from at2po_agent.algorithms import Credit, objective
 from at2po_agent.clock import Clock
 from at2po_agent.learner import Learner, checkpoint_activations, make_optimizer
+from at2po_agent.mismatch import Mismatch, importance_weights
 from at2po_agent.packed_forward import check_model
-from at2po_agent.packing import Batch, pack_rows
+from at2po_agent.packing import Batch, move, pack_rows
 from at2po_agent.reference import reference_learner, with_kl_in_reward
 from at2po_agent.seeding import RunPurpose, run_generator
 from at2po_agent.settings import Config
 from at2po_agent.tree import Tree
 from at2po_agent.tree_packing import PackedBatch, pack_trees
 from at2po_env.errors import ConfigError
+
+SAMPLER_TOLERANCE = 1e-3
+"""Mean difference of log-probs in nats up to which the sampler's are taken; AT2PO's clip begins at 3e-3."""
 
 
 class TreeLearner:
@@ -53,6 +58,7 @@ class TreeLearner:
             checkpoint_activations(model)
         self._pack = self._choose_packing()
         self._reference: Learner | None = None
+        self._warned = False
 
     def with_kl(self, trees: Sequence[Tree], step: int) -> Sequence[Tree]:
         """The trees, with the KL to the reference taken from their rewards where the settings want that."""
@@ -60,7 +66,11 @@ class TreeLearner:
         if not settings.kl_weight or settings.kl_place != "reward":
             return trees
         return with_kl_in_reward(
-            trees, self._frozen(step), weight=settings.kl_weight, estimator=settings.kl_estimator
+            trees,
+            self._frozen(step),
+            weight=settings.kl_weight,
+            estimator=settings.kl_estimator,
+            pack=self._pack,
         )
 
     def learn(
@@ -75,7 +85,8 @@ class TreeLearner:
             clock: Takes the seconds of packing, old_log_probs, reference and update.
 
         Returns:
-            Means of the updates' figures, learning_rate, and how many updates there were.
+            Means of the updates' figures, learning_rate, how many updates there were, and the mismatch of
+            sampler and learner (`Mismatch.read`), where a token could be compared.
         """
         settings = self._config.train
         rate = self._set_learning_rate(step)
@@ -87,17 +98,23 @@ class TreeLearner:
         for chosen in np.array_split(order, max(1, len(trees) // settings.minibatch_questions)):
             batches.append(self._pack([trees[i] for i in chosen], [credits[i].advantages for i in chosen]))
         clock.lap("packing")
-        old = self._old_log_probs(batches)
+        old, measured = self._old_log_probs(batches)
+        weighing = self._weigh(batches, old)
         clock.lap("old_log_probs")
         weighs_kl = self._learner.objective.kl_weight
         references = [self._frozen(step).log_probs(batch) if weighs_kl else None for batch in batches]
         clock.lap("reference")
-        updates = []
+        mismatch = None if measured else Mismatch()
+        updates: list[dict[str, float]] = []
         for epoch in range(settings.epochs):
-            turn = range(len(batches)) if epoch == 0 else generator.permutation(len(batches))
-            updates += [self._learner.update(batches[i], old[i], references[i]) for i in turn]
+            for i in range(len(batches)) if epoch == 0 else generator.permutation(len(batches)):
+                first = None if updates else mismatch
+                updates.append(self._learner.update(batches[i], old[i], references[i], mismatch=first))
+        if mismatch is not None:
+            measured = mismatch.read()
         clock.lap("update")
-        return {**_means(updates), "learning_rate": rate, "updates": len(updates)}
+        figures = {"learning_rate": rate, "updates": len(updates)}
+        return {**_means(updates), **_means(weighing), **self._judge(measured, step), **figures}
 
     def _choose_packing(self) -> Callable[..., Batch | PackedBatch]:
         """`pack_trees` where the model can be trained on packed trees, unless the settings decide."""
@@ -116,11 +133,59 @@ class TreeLearner:
             self._reference = reference_learner(self._learner, self._folder, started=step > 1)
         return self._reference
 
-    def _old_log_probs(self, batches: Sequence[Batch | PackedBatch]) -> list[Tensor]:
+    def _old_log_probs(self, batches: Sequence[Batch | PackedBatch]) -> tuple[list[Tensor], dict[str, float]]:
+        """Old log-probs of each minibatch, and how far the sampler's are from the model's, if that is known.
+
+        Recomputed ones are compared token by token. `auto` compares one micro-batch, and that is measured
+        where the sampler's are taken. With `sampler` nothing is computed here: the first update computes the
+        log-probs of its branches before it changes a weight, so measuring there costs nothing. Only where
+        none of them has an advantage, and nothing would be computed, one micro-batch is.
+        """
         source = self._config.train.old_log_probs
-        if source == "sampler" or (source == "auto" and self._learner.sampler_agrees(batches[0])):
-            return [batch.sampled_log_probs for batch in batches]
-        return [self._learner.log_probs(batch) for batch in batches]
+        sampled = [batch.sampled_log_probs for batch in batches]
+        if source == "sampler" and (batches[0].advantages != 0).any():
+            return sampled, {}
+        if source != "recompute":
+            figures = self._learner.first_mismatch(batches[0])
+            if source == "sampler" or figures.get("mismatch/mean_difference", 0.0) <= SAMPLER_TOLERANCE:
+                return sampled, figures
+        mismatch, recomputed = Mismatch(), [self._learner.log_probs(batch) for batch in batches]
+        for batch, log_probs in zip(batches, recomputed, strict=True):
+            device = log_probs.device
+            mismatch.add(log_probs, move(batch.sampled_log_probs, device), move(batch.turn_ids, device))
+        return recomputed, mismatch.read()
+
+    def _weigh(self, batches: list[Batch | PackedBatch], old: Sequence[Tensor]) -> list[dict[str, float]]:
+        """Put importance weights on the advantages of all minibatches, where the settings want that."""
+        cap = self._config.train.importance_cap
+        if cap is None:
+            return []
+        figures = []
+        for index, (batch, log_probs) in enumerate(zip(batches, old, strict=True)):
+            weights, about = importance_weights(
+                log_probs.cpu(),
+                batch.sampled_log_probs,
+                batch.turn_ids,
+                cap=cap,
+                level=self._learner.objective.level,
+            )
+            batches[index] = replace(batch, advantages=batch.advantages * weights)
+            figures.append({name: float(value) for name, value in about.items()})
+        return figures
+
+    def _judge(self, measured: Mapping[str, float], step: int) -> dict[str, float]:
+        """The mismatch with `mismatch/warning`, 1 beyond the threshold; a person is told once."""
+        if not measured:
+            return {}
+        kl, most = measured["mismatch/kl_k3"], self._config.train.mismatch_warning
+        if kl > most and not self._warned:
+            self._warned = True
+            self._report(
+                f"step {step}: sampler and learner differ by a KL of {kl:.2g} nats per token, more than "
+                f"train.mismatch_warning ({most:g}); compare their number formats and versions, or correct "
+                "for it with train.importance_cap=2 and train.old_log_probs=recompute"
+            )
+        return {**measured, "mismatch/warning": int(kl > most)}
 
     def _set_learning_rate(self, step: int) -> float:
         settings = self._config.optimizer

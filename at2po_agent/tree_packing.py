@@ -26,7 +26,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from at2po_agent.packing import Overflow, Row, branch_rows, limit_rows
+from at2po_agent.packing import Overflow, Row, branch_rows, limit_rows, move
 from at2po_agent.prefixes import Layout, SortedRows, cut_rows, lay_out, sort_rows
 from at2po_agent.tree import Tree
 from at2po_agent.types import IntArray
@@ -130,9 +130,8 @@ class PackedPiece:
 
     def to(self, device: torch.device | str) -> Self:
         """The same pack on another device, without waiting for it."""
-        where = torch.device(device)
         tensors: dict[str, Any] = {
-            name: _move(value, where) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: move(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **tensors)
 
@@ -190,9 +189,3 @@ def _slots(paths: Sequence[IntArray], trained: Sequence[IntArray]) -> tuple[IntA
     slots = np.full((len(paths), max(1, counts.max())), len(places), dtype=np.int64)
     slots[np.arange(slots.shape[1]) < counts[:, None]] = numbers
     return slots, places, before[first]
-
-
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from at2po_agent.segments import TurnSegments
 
 Metrics: TypeAlias = dict[str, Tensor]
 LossResult: TypeAlias = tuple[Tensor, Metrics]
+RatioLevel: TypeAlias = Literal["token", "turn", "branch"]
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are kept within +-20 so that no ratio overflows or vanishes; far outside of every clip."""
@@ -42,34 +43,37 @@ class LossTotals:
         branches: Rows.
         tokens: Sampled tokens.
         turns: Turns with a sampled token.
-        entropy_mean: Mean entropy of the sampled tokens in nats; None where nobody needs it.
-        entropy_std: Their standard deviation (unbiased).
+        entropy_mean: Mean entropy of the sampled tokens in nats, a scalar; None where nobody needs it.
+        entropy_std: Their standard deviation (unbiased), a scalar.
     """
 
     branches: int
     tokens: int
     turns: int
-    entropy_mean: float | None = None
-    entropy_std: float | None = None
+    entropy_mean: Tensor | None = None
+    entropy_std: Tensor | None = None
 
     @classmethod
     def of(cls, turn_ids: Tensor, entropies: Tensor | None = None) -> Self:
-        """Count a whole minibatch. Reads numbers off the device: call it once per minibatch, not per piece.
+        """Count a whole minibatch. Counts are read where `turn_ids` lies: keep it on the host.
 
         Args:
             turn_ids: int64[B, T], -1 where not sampled.
-            entropies: float[B, T] in nats, or None.
+            entropies: float[B, T] in nats, on any device, or None. Nothing waits for them.
         """
         sampled = turn_ids >= 0
+        tokens = int(sampled.sum())
         counts = TurnSegments.of(turn_ids).counts
-        chosen = None if entropies is None else entropies[sampled].double()
-        return cls(
-            branches=turn_ids.shape[0],
-            tokens=int(sampled.sum()),
-            turns=int((counts > 0).sum()),
-            entropy_mean=None if chosen is None else float(chosen.mean()) if len(chosen) else 0.0,
-            entropy_std=None if chosen is None else float(chosen.std()) if len(chosen) > 1 else 0.0,
-        )
+        statistics = () if entropies is None else mean_and_std(entropies, sampled, tokens)
+        return cls(turn_ids.shape[0], tokens, int((counts > 0).sum()), *statistics)
+
+
+def mean_and_std(values: Tensor, sampled: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of `count` sampled tokens, 0 where there are too few."""
+    sampled = sampled.to(values.device)
+    mean = mask(values.double(), sampled).sum() / max(count, 1)
+    squares = mask(values.double() - mean, sampled).square().sum()
+    return mean, (squares / max(count - 1, 1)).sqrt()
 
 
 class Inputs(NamedTuple):

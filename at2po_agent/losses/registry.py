@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from at2po_agent.losses.atpo import atpo_loss, atpo_soft_clip_loss
-from at2po_agent.losses.base import LossResult
+from at2po_agent.losses.base import LossResult, RatioLevel
 from at2po_agent.losses.gspo import gspo_loss
 from at2po_agent.losses.sapo import sapo_loss
 from at2po_agent.losses.token import aepo_loss, dapo_loss, gppo_loss, grpo_loss
@@ -33,11 +33,13 @@ class LossSpec:
         name: What a configuration calls it.
         function: The pure function.
         requires: Names of further [B, T] tensors that the trainer must pass, such as `entropies`.
+        level: Whose tokens make one importance ratio.
     """
 
     name: str
     function: LossFunction
     requires: tuple[str, ...] = ()
+    level: RatioLevel = "token"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -50,13 +52,16 @@ class LossSpec:
 _LOSSES: dict[str, LossSpec] = {}
 
 
-def register_loss(name: str, function: LossFunction, *, requires: tuple[str, ...] = ()) -> LossSpec:
+def register_loss(
+    name: str, function: LossFunction, *, requires: tuple[str, ...] = (), level: RatioLevel = "token"
+) -> LossSpec:
     """Make a loss known under a name.
 
     Args:
         name: What configurations call it.
         function: `(log_probs, old_log_probs, advantages, turn_ids, *, own keywords) -> (loss, metrics)`.
         requires: Names of further [B, T] tensors that it must be called with.
+        level: Whose tokens make one importance ratio: a `token`, a `turn` or a `branch`.
 
     Raises:
         ValueError: The name is taken by another function.
@@ -64,7 +69,7 @@ def register_loss(name: str, function: LossFunction, *, requires: tuple[str, ...
     known = _LOSSES.get(name)
     if known is not None and known.function is not function:
         raise ValueError(f"a loss named {name!r} exists already; registered names: {', '.join(loss_names())}")
-    spec = LossSpec(name, function, requires)
+    spec = LossSpec(name, function, requires, level)
     _LOSSES[name] = spec
     return spec
 
@@ -129,15 +134,15 @@ def _bind(spec: LossSpec, options: dict[str, Any]) -> LossFunction:
     return call
 
 
-_BUILT_IN: dict[str, LossFunction] = {
-    "atpo": atpo_loss,
-    "atpo_soft_clip": atpo_soft_clip_loss,
-    "dapo": dapo_loss,
-    "gppo": gppo_loss,
-    "grpo": grpo_loss,
-    "gspo": gspo_loss,
-    "sapo": sapo_loss,
-}
-for _name, _function in _BUILT_IN.items():
-    register_loss(_name, _function)
+_BUILT_IN: tuple[tuple[str, LossFunction, RatioLevel], ...] = (
+    ("atpo", atpo_loss, "turn"),
+    ("atpo_soft_clip", atpo_soft_clip_loss, "turn"),
+    ("dapo", dapo_loss, "token"),
+    ("gppo", gppo_loss, "token"),
+    ("grpo", grpo_loss, "token"),
+    ("gspo", gspo_loss, "branch"),
+    ("sapo", sapo_loss, "token"),
+)
+for _name, _function, _level in _BUILT_IN:
+    register_loss(_name, _function, level=_level)
 register_loss("aepo", aepo_loss, requires=("entropies",))

@@ -12,11 +12,15 @@ from at2po_agent.losses.base import (
     aggregate,
     check_at_least,
     mask,
+    mean_and_std,
     prepare,
     token_count,
     token_ratio,
 )
 from at2po_agent.losses.clipping import Clip, clip_metrics, clipped_surrogate, k3, ratio_metrics
+
+_NO_SPREAD = 1e-9
+"""Standard deviation in nats up to which entropies count as equal: their mean is rounded."""
 
 
 def grpo_loss(  # noqa: PLR0913  the common signature
@@ -202,17 +206,13 @@ def entropy_factor(
     """
     if entropies.shape != sampled.shape:
         raise ValueError(f"entropies must have shape {list(sampled.shape)}, got {list(entropies.shape)}")
-    values = mask(entropies.double(), sampled)
-    if totals is not None:
-        if totals.entropy_mean is None or totals.entropy_std is None:
-            raise ValueError("totals lack the entropies' statistics: use LossTotals.of(turn_ids, entropies)")
-        z = (values - totals.entropy_mean) / (totals.entropy_std or 1.0)
+    if totals is None:
+        mean, std = mean_and_std(entropies, sampled, int(sampled.sum()))
+    elif totals.entropy_mean is None or totals.entropy_std is None:
+        raise ValueError("totals lack the entropies' statistics: use LossTotals.of(turn_ids, entropies)")
     else:
-        count = sampled.sum()
-        mean = values.sum() / count.clamp(min=1)
-        squares = mask(values - mean, sampled).square().sum()
-        std = (squares / (count - 1).clamp(min=1)).sqrt()
-        z = (values - mean) / torch.where(std > 0, std, 1.0)
+        mean, std = totals.entropy_mean, totals.entropy_std
+    z = (mask(entropies.double(), sampled) - mean) / torch.where(std > _NO_SPREAD, std, 1.0)
     return 1.0 + weight * mask(z, sampled)
 
 

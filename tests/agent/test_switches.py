@@ -23,6 +23,7 @@ from at2po_agent.packing import pack_rows
 from at2po_agent.reference import FILE, reference_learner, with_kl_in_reward
 from at2po_agent.rollout import RolloutConfig, rollout
 from at2po_agent.settings import AlgorithmSettings
+from at2po_agent.tree_packing import pack_trees
 
 TURNED = {
     "clip_low": 0.05,
@@ -151,6 +152,21 @@ def test_kl_in_the_reward_is_the_sum_over_the_branch(tmp_path):
             assert after.leaf_reward[leaf] == pytest.approx(before.leaf_reward[leaf] - 0.1 * kl, abs=1e-5)
             assert kl != 0.0
             row += 1
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_in_the_reward_is_the_same_on_packs(tmp_path, estimator):
+    shape = RolloutConfig(chains=4, forks=2, rounds=1)
+    trees = rollout([{"index": 1}, {"index": 2}], GuessEnv(), SmallGuesses(), shape, seed=0)
+    frozen = reference_learner(kl_learner(), tmp_path, started=False)
+    by_row, by_pack = (
+        with_kl_in_reward(trees, frozen, weight=0.1, estimator=estimator, pack=pack)
+        for pack in (pack_rows, pack_trees)
+    )
+    for tree, row, pack in zip(trees, by_row, by_pack, strict=True):
+        leaves = tree.is_leaf
+        np.testing.assert_allclose(pack.leaf_reward[leaves], row.leaf_reward[leaves], atol=1e-5)
+        assert (np.abs(pack.leaf_reward - tree.leaf_reward)[leaves] > 1e-3).all()
 
 
 def test_the_reference_stays_where_training_began(tmp_path):

@@ -255,13 +255,15 @@ def test_the_models_own_attention_comes_back():
     assert model.config._attn_implementation == before
 
 
-def test_the_sampler_is_believed_where_it_agrees():
+def test_the_sampler_is_compared_by_one_micro_batch():
     model = tiny_model(dtype=torch.float32)
     forest, advantages = random_forest(5)
     packs, one = pack_trees(forest, advantages), learner(model, "atpo", 40)
     exact = replace(packs, sampled_log_probs=one.log_probs(packs))
-    assert one.sampler_agrees(exact)
-    assert not one.sampler_agrees(replace(packs, sampled_log_probs=exact.sampled_log_probs + 0.01))
+    assert one.first_mismatch(exact)["mismatch/max_difference"] < 1e-6
+    off = one.first_mismatch(replace(packs, sampled_log_probs=exact.sampled_log_probs + 0.01))
+    assert off["mismatch/mean_difference"] == pytest.approx(0.01, rel=1e-3)
+    assert 0 < off["mismatch/tokens"] < int((packs.turn_ids >= 0).sum())
 
 
 def test_branches_without_advantage_are_not_computed():
