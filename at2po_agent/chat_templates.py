@@ -133,7 +133,7 @@ def remedy(hf: PreTrainedTokenizerFast, refused: str = "") -> str:
         refused: The text of the refused template.
     """
     fitting = [name for name, template in TEMPLATES.items() if not _missing(template, hf)]
-    if "<think>" in refused or "enable_thinking" in refused:
+    if "think" in refused:
         fitting.sort(key=lambda name: name != "qwen3-preserving")
     if not fitting:
         return (

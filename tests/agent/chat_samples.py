@@ -6,6 +6,11 @@ turn, and `enable_thinking=false` opens with an empty thought. `LLAMA31` trims e
 today's date unless `date_string` is given, as Llama 3.1's does.
 """
 
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
 from at2po_agent.model import train_tokenizer
 from at2po_agent.policies.tokenizer import HFTokenizer
 
@@ -72,3 +77,19 @@ def tokenizer_of(family: str, template: str | None = None) -> HFTokenizer:
         tokenizer.hf.bos_token = "<|begin_of_text|>"
     tokenizer.hf.chat_template = template
     return tokenizer
+
+
+def joining_tokenizer(template: str) -> HFTokenizer:
+    """As SentencePiece's: words carry a leading mark; marks of messages swallow white space after them."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    made.decoder = decoders.Metaspace(prepend_scheme="always")
+    marks = [AddedToken(mark, rstrip=True, normalized=False, special=True) for mark in MARKS["qwen"]]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "</s>", *marks], show_progress=False
+    )
+    made.train_from_iterator([TEXT, *map(chr, range(32, 127)), "\n", "é"], trainer)
+    wrap: Any = PreTrainedTokenizerFast
+    hf = wrap(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    hf.chat_template = template
+    return HFTokenizer(hf)

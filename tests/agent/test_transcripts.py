@@ -1,11 +1,13 @@
 import pytest
-from chat_samples import QWEN3, tokenizer_of
+from chat_samples import QWEN3, joining_tokenizer, tokenizer_of
 from guess_env import CharTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from at2po_agent.chat_templates import TEMPLATES
 from at2po_agent.transcripts import ChatTranscript, InlineTranscript, Transcript
 
+CHATML = TEMPLATES["chatml"].text
 NAMES = [("chatml", "qwen"), ("qwen3-preserving", "qwen"), ("llama3", "llama")]
 OPTIONS = {
     "chatml": [{}],
@@ -47,6 +49,11 @@ def transcripts():
                         template_options=options,
                     )
     return made
+
+
+@pytest.fixture(scope="module")
+def joining():
+    return ChatTranscript(joining_tokenizer(CHATML))
 
 
 def messages(prompt, turns, *, role="user", system=None):
@@ -112,6 +119,19 @@ def test_any_actions_leave_the_text_that_the_template_renders(transcripts, promp
         **OPTIONS[name][number],
     )
     assert transcript.tokenizer.decode(pieces(transcript, prompt, turns, closed=True)) == text
+
+
+@settings(deadline=None, max_examples=40)
+@given(prompt=TEXTS, turns=TURNS)
+def test_pieces_are_right_where_tokens_depend_on_what_stands_before(joining, prompt, turns):
+    for count in range(len(turns) + 1):
+        whole = joining.tokenizer.hf.apply_chat_template(
+            messages(prompt, turns[:count]), add_generation_prompt=True, return_dict=False
+        )
+        piece = joining.observe(turns[count - 1][1], closed=False) if count else joining.open(prompt)
+        assert whole[-len(piece) :] == piece
+        if count:
+            assert joining.observe(turns[count - 1][1], closed=True) == piece[1:]
 
 
 def test_a_message_that_is_closed_twice_would_be_noticed(transcripts):
