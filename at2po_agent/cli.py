@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from at2po_agent.cli_eval import evaluate_command, need_agent_extra
 from at2po_agent.cli_retrieval import app as retrieval_app
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a policy, evaluate it before and after, and leave a run's folder with pictures."""
-    _need_agent_extra()
+    need_agent_extra()
     from at2po_agent.config import load_config
     from at2po_agent.report.live import make_listener
     from at2po_agent.run import run_training
@@ -153,56 +154,17 @@ def smoke_overrides(config: Config) -> list[str]:
     return [*smaller, f"run.name={config.run.name.removesuffix('-smoke')}-smoke"]
 
 
-@app.command(
+app.command(
     "eval",
     epilog=_examples(
         "at2po eval runs/quickstart",
         "at2po eval runs/quickstart eval.questions=500 --json",
         "at2po eval Qwen/Qwen3-4B --config qwen3-4b-multihop dataset=dev.jsonl corpus=wiki-18.jsonl",
         "at2po eval runs/qwen3-4b-multihop --suite all --json all.json eval.questions=500",
+        "at2po eval http://localhost:8000/v1 --model NAME --env at2po/HotpotQA-v0",
+        "at2po eval https://HOST/v1 --model NAME --api-key-env OPENAI_API_KEY --suite all",
     ),
-)
-def evaluate_command(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN_OR_MODEL", help="A run's folder, a checkpoint, a model's folder or name."
-        ),
-    ],
-    overrides: Overrides = None,
-    config: Annotated[
-        str | None,
-        typer.Option("--config", help="Settings other than the run's own; needed for a bare model."),
-    ] = None,
-    suite: Annotated[
-        str | None,
-        typer.Option(help="The published sets instead: multihop, singlehop or all; greedy only."),
-    ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print JSON instead of a table; with --suite, --json FILE writes it."),
-    ] = False,
-) -> None:
-    """Evaluate a policy on held-out questions, greedily and sampled, or on the published sets."""
-    _need_agent_extra()
-    if suite is not None:
-        from at2po_agent.cli_suite import evaluate_and_print
-
-        evaluate_and_print(target, suite, overrides or [], config, as_json=as_json)
-        return
-    from at2po_agent.evaluate_run import evaluate_config, evaluation_config
-    from at2po_agent.report.ending import evaluation_table
-    from at2po_agent.report.live import make_listener
-
-    settings = evaluation_config(target, overrides or [], config)
-    modes = ("greedy", "sampled") if settings.eval.sampled else ("greedy",)
-    with make_listener(_errors()) as progress:
-        results = evaluate_config(settings, progress, modes)
-    figures = {mode: result.to_json() for mode, result in results.items()}
-    if as_json:
-        _print_json(figures)
-    else:
-        Console().print(evaluation_table(figures))
+)(evaluate_command)
 
 
 @app.command(
@@ -363,13 +325,6 @@ def _program() -> list[str]:
     from at2po_agent.report.ending import shown_path
 
     return [shown_path(called)]
-
-
-def _need_agent_extra() -> None:
-    from at2po_env.errors import require
-
-    for module in ("torch", "transformers", "safetensors"):
-        require(module, "agent")
 
 
 def _errors() -> Console:

@@ -4,7 +4,7 @@ The results are written after every set, so a run of hours that is stopped keeps
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -74,6 +74,7 @@ def evaluate_suite(
     policy: Policy | None = None,
     transcript: Transcript | None = None,
     files: Sequence[Path] = (),
+    about: Callable[[], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
     """Ask the policy the first `eval.questions` questions of every set, greedily, one chain each.
 
@@ -84,6 +85,7 @@ def evaluate_suite(
         policy: Who answers; None builds it from `config.model`, with its transcript.
         transcript: Turns what the environment shows a given policy into ids; None encodes it as it is.
         files: Where the results are written, after every set.
+        about: Further members of the results, asked after every set.
 
     Returns:
         Sets, averages, published rows and remarks, as JSON values.
@@ -109,10 +111,22 @@ def evaluate_suite(
     for name, source in sources.items():
         if source.origin != "missing":
             figures[name] = _evaluate_set(config, name, source, policy, progress, transcript=transcript)
-        results = suite_results(config, suite, sources, figures)
+        results = {**suite_results(config, suite, sources, figures), **about()}
         for file in files:
             _write(file, {**results, "complete": name == list(sources)[-1]})
     return {**results, "complete": True}
+
+
+def set_config(config: Config, name: str, source: Source) -> Config:
+    """The configuration whose evaluation is that of one set; options that all environments share stay."""
+    own = {"id": f"at2po/{QA_SETS[name].title}-v0", "kwargs": {**_options(config), "split": source.split}}
+    return config.model_copy(
+        update={
+            "dataset": None if source.path is None else str(source.path),
+            "env": config.env.model_copy(update={"kwargs": {}}),
+            "eval": config.eval.model_copy(update=own),
+        }
+    )
 
 
 def suite_results(
@@ -159,16 +173,7 @@ def _evaluate_set(
     *,
     transcript: Transcript | None,
 ) -> dict[str, Any]:
-    title = QA_SETS[name].title
-    kwargs = {**_options(config), "split": source.split}
-    asked = config.model_copy(
-        update={
-            "dataset": None if source.path is None else str(source.path),
-            "env": config.env.model_copy(update={"kwargs": {}}),
-            "eval": config.eval.model_copy(update={"id": f"at2po/{title}-v0", "kwargs": kwargs}),
-        }
-    )
-    env = make_eval_env(asked)
+    env, title = make_eval_env(set_config(config, name, source)), QA_SETS[name].title
     result = evaluate_mode(config, "greedy", env, policy, progress, phase=title, transcript=transcript)
     env.close()
     return result.to_json()
