@@ -16,13 +16,18 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def sections() -> dict[str, type[BaseModel]]:
-    fields = Config.model_fields
-    return {
-        name: field.annotation
-        for name, field in fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    }
+def sections(parent: type[BaseModel] = Config, prefix: str = "") -> dict[str, type[BaseModel]]:
+    """Groups of settings by dotted name, groups within groups included."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in parent.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= {f"{prefix}{name}": field.annotation}
+            found |= sections(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def test_groups_within_groups_are_found():
+    assert {"model", "model.chat", "rollout", "rollout.thinking"} <= sections().keys()
 
 
 def test_every_field_has_a_help_text():
