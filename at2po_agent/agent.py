@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _TOKENIZER_EPISODES = 300
+_ROLES = "user\nassistant\n"
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,11 @@ def build_tokenizer(config: Config, folder: "Path | None" = None) -> HFTokenizer
             "model.chat.template: a tokenizer that is trained here has no template of its own; "
             "set model.chat.template=chatml"
         )
+    texts = example_texts(config)
+    if config.model.transcript == "chat":
+        texts += [_ROLES] * len(texts)  # so that a message's header is a few tokens
     return train_tokenizer(
-        example_texts(config),
+        texts,
         vocab_size=config.model.vocab_size,
         special_tokens=[*config.model.special_tokens, *marks],
         kind=config.model.tokenizer_kind,
