@@ -28,6 +28,7 @@ from at2po_agent.run import run_training
 from at2po_agent.settings import ColdStartSettings
 from at2po_agent.transcripts import ChatTranscript
 from at2po_agent.tree import Tree
+from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError
 
 SHAPE = RolloutConfig(
@@ -102,23 +103,41 @@ def rendered(transcript, tree, leaf):
     return text + messages[-1]["content"]
 
 
+class Chatterer:
+    """Writes random words; half of its turns end by themselves, the others are cut."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def generate(self, requests):
+        return [self.write(np.random.default_rng(request.seed)) for request in requests]
+
+    def write(self, rng):
+        words = rng.choice([" Ann", "<think>", "</think>", "\n", " ", "7", "see"], size=rng.integers(5))
+        ids, ends = self.tokenizer.encode("".join(words)), bool(rng.integers(2))
+        ids += [self.tokenizer.eos_id] * ends
+        log_probs = np.full(len(ids), -1.0, dtype=np.float32)
+        return Generation(tuple(ids), log_probs, "eos" if ends else "length")
+
+
 def test_every_branch_of_a_tree_decodes_to_its_conversation(transcript):
-    policy = random_policy(transcript)
-    end = transcript.tokenizer.eos_id
-    tasks = [{"index": index} for index in range(4)]
+    decode, end = transcript.tokenizer.decode, transcript.tokenizer.eos_id
+    policy, tasks = Chatterer(transcript.tokenizer), [{"index": index} for index in range(4)]
     trees = rollout(tasks, FreeEnv(), policy, SHAPE, seed=1, transcript=transcript)
-    reasons = set()
     for tree in trees:
-        assert tuple(tree.prompt_ids) == tuple(transcript.open(tree.prompt))
+        assert decode(tree.prompt_ids) == transcript._renderer.opening(tree.prompt)
         for leaf in tree.leaves():
             ids = tree.branch_ids(leaf)
-            last = tree.turns[leaf]
-            reasons |= {tree.turns[node].stop_reason for node in tree.path(leaf)[1:]}
-            text = transcript.tokenizer.decode(ids[:-1] if ids[-1] == end else ids)
-            if "\ufffd" not in text:  # bytes cut out of a character decode otherwise beside others
-                assert text == rendered(transcript, tree, leaf)
-            assert transcript.tokenizer.decode([end]) not in last.action
-    assert reasons == {"eos", "length"}
+            assert decode(ids[:-1] if ids[-1] == end else ids) == rendered(transcript, tree, leaf)
+
+
+def test_actions_of_a_model_end_by_themselves_or_are_cut_and_show_no_mark(transcript):
+    policy, tasks = random_policy(transcript), [{"index": index} for index in range(4)]
+    trees = rollout(tasks, FreeEnv(), policy, SHAPE, seed=1, transcript=transcript)
+    turns = [turn for tree in trees for turn in tree.turns[1:]]
+    assert {turn.stop_reason for turn in turns} == {"eos", "length"}
+    mark = transcript.tokenizer.decode([transcript.tokenizer.eos_id])
+    assert not any(mark in turn.action for turn in turns)
 
 
 def test_closed_and_unclosed_actions_are_closed_once(transcript):

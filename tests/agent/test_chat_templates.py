@@ -97,6 +97,16 @@ def test_a_piece_that_depends_on_how_many_turns_went_before_is_refused():
     assert "user again" in text
 
 
+def test_what_the_check_cannot_foresee_is_refused_when_it_happens():
+    own = CHATML.replace(
+        "in messages", "in (messages[-1:] if 'forget' in messages[-1].content else messages)"
+    )
+    transcript = ChatTranscript(tokenizer_of("qwen", own))
+    assert transcript.observe("remember", closed=True)
+    with pytest.raises(ConfigError, match="does not preserve prefixes"):
+        transcript.observe("forget it", closed=True)
+
+
 def test_a_message_must_end_with_a_special_token():
     text = refusal("qwen", CHATML.replace("<|im_end|>", "."))
     assert r"the template writes '.\n<|im_start|>user" in text
