@@ -137,8 +137,10 @@ def remarks(told: Mapping[str, Any]) -> list[str]:
         kinds = ", ".join(f"{kind} {count}" for kind, count in told["reasons"].items())
         last = f"; the last one: {told['last_failure']}"
         lines.append(f"{told['failures']} answers were given up and count as wrong ({kinds}){last}")
-    if told["left_out"]:
-        lines.append(f"the server refuses {', '.join(told['left_out'])}; its own defaults were used instead")
+    if draws := [name for name in told["left_out"] if name in ("temperature", "top_p")]:
+        lines.append(f"the server refuses {' and '.join(draws)}: its own default decided the draws")
+    if "logprobs" in told["left_out"]:
+        lines.append("the server gives no log-probs: tokens of an episode are not known")
     if told["shortened"]:
         lines.append(f"{told['shortened']} answers had less room in the context than rollout.max_turn_tokens")
     return lines

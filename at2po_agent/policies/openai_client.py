@@ -149,10 +149,10 @@ class Client:
                 if error.name not in left_out:
                     left_out.append(error.name)
             except ContextError as error:
-                if shortened or error.room is None or not 1 <= error.room < body["max_tokens"]:
+                if error.room is None or not 1 <= error.room < body["max_tokens"]:
                     raise
-                shortened, body = True, {**body, "max_tokens": error.room}
-                self._stats.shortened += 1
+                self._stats.shortened += not shortened
+                shortened, body = True, {**body, "max_tokens": error.room}  # ever less, so this ends
             except PassingError as error:
                 last.append(str(error))
                 await self._wait(error, failed=len(last), deadline=deadline)

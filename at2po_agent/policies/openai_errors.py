@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from at2po_agent.policies.openai_wire import OPTIONAL
+from at2po_agent.policies.openai_wire import HARMLESS, OPTIONAL
 from at2po_env.errors import PolicyError
 
 PASSING = frozenset({408, 409, 425, 429})
@@ -23,6 +23,9 @@ _CONTEXT = re.compile(
     r"context.{0,20}length|context window|max_model_len|prompt is too long|too many tokens", re.I
 )
 _CONTEXT_LIMIT = re.compile(r"maximum context length (?:is|of) (\d+)", re.I)
+_ANSWER_LIMIT = re.compile(
+    r"cannot be greater than max_model_len=(\d+)|at most (\d+) completion tokens", re.I
+)
 _CONTEXT_USED = re.compile(
     r"(\d+) (?:tokens )?(?:in|from) (?:the|your) (?:messages|prompt|input)|(\d+) (?:prompt|input) tokens",
     re.I,
@@ -115,28 +118,31 @@ def retry_after(value: str) -> float:
 def _bad_request(
     status: int, said: str, detail: str, code: str, error: Mapping[str, Any], sent: Collection[str]
 ) -> RequestFailedError:
-    if status == 413 or code == "context_length_exceeded" or _CONTEXT.search(detail):
-        return ContextError(said, _room(detail))
+    room = _room(detail)
+    if status == 413 or code == "context_length_exceeded" or room is not None or _CONTEXT.search(detail):
+        return ContextError(said, room)
     if "content_filter" in code or "content_policy" in code:
         return RequestFailedError("content filter", said)
-    name = _refused_parameter(detail, str(error.get("param") or ""), sent)
+    name = _refused_parameter(detail, code, str(error.get("param") or ""), sent)
     return BadRequestError(f"status {status}", said) if name is None else ParameterError(name, said)
 
 
-def _refused_parameter(detail: str, named: str, sent: Collection[str]) -> str | None:
+def _refused_parameter(detail: str, code: str, named: str, sent: Collection[str]) -> str | None:
+    """The member that the next try leaves out: unknown ones, and those that decide no draw."""
     candidates = [name for name in (*OPTIONAL, "max_tokens") if name in sent]
-    if named.split(".")[-1] in candidates:
-        return named.split(".")[-1]
-    if not _REFUSED.search(detail):
-        return None
-    return next((name for name in candidates if re.search(rf"\b{name}\b", detail)), None)
+    last, refused = named.split(".")[-1], _REFUSED.search(f"{detail} {code}") is not None
+    if last in candidates and (refused or last in HARMLESS):
+        return last
+    return next((name for name in candidates if refused and re.search(rf"\b{name}\b", detail)), None)
 
 
 def _room(detail: str) -> int | None:
+    """Tokens that an answer may have, where the server tells."""
+    answer = _ANSWER_LIMIT.search(detail)
+    if answer is not None:
+        return int(answer[1] or answer[2])
     limit, used = _CONTEXT_LIMIT.search(detail), _CONTEXT_USED.search(detail)
-    if limit is None or used is None:
-        return None
-    return int(limit[1]) - int(used[1] or used[2])
+    return None if limit is None or used is None else int(limit[1]) - int(used[1] or used[2])
 
 
 def _error_object(body: bytes) -> Mapping[str, Any]:

@@ -17,6 +17,8 @@ Endpoint = Literal["chat", "completions"]
 ENDPOINTS: Mapping[str, str] = {"chat": "/chat/completions", "completions": "/completions"}
 OPTIONAL = ("seed", "logprobs", "stop", "temperature", "top_p", "parallel_tool_calls")
 """What a server may refuse; the request is then made without it."""
+HARMLESS = ("seed", "logprobs", "stop", "parallel_tool_calls")
+"""Those without which answers are drawn from the same distribution (stop strings are looked for here too)."""
 LOWEST_LOG_PROB = -9999.0
 """What servers write for minus infinity."""
 NO_STOP = object()

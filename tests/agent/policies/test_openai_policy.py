@@ -338,6 +338,37 @@ def test_an_answer_is_shortened_to_what_the_context_has_room_for() -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "max_tokens={} cannot be greater than max_model_len=60. Please request fewer output tokens.",
+        "max_tokens is too large: {}. This model supports at most 60 completion tokens, you gave {}.",
+    ],
+)
+def test_a_limit_of_answers_is_respected(text: str) -> None:
+    def model(seen: Seen) -> Any:
+        asked = seen.body["max_tokens"]
+        if asked <= 60:
+            return full(seen)  # which then wants at most 8
+        return Reply(error(text.format(asked, asked), param="max_tokens", code="invalid_value"), status=400)
+
+    with serving(model) as fake, policy_for(fake) as policy:
+        (answer,) = policy.generate([ask()])
+        assert answer.stop_reason == "length"
+        assert [body["max_tokens"] for body in fake.bodies] == [100, 60, 8]
+        assert (policy.stats.shortened, policy.stats.left_out) == (1, [])
+
+
+def test_a_value_that_decides_draws_is_never_left_out_for_being_wrong() -> None:
+    refused = Reply(error("temperature must be at most 2.0, got 5.0", param="temperature"), status=400)
+    with (
+        serving(lambda _: refused) as fake,
+        policy_for(fake) as policy,
+        pytest.raises(PolicyError, match="temperature must be at most"),
+    ):
+        policy.generate([ask(temperature=5.0)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "This model's maximum context length is 128 tokens. However, your prompt contains at least 129 input "
         "tokens, which exceeds this limit even without any output tokens.",
         "The prompt is too long: it exceeds the context window",
@@ -364,13 +395,15 @@ def test_what_a_server_refuses_is_left_out_from_then_on_and_told() -> None:
             text = "Unsupported value: 'temperature' does not support 0.0 with this model."
             return Reply(error(text, param="temperature", code="unsupported_value"), status=400)
         if "stop" in body:
-            return Reply({"detail": "Unrecognized request argument supplied: stop"}, status=422)
+            return Reply(error("at most 4 stop strings are allowed", param="stop"), status=400)
+        if "logprobs" in body:
+            return Reply({"detail": "Unrecognized request argument supplied: logprobs"}, status=422)
         return echo(seen)
 
     with serving(picky) as fake, policy_for(fake) as policy:
         first, second = policy.generate([ask("a")]), policy.generate([ask("<x>b</x>c", stop=("</X>",))])
         assert fake.bodies[1]["max_completion_tokens"] == 100
-        assert policy.stats.left_out == ["max_tokens", "temperature", "stop"]
+        assert set(policy.stats.left_out) == {"max_tokens", "temperature", "stop", "logprobs"}
         assert policy.tokenizer.decode(first[0].ids[:-1]) == "A"
         assert policy.tokenizer.decode(second[0].ids) == "<X>B</X>"  # cut here, since the server did not
         assert second[0].stop_reason == "stop"
