@@ -1,5 +1,6 @@
 """`at2po index` and `at2po serve-retriever`."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Annotated
@@ -43,7 +44,7 @@ def index(
 
 
 @app.command("serve-retriever")
-def serve_retriever(
+def serve_retriever(  # noqa: PLR0913 - the options of a command
     corpus: _Corpus,
     retriever: Annotated[str, typer.Option(help="bm25, lucene, dense or hybrid.")] = "bm25",
     host: Annotated[str, typer.Option(help="Others than loopback need a token.")] = "127.0.0.1",
@@ -53,16 +54,26 @@ def serve_retriever(
         typer.Option(envvar="AT2PO_RETRIEVER_TOKEN", help="Bearer token that requests must carry."),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="SQLite file that keeps results.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Each opens the corpus and answers for itself.")] = 1,
     option: _Option = None,
 ) -> None:
     """Serve searches over HTTP: POST /retrieve as Search-R1's clients expect, /health, /metrics."""
     from at2po_env.retrieval import open_retriever
     from at2po_env.retrieval.server import ServerSettings, serve
+    from at2po_env.retrieval.server_processes import serve_processes
 
-    settings = ServerSettings.model_validate({"host": host, "port": port, "token": token})
+    settings = ServerSettings.model_validate(
+        {"host": host, "port": port, "token": token, "processes": processes}
+    )
     settings.check_address()
-    opened = open_retriever(retriever, corpus, cache=cache, **_options(option or []))
-    typer.echo(f"serving {opened!r} on http://{host}:{port} (process {os.getpid()}; Ctrl-C stops it)")
+    opener = functools.partial(open_retriever, retriever, corpus, cache=cache, **_options(option or []))
+    where = f"http://{host}:{port} (process {os.getpid()}; Ctrl-C stops it)"
+    if processes > 1:
+        typer.echo(f"serving {retriever} of {corpus} by {processes} processes on {where}")
+        serve_processes(opener, settings)
+        return
+    opened = opener()
+    typer.echo(f"serving {opened!r} on {where}")
     serve(opened, settings)
 
 

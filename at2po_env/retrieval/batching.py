@@ -1,6 +1,7 @@
 """Concurrent requests searched together: what arrives while a search runs goes into the next one."""
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,10 @@ from at2po_env.data.passages import Passage
 from at2po_env.retrieval.base import Retriever
 
 Found = list[list[Passage]]
+
+# A search in Python holds up the event loop from a thread too: for 5 ms, the interpreter's switch interval,
+# each time. One expected to end about as soon is made in the loop, which saves the switching.
+IN_LOOP_S = 0.01
 
 
 class OverloadedError(Exception):
@@ -30,7 +35,9 @@ class DynamicBatcher:
     it fail fails.
 
     Args:
-        retriever: Where to search; called in a thread.
+        retriever: Where to search; called in a thread. One with `computes_only` true promises that a search
+            waits for nothing (no disk, no network); where its searches take `IN_LOOP_S` or less they are made
+            without a thread.
         max_batch: Queries in one search; a single request with more is searched alone.
         max_wait_s: How long an idle searcher waits for company after the first request. 0: not at all,
             batches then form by themselves while a search is running.
@@ -55,6 +62,7 @@ class DynamicBatcher:
         self._on_batch = on_batch
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
+        self._pace = math.inf if getattr(retriever, "computes_only", False) else None
         self._running: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="at2po-search")
 
@@ -92,6 +100,7 @@ class DynamicBatcher:
             await asyncio.sleep(self._max_wait_s)
         while self._jobs:
             await self._answer(self._take())
+            await asyncio.sleep(0)  # lets requests in, where the search was not in a thread
 
     def _take(self) -> list[_Job]:
         """Take the first job and those after it that fit into its batch, in order."""
@@ -129,6 +138,12 @@ class DynamicBatcher:
         loop = asyncio.get_running_loop()
         start = loop.time()
         try:
+            if self._pace is not None and self._pace * len(queries) <= IN_LOOP_S:
+                return self._retriever.search(queries, topk)
             return await loop.run_in_executor(self._threads, self._retriever.search, queries, topk)
         finally:
-            self._on_batch(len(queries), loop.time() - start)
+            seconds = loop.time() - start
+            if self._pace is not None:
+                # Distrust at once, trust again in steps.
+                self._pace = max(seconds / max(len(queries), 1), 0.5 * min(self._pace, IN_LOOP_S))
+            self._on_batch(len(queries), seconds)

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from at2po_env.data.corpus import Corpus
 from at2po_env.data.passages import Passage
 from at2po_env.errors import DataError, RetrievalError
@@ -86,6 +88,8 @@ class Bm25Retriever:
 
     def _start(self, postings: Postings, settings: Settings) -> None:
         self._ranker = Ranker(postings, len(self._passages))
+        # Nothing is read from the disk but passages, which the system has in memory where the index is small.
+        self.computes_only = not isinstance(postings.rows.base, np.memmap)
         self._stop_words = settings.stop_words
         self.digest = hashlib.sha256(
             f"bm25 {self._corpus_digest} {settings_digest(settings)}".encode()

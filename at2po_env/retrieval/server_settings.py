@@ -22,7 +22,8 @@ class ServerSettings(BaseModel):
     max_batch: int = Field(256, ge=1, description="queries searched together")
     max_wait_ms: float = Field(0.0, ge=0, description="how long an idle server waits for company")
     max_waiting: int = Field(8192, ge=1, description="queries that may wait before new ones are refused")
-    workers: int = Field(1, ge=1, description="searches at the same time")
+    workers: int = Field(1, ge=1, description="searches at the same time, in each process")
+    processes: int = Field(1, ge=1, description="processes that answer; `serve_processes` starts them")
     timeout_s: float = Field(60.0, gt=0, description="seconds from a request to its answer")
     drain_s: float = Field(30.0, gt=0, description="seconds that a stop waits for requests already taken")
 

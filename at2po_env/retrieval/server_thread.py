@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from at2po_env.errors import RetrievalError
 from at2po_env.retrieval.base import Retriever
-from at2po_env.retrieval.server import uvicorn_server
+from at2po_env.retrieval.server import create_app, uvicorn_server
 from at2po_env.retrieval.server_settings import ServerSettings
 
 START_S = 30.0
@@ -27,7 +27,7 @@ def serving(retriever: Retriever, settings: ServerSettings | None = None) -> Ite
     """
     settings = settings or ServerSettings(port=0)
     settings.check_address()
-    server = uvicorn_server(retriever, settings)
+    server = uvicorn_server(create_app(retriever, settings), settings)
     with socket.create_server((settings.host, settings.port), backlog=2048) as listener:
         port = listener.getsockname()[1]
         thread = threading.Thread(target=server.run, args=([listener],), name="at2po-server", daemon=True)
