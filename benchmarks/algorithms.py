@@ -11,7 +11,8 @@ match on the way (`--rate` gives all rows one rate instead), and writes `algorit
 Both train whatever is not in FOLDER yet, one JSON file per finished run, so they can be stopped at any time;
 two runs at a time with one thread each. The task and the model are those of `race.yaml`: MiniWiki, two and
 three hops, sparse success at the start. `--study NAME --set KEY=VALUE ...` keeps runs with other settings
-apart; `--task KEY=VALUE ...` changes cold start and training, and wants a FOLDER of its own.
+apart; `--task KEY=VALUE ...` changes cold start and training, and wants a FOLDER of its own. `--studies
+FOLDER ... --report docs/results` writes `studies.csv` and `studies.md` of all such runs, and runs nothing.
 """
 
 import argparse
@@ -160,6 +161,7 @@ def run(job: Job, *, evaluations: int = 5) -> dict[str, Any]:
         "steps": len(records),
         "rate": job.rate,
         "budget": job.budget,
+        "settings": list(job.extra),
         "seconds": time.perf_counter() - started,
         **figures,
         "curve": curve,
@@ -274,7 +276,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--task", nargs="*", default=[], metavar="KEY=VALUE", help="task and cold start of this folder"
     )
+    parser.add_argument(
+        "--studies", nargs="+", type=Path, metavar="FOLDER", help="report the studies of these folders"
+    )
     options = parser.parse_args(arguments)
+    if options.studies and not options.report:
+        parser.error("--studies needs --report FOLDER to write to")
     if options.set and not options.study:
         parser.error("--set makes other runs than the race's: name them with --study")
     return options
@@ -283,6 +290,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then report."""
     options = parse(arguments)
+    if options.studies:
+        from benchmarks.race_report import write_studies
+
+        write_studies(options.studies, options.report)
+        return
     if options.jobs:
         start = prepare(options.out, options.task)
         jobs = jobs_to_do(options, start)

@@ -1,4 +1,4 @@
-"""What the race's result files say: two CSV files, a table and a plot."""
+"""What the race's result files say: CSV files, tables and a plot."""
 
 import csv
 import json
@@ -27,6 +27,10 @@ TUNING_COLUMNS = (
     "sampled_em",
     "mean_sampled_em",
     "clip_fraction",
+)
+STUDY_COLUMNS = (
+    *("study", "rules", "method", "budget", "rate", "seed", "sampled_tokens", "start_sampled_em"),
+    *("sampled_em", "em", "mean_sampled_em", "clip_fraction", "turn_kl_entropy", "steps"),
 )
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5% quantiles of Student's t for 1, 2, ... degrees of freedom."""
@@ -96,6 +100,39 @@ def write_report(results: Path, report: Path, *, tuning: Path | None = None) -> 
         _write_csv(report / "tuning.csv", TUNING_COLUMNS, tuned)
     (report / "algorithms.md").write_text(table(runs), encoding="utf-8")
     draw(runs, report / "algorithms.png")
+
+
+def write_studies(folders: Sequence[Path], report: Path) -> None:
+    """Write `studies.csv` (a row per run) and `studies.md` (means per study, settings and method).
+
+    Args:
+        folders: Folders of races; their `study-*` runs are taken.
+        report: Where the report goes.
+    """
+    report.mkdir(parents=True, exist_ok=True)
+    runs = [
+        {"study": path.name.removeprefix("study-"), "rules": " ".join(run["settings"]), **run}
+        for folder in folders
+        for path in sorted(folder.glob("study-*"))
+        for run in read_results(path)
+    ]
+    _write_csv(report / "studies.csv", STUDY_COLUMNS, runs)
+    lines = [
+        "| study | settings | method | budget | rate | seeds | at the start | sampled EM | on the way | "
+        "greedy EM | clip fraction |",
+        "|" + "---|" * 11,
+    ]
+    place = ("study", "rules", "method", "budget", "rate")
+    for key in dict.fromkeys(tuple(run[name] for name in place) for run in runs):
+        own = [run for run in runs if tuple(run[name] for name in place) == key]
+        names = ("start_sampled_em", "sampled_em", "mean_sampled_em", "em", "clip_fraction")
+        cells = [str(estimate(run[name] for run in own)) for name in names]
+        study, rules, method, budget, rate = key
+        shown = " ".join(f"`{rule}`" for rule in rules.split())
+        lines.append(
+            f"| {study} | {shown} | {method} | {budget} | {rate:g} | {len(own)} | " + " | ".join(cells) + " |"
+        )
+    (report / "studies.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:

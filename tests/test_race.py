@@ -14,6 +14,7 @@ from benchmarks.algorithms import (
     Job,
     _next_step_fits,
     jobs_to_do,
+    main,
     parse,
     prepare,
     tuned_rates,
@@ -158,3 +159,27 @@ def test_the_report_holds_every_run(tmp_path):
 def test_a_method_without_runs_has_no_row():
     run = {**result("grpo", 0, 0.4), "tokens_to_grpo": 1000}
     assert table([run]).count("\n") == 3
+
+
+def test_studies_of_several_folders_make_one_report(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--studies", str(tmp_path)])
+    assert "--report" in capsys.readouterr().err
+    for folder, study, em in (("a", "clip-wide", 0.5), ("a", "clip-wide", 0.7), ("b", "deep", 0.2)):
+        runs = tmp_path / folder / f"study-{study}"
+        runs.mkdir(parents=True, exist_ok=True)
+        run = {**result("at2po", int(10 * em), em), "settings": [f"x.{study}=1", "y=2"]}
+        (runs / f"{em}.json").write_text(json.dumps(run))
+    main(["--studies", str(tmp_path / "a"), str(tmp_path / "b"), "--report", str(tmp_path / "report")])
+    with (tmp_path / "report" / "studies.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["study"], row["rules"], row["seed"]) for row in rows] == [
+        ("clip-wide", "x.clip-wide=1 y=2", "5"),
+        ("clip-wide", "x.clip-wide=1 y=2", "7"),
+        ("deep", "x.deep=1 y=2", "2"),
+    ]
+    text = (tmp_path / "report" / "studies.md").read_text()
+    assert (
+        "| clip-wide | `x.clip-wide=1` `y=2` | at2po | 1000 | 0.0001 | 2 | 0.100 ± 0.000 | 0.600 ± 1.271 |"
+        in text
+    )
