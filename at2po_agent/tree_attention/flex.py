@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
+from at2po_agent.packing import move
 from at2po_agent.tree_attention.plan import TreePlan
 from at2po_agent.types import BoolArray, IntArray
 
@@ -66,9 +67,8 @@ def block_mask(plan: TreePlan, device: torch.device, *, window: int | None = Non
     some, whole = block_visibility(last)
     if window is not None and window < plan.longest:
         whole = np.zeros_like(whole)
-    ends = torch.from_numpy(last.astype(np.int32)).to(device, non_blocking=True)
-    positions = torch.from_numpy(np.pad(plan.positions, (0, size - tokens)).astype(np.int32))
-    places = positions.to(device, non_blocking=True)
+    ends = move(torch.from_numpy(last.astype(np.int32)), device)
+    places = move(torch.from_numpy(np.pad(plan.positions, (0, size - tokens)).astype(np.int32)), device)
     return BlockMask.from_kv_blocks(
         *_ordered(some & ~whole, device),
         *_ordered(whole, device),
@@ -129,7 +129,7 @@ def _ordered(blocks: BoolArray, device: torch.device) -> tuple[Tensor, Tensor]:
     counts = blocks.sum(axis=1).astype(np.int32)
     indices = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
     pair = torch.from_numpy(counts)[None, None], torch.from_numpy(indices)[None, None]
-    return pair[0].to(device, non_blocking=True), pair[1].to(device, non_blocking=True)
+    return move(pair[0], device), move(pair[1], device)
 
 
 def _visible(ends: Tensor, places: Tensor, window: int | None) -> Callable[..., Tensor]:

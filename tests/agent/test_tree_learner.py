@@ -17,9 +17,12 @@ from at2po_agent.clock import Clock
 from at2po_agent.model import build_model
 from at2po_agent.packing import pack_rows
 from at2po_agent.policies.hf import HFPolicy
+from at2po_agent.prefixes import lay_out
 from at2po_agent.rollout import RolloutConfig, rollout
 from at2po_agent.settings import Config
 from at2po_agent.tree import Tree
+from at2po_agent.tree_attention.flex import block_mask
+from at2po_agent.tree_attention.plan import TreePlan
 from at2po_agent.tree_learner import TreeLearner
 from at2po_agent.tree_packing import pack_trees
 from at2po_agent.types import Turn
@@ -186,6 +189,11 @@ def test_a_loss_that_does_read_is_caught(far_device):
     batch = pack_trees(trees, advantages)
     with pytest.raises(NotImplementedError, match="nonzero"):
         one._backward(batch, batch.sampled_log_probs)
+
+
+def test_the_mask_of_a_gpu_is_made_on_the_host():
+    plan = TreePlan.of(lay_out(np.array([200, 180, 150]), np.array([0, 100, 50])))
+    assert block_mask(plan, torch.device("meta")).kv_num_blocks.device.type == "meta"
 
 
 def test_rows_on_the_device_know_their_trained_tokens_from_the_host():
