@@ -1,0 +1,385 @@
+"""Engines of vLLM as a policy, with the contract of `HFPolicy`.
+
+Log-probs are those of the model at the request's temperature (a greedy request: at temperature 1) before
+top-p, in nats. Token t is drawn with uniform t of Philox(seed) by a logits processor of ours
+(`vllm_sampling`), whatever the platform, so in exact arithmetic the tokens are those of `HFPolicy`; what
+differs is rounding, which depends on the batch.
+
+A fork's prefix is found in the engine's prefix cache in whole blocks, so each request computes at most
+`block_size` tokens of it again.
+
+This module knows no environment, no tree and no training, and imports without vLLM.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from at2po_agent.policies.base import Intervention, Request, Tokenizer
+from at2po_agent.policies.batching import PolicyStats
+from at2po_agent.policies.vllm_engine import Engine, Finished
+from at2po_agent.policies.vllm_process import RemoteEngine
+from at2po_agent.policies.vllm_routing import Router
+from at2po_agent.policies.vllm_settings import VLLMSettings
+from at2po_agent.policies.vllm_spec import EngineSpec, Limits, check_installed, place_engines
+from at2po_agent.policies.vllm_weights import (
+    DirectSender,
+    Sender,
+    SharedSender,
+    TransferSender,
+    call_all,
+    is_adapted,
+    named_weights,
+    save_model,
+)
+from at2po_agent.types import Generation
+from at2po_env.errors import PolicyError
+
+_POLL_S = 0.01
+
+
+class VLLMPolicy:
+    """Samples with vLLM.
+
+    Args:
+        model: The learner's model, or a folder (or a name that the local hub cache holds). With a module,
+            `weights_changed` sends its weights to the engines.
+        tokenizer: Its tokenizer.
+        settings: Engines, their memory and their processes.
+        path: Folder that holds the weights of `model` as they are now; None writes them into a temporary one.
+        slots: Sequences that an engine decodes at the same time; further requests wait.
+        eos_ids: Ids that end a generation; None takes the tokenizer's.
+
+    Raises:
+        MissingExtraError: vLLM is not installed.
+        PolicyError: An engine cannot be started.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        tokenizer: Tokenizer,
+        *,
+        settings: VLLMSettings | None = None,
+        path: str | Path | None = None,
+        slots: int = 256,
+        eos_ids: Collection[int] | None = None,
+    ) -> None:
+        check_installed()
+        self.tokenizer = tokenizer
+        self.model = model if isinstance(model, nn.Module) else None
+        self._saved: tempfile.TemporaryDirectory[str] | None = None
+        self.settings = settings = _resolved(settings or VLLMSettings(), self.model)
+        folder = path or (model if not isinstance(model, nn.Module) else self._save(model))
+        device = None if self.model is None else next(self.model.parameters()).device
+        self.specs = [
+            EngineSpec(
+                model=str(folder),
+                settings=settings,
+                max_sequences=slots,
+                eos_ids=(tokenizer.eos_id,) if eos_ids is None else tuple(eos_ids),
+                shared=place.shared,
+                devices=place.devices,
+            )
+            for place in place_engines(settings, device)
+        ]
+        self._engines: list[Engine | RemoteEngine] = []
+        self._router = Router(len(self.specs))
+        self._where: dict[int, int] = {}
+        self._rules: dict[int, Intervention] = {}
+        self._finished: dict[int, Generation] = {}
+        self._tickets = 0
+        self._asleep = self._stale = False
+        self._adapters = 0
+        self._version = 0
+        self.limits = self._start()
+        self._sender = self._make_sender()
+
+    @property
+    def version(self) -> int:
+        """Counts weight updates; every generation carries the version that sampled its first token."""
+        return self._version
+
+    @property
+    def stats(self) -> PolicyStats:
+        """What was computed since the policy was made, by the engines' own counters."""
+        total = PolicyStats()
+        for one in call_all(self._engines, "counted"):
+            for name, count in vars(one).items():
+                setattr(total, name, getattr(total, name) + count)
+        return total
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or is under way."""
+        return not self._where and not self._finished
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """Answer each request, in order; requests under way from `submit` advance too.
+
+        Raises:
+            PolicyError: A request does not fit the model, or an engine has died.
+        """
+        tickets: list[int] = []
+        try:
+            for request in requests:
+                tickets.append(self.submit(request))
+            while any(ticket not in self._finished for ticket in tickets):
+                self._advance()
+            return [self._finished[ticket] for ticket in tickets]
+        finally:
+            for ticket in tickets:
+                self.cancel(ticket)
+
+    def submit(self, request: Request) -> int:
+        """Hand in a request; returns its ticket.
+
+        Raises:
+            PolicyError: The request does not fit the model, or the engine has died.
+        """
+        self._check(request)
+        self.wake()
+        ticket = self._tickets
+        self._tickets += 1
+        if request.max_tokens == 0:
+            nothing = np.zeros(0, dtype=np.float32)
+            self._finished[ticket] = Generation((), nothing, "length", None, self._version)
+            return ticket
+        number = self._router.route(request.prefix_ids)
+        self._where[ticket] = number
+        if request.intervention is not None:
+            self._rules[ticket] = request.intervention
+        try:
+            self._engines[number].add(ticket, request)
+        except BaseException:
+            self._forget(ticket)
+            raise
+        return ticket
+
+    def poll(self) -> list[tuple[int, Generation]]:
+        """Advance decoding; what finished since the last call, perhaps nothing.
+
+        An engine in this process makes one step; engines in their own go on anyway, and are waited for no
+        longer than 10 ms.
+
+        Raises:
+            PolicyError: An engine has died, and its requests are lost; or an intervention failed.
+        """
+        if not self._finished:
+            self._advance()
+        finished = sorted(self._finished.items())
+        self._finished.clear()
+        return finished
+
+    def cancel(self, ticket: int) -> None:
+        """Forget a request, finished or not; `poll` will not report it."""
+        self._finished.pop(ticket, None)
+        if ticket in self._where:
+            self._engines[self._where[ticket]].discard(ticket)
+            self._forget(ticket)
+
+    def abort(self, ticket: int) -> Generation:
+        """Stop a request now and return what it generated so far.
+
+        Raises:
+            PolicyError: No such request is under way, or the engine has died.
+        """
+        if ticket in self._where:
+            self._settle(self._engines[self._where[ticket]].abort(ticket))
+        if ticket not in self._finished:
+            raise PolicyError(f"no request with ticket {ticket} is under way")
+        return self._finished.pop(ticket)
+
+    # Weights and memory ----------------------------------------------------------------------------------
+
+    def update_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the engines' weights in place, by the names of a checkpoint, and count up `version`.
+
+        Raises:
+            PolicyError: An engine cannot load them.
+        """
+        self.wake()
+        self._sender.send(dict(weights))
+        self._renew()
+
+    def weights_changed(self) -> None:
+        """The learner's weights (or the files of the folder) are new: send them, and count up `version`.
+
+        The engines forget all keys and values; requests under way go on with the new weights, theirs computed
+        afresh. Sleeping engines get the weights when they wake.
+        """
+        if self._asleep:
+            self._stale = True
+            self._version += 1
+            return
+        self._send()
+        self._renew()
+
+    def use_adapter(self, path: str | Path | None) -> None:
+        """Sample with a LoRA adapter (a folder as peft saves it) from now on; None: with the model alone.
+
+        Raises:
+            PolicyError: The engines were started without `lora_rank`, or cannot load it.
+        """
+        if not self.settings.lora_rank:
+            raise PolicyError(
+                "the engines take no adapters. Fix: model.vllm.lora_rank=N, the largest rank among them"
+            )
+        self.wake()
+        self._send_adapter(path)
+        self._renew()
+
+    def rest(self) -> None:
+        """Give the memory of a GPU back that the learner shares, until the next request."""
+        resting = self.settings.sleep and any(spec.shared for spec in self.specs)
+        if resting and not self._asleep and self.idle:
+            call_all(self._engines, "sleep", 1 if self.model is None else 2)
+            self._asleep = self._stale = True
+
+    def wake(self) -> None:
+        """Take that memory again, with the learner's weights as they are now."""
+        if not self._asleep:
+            return
+        if self.model is None:
+            call_all(self._engines, "wake")
+        else:
+            call_all(self._engines, "wake", ["weights"])
+            self._send()
+            call_all(self._engines, "wake", ["kv_cache"])
+        self._asleep = self._stale = False
+        call_all(self._engines, "weights_changed", self._version)
+        self._router.forget()
+
+    def close(self) -> None:
+        """End the engines; requests under way are lost."""
+        for engine in self._engines:
+            engine.close()
+        self._where.clear()
+        if self._saved is not None:
+            self._saved.cleanup()
+
+    # Parts -----------------------------------------------------------------------------------------------
+
+    def _start(self) -> Limits:
+        if not self.settings.asynchronous:
+            engine = Engine(self.specs[0], self.tokenizer)
+            self._engines = [engine]
+            return engine.limits
+        remote = [RemoteEngine(spec, self.tokenizer, number=number) for number, spec in enumerate(self.specs)]
+        self._engines = [*remote]
+        try:
+            limits = [engine.wait_ready() for engine in remote]
+        except BaseException:
+            self.close()
+            raise
+        return limits[0]
+
+    def _make_sender(self) -> Sender:
+        dtype = None if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
+        first, transfer = self._engines[0], self.settings.transfer
+        if transfer in ("ipc", "nccl"):
+            workers = self.settings.tensor_parallel
+            return TransferSender(self._engines, transfer, workers=workers, dtype=dtype)
+        if isinstance(first, Engine) and self.settings.tensor_parallel == 1:
+            return DirectSender(first)
+        return SharedSender(self._engines, dtype)
+
+    def _send(self) -> None:
+        if self.model is None:
+            call_all(self._engines, "reload")
+        elif is_adapted(self.model):
+            with tempfile.TemporaryDirectory(prefix="at2po-adapter-") as folder:
+                self.model.save_pretrained(folder)  # type: ignore[operator]  # peft's
+                self._send_adapter(folder)
+        else:
+            self._sender.send(named_weights(self.model))
+
+    def _send_adapter(self, path: str | Path | None) -> None:
+        self._adapters += 1
+        call_all(self._engines, "use_adapter", self._adapters, None if path is None else str(path))
+
+    def _renew(self) -> None:
+        self._version += 1
+        call_all(self._engines, "weights_changed", self._version)
+        self._router.forget()
+
+    def _advance(self) -> None:
+        """Let the engines work until something finishes, one step at most here and 10 ms elsewhere."""
+        deadline, known = time.monotonic() + _POLL_S, len(self._finished)
+        while self._where:
+            busy = [self._engines[number] for number in sorted(set(self._where.values()))]
+            for engine in busy:
+                self._collect(engine)
+            remote = [engine.connection for engine in busy if isinstance(engine, RemoteEngine)]
+            left = deadline - time.monotonic()
+            if len(self._finished) > known or not remote or left <= 0:
+                return
+            wait(remote, left)
+
+    def _collect(self, engine: Engine | RemoteEngine) -> None:
+        try:
+            finished = engine.collect()
+        except PolicyError:
+            for ticket in [t for t, n in self._where.items() if self._engines[n] is engine]:
+                if ticket not in engine.tickets:
+                    self._forget(ticket)
+            raise
+        for one in finished:
+            self._settle(one)
+
+    def _settle(self, finished: Finished) -> None:
+        """Keep a generation, and give the caller's intervention the state that its copy has come to."""
+        own = self._rules.get(finished.ticket)
+        if own is not None and finished.rule is not None and finished.rule is not own:
+            _copy_state(finished.rule, own)
+        self._forget(finished.ticket)
+        self._finished[finished.ticket] = finished.generation
+
+    def _forget(self, ticket: int) -> None:
+        self._rules.pop(ticket, None)
+        self._router.done(self._where.pop(ticket))
+
+    def _check(self, request: Request) -> None:
+        length, limits = len(request.prefix_ids) + request.max_tokens, self.limits
+        what = f"a request of {len(request.prefix_ids)} prefix ids and max_tokens {request.max_tokens}"
+        if length > limits.max_positions:
+            raise PolicyError(
+                f"{what} exceeds the engine's {limits.max_positions} positions (model.vllm.max_model_len, or "
+                "the model's own); shorten the prefix or max_tokens"
+            )
+        largest, smallest = max(request.prefix_ids), min(request.prefix_ids)
+        if smallest < 0 or largest >= limits.vocab_size:
+            wrong = smallest if smallest < 0 else largest
+            raise PolicyError(f"{what} holds id {wrong}; the model's ids lie in 0..{limits.vocab_size - 1}")
+
+    def _save(self, model: nn.Module) -> str:
+        self._saved = tempfile.TemporaryDirectory(prefix="at2po-model-")
+        save_model(model, self._saved.name)
+        return self._saved.name
+
+
+def _resolved(settings: VLLMSettings, model: nn.Module | None) -> VLLMSettings:
+    """With the learner's number format in place of "auto", where there is a learner."""
+    if settings.dtype != "auto" or model is None:
+        return settings
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return settings.model_copy(update={"dtype": dtype})
+
+
+def _copy_state(source: object, target: object) -> None:
+    """What pickle would restore."""
+    state = source.__getstate__()
+    if hasattr(target, "__setstate__"):
+        target.__setstate__(state)
+        return
+    for part in state if isinstance(state, tuple) else (state,):
+        for name, value in (part or {}).items():
+            object.__setattr__(target, name, value)

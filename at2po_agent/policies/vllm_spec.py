@@ -1,0 +1,229 @@
+"""What an engine of vLLM is made from, and making it: every name of vLLM's own options stands here.
+
+Nothing of vLLM is imported before an engine is made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from at2po_agent.policies.batching import PolicyStats
+from at2po_agent.policies.vllm_settings import VLLMSettings
+from at2po_env.errors import PolicyError, require
+
+_SAMPLER = "at2po_agent.policies.vllm_sampling:SeededSampling"
+_NEEDED = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core runs where it is made; processes are ours
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # our logits processor has the interface of the V1 sampler
+}
+_WISHED = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would pin the learner's threads too
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+_GIGABYTE = 1 << 30
+_CPU_KV_CACHE_GB = 1.0
+_CPU_BLOCK = 32  # the smallest block of its attention
+_GPU_BLOCK = 16
+_OWN_GPU, _SHARED_GPU = 0.9, 0.35
+_STEP_TOKENS = 8192
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that it has kernels for
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """All that an engine is made from; it travels to the engine's process.
+
+    Attributes:
+        model: Folder or hub name.
+        settings: Memory and processes; dtype is not "auto" any more.
+        max_sequences: Sequences that decode at the same time.
+        eos_ids: Ids that end a generation.
+        shared: Whether the learner uses the same GPU.
+        devices: GPUs that the engine's process sees; None leaves the environment alone.
+    """
+
+    model: str
+    settings: VLLMSettings
+    max_sequences: int
+    eos_ids: tuple[int, ...]
+    shared: bool = False
+    devices: tuple[str, ...] | None = None
+
+
+class Limits(NamedTuple):
+    """What an engine can take: ids below `vocab_size`, sequences of `max_positions`; its blocks."""
+
+    vocab_size: int
+    max_positions: int
+    block_size: int
+
+
+class Place(NamedTuple):
+    """The GPUs that an engine's process sees (None: those of this one); shared with the learner or not."""
+
+    devices: tuple[str, ...] | None
+    shared: bool
+
+
+def check_installed() -> None:
+    """Make sure that vLLM is there.
+
+    Raises:
+        MissingExtraError: It is not.
+    """
+    require("vllm.v1", "vllm")
+
+
+def place_engines(settings: VLLMSettings, learner: torch.device | None) -> list[Place]:
+    """Give every engine its GPUs, the learner's last.
+
+    Raises:
+        PolicyError: There are too few.
+    """
+    if not torch.cuda.is_available():
+        return [Place(None, False)] * max(1, settings.engines)
+    on_gpu = learner is not None and learner.type == "cuda"
+    if not settings.asynchronous:
+        return [Place(None, on_gpu)]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    visible = named.split(",")[:count] if named else [str(number) for number in range(count)]
+    own = None
+    if learner is not None and on_gpu:
+        own = torch.cuda.current_device() if learner.index is None else learner.index
+    return share_out(visible, own, engines=settings.engines, each=settings.tensor_parallel)
+
+
+def share_out(visible: Sequence[str], learner: int | None, *, engines: int, each: int) -> list[Place]:
+    """GPUs for every engine.
+
+    Args:
+        visible: Names of the GPUs.
+        learner: Index of the one that the learner uses.
+        engines: How many engines; 0 takes as many as fit beside the learner, at least one.
+        each: GPUs of one engine.
+
+    Raises:
+        PolicyError: There are too few GPUs.
+    """
+    others = [name for number, name in enumerate(visible) if number != learner]
+    engines = engines or max(1, len(others) // each)
+    pool = others if learner is None or len(others) >= engines * each else [*others, visible[learner]]
+    if len(pool) < engines * each:
+        raise PolicyError(
+            f"{engines} engines of {each} GPUs need {engines * each}, but {len(visible)} are visible; "
+            "lower model.vllm.engines or model.vllm.tensor_parallel"
+        )
+    parts = [tuple(pool[start : start + each]) for start in range(0, engines * each, each)]
+    return [Place(part, learner is not None and visible[learner] in part) for part in parts]
+
+
+class Counters:
+    """The engine's own counters, summed: it stands in for vLLM's stat loggers."""
+
+    def __init__(self) -> None:
+        self.stats = PolicyStats()
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, **more: Any) -> None:
+        """Take the counters of a step."""
+        del more
+        if scheduler_stats is not None:
+            cache = scheduler_stats.prefix_cache_stats
+            hits = cache.hits + cache.preempted_hits
+            self.stats.cached_tokens += hits
+            self.stats.prefill_tokens += cache.queries + cache.preempted_queries - hits
+        if iteration_stats is not None:
+            self.stats.decoded_tokens += iteration_stats.num_generation_tokens
+            self.stats.steps += 1
+
+    def log(self) -> None:
+        """Nothing is printed."""
+
+    def record_sleep_state(self, *state: Any) -> None:
+        """Nothing is counted there."""
+
+
+def make_engine(spec: EngineSpec) -> tuple[Any, Counters]:
+    """An `LLMEngine` whose core runs in this process, and its counters.
+
+    Raises:
+        MissingExtraError: vLLM is not installed.
+    """
+    check_installed()
+    counters = Counters()
+    _prepare_environment()
+    with _keeping_torch():
+        from vllm import EngineArgs, LLMEngine
+
+        engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(spec, on_cpu=_on_cpu())))
+    engine.logger_manager = counters  # in place of Prometheus, which costs more than a step of a small model
+    return engine, counters
+
+
+def engine_arguments(spec: EngineSpec, *, on_cpu: bool) -> dict[str, Any]:
+    """Keywords of vLLM's `EngineArgs`."""
+    settings = spec.settings
+    kv_cache_gb = settings.kv_cache_gb or (_CPU_KV_CACHE_GB if on_cpu else None)
+    share = settings.gpu_memory_utilization or (_SHARED_GPU if spec.shared else _OWN_GPU)
+    arguments: dict[str, Any] = {
+        "model": spec.model,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "dtype": settings.dtype,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "mp",
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": spec.max_sequences,
+        # A prompt goes through the model in one step, as the logits processor needs it.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_STEP_TOKENS, settings.max_model_len or 0),
+        "enable_prefix_caching": True,
+        "block_size": settings.block_size or (_CPU_BLOCK if on_cpu else _GPU_BLOCK),
+        "gpu_memory_utilization": share,
+        "kv_cache_memory_bytes": None if kv_cache_gb is None else int(kv_cache_gb * _GIGABYTE),
+        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        "enable_sleep_mode": settings.sleep and spec.shared and not on_cpu,
+        "logits_processors": [_SAMPLER],
+        "logprobs_mode": "processed_logits",
+        "async_scheduling": False,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    if settings.lora_rank:
+        rank = next((rank for rank in _LORA_RANKS if rank >= settings.lora_rank), settings.lora_rank)
+        arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+    if settings.transfer in ("ipc", "nccl"):
+        from vllm.config.weight_transfer import WeightTransferConfig
+
+        arguments["weight_transfer_config"] = WeightTransferConfig(backend=settings.transfer)
+    return arguments
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _prepare_environment() -> None:
+    """Options that vLLM reads from the environment: what must be so, and wishes where nobody has any."""
+    os.environ.update(_NEEDED)
+    for name, value in _WISHED.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _keeping_torch() -> Iterator[None]:
+    """Undo what vLLM's CPU worker does to torch for good: it forbids to set the number of threads."""
+    set_num_threads = torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads

@@ -1,0 +1,51 @@
+"""Engines are slow to start: tests share one in this process and one in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tiny_engine import SMALL, tiny_model, tiny_tokenizer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder is marked `vllm`, and skipped where vLLM is absent."""
+    found = importlib.util.find_spec("vllm")
+    missing = found is None or found.origin is None  # a folder of tests may carry the name
+    for item in items:
+        if "vllm_engine" in item.path.parts:
+            item.add_marker(pytest.mark.vllm)
+            item.add_marker(pytest.mark.filterwarnings("default"))
+            if missing:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed: make test-vllm"))
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """The learner's model of the shared engines."""
+    return tiny_model(seed=0)
+
+
+@pytest.fixture(scope="session")
+def shared_policy(model: Any) -> Iterator[Any]:
+    """An engine in this process."""
+    from at2po_agent.policies.vllm import VLLMPolicy
+
+    settings = SMALL.model_copy(update={"asynchronous": False})
+    policy = VLLMPolicy(model, tiny_tokenizer(), settings=settings, slots=32)
+    yield policy
+    policy.close()
+
+
+@pytest.fixture
+def policy(shared_policy: Any) -> Any:
+    """The engine of this process, idle and with nothing cached."""
+    for ticket in list(shared_policy._where):
+        shared_policy.cancel(ticket)
+    shared_policy.weights_changed()
+    return shared_policy

@@ -1,0 +1,92 @@
+import copy
+import random
+
+import pytest
+import torch
+from tiny_engine import ids, reference_log_probs, tiny_model, worst_error
+
+from at2po_agent.policies.base import Request
+from at2po_env.errors import PolicyError
+
+TOLERANCE = 1e-4
+
+
+def computed(policy, requests):
+    """Prefix tokens that went through the model for these requests, and the answers."""
+    before = policy.stats.prefill_tokens
+    generations = policy.generate(requests)
+    return policy.stats.prefill_tokens - before, generations
+
+
+def test_chains_that_arrive_together_compute_their_prompt_once(policy):
+    block, prompt = policy.limits.block_size, ids(random.Random(1), 200)
+    requests = [Request(prompt, 4, seed=seed) for seed in range(8)]
+    tokens, _ = computed(policy, requests)
+    again = 200 % block  # the block that is not full
+    assert tokens == 200 + 7 * again
+    assert policy.stats.cached_tokens >= 7 * (200 - again)
+
+
+def test_a_fork_computes_its_observation_and_less_than_a_block(policy):
+    rng, block = random.Random(2), policy.limits.block_size
+    prompt = ids(rng, 150)
+    _, (turn,) = computed(policy, [Request(prompt, 60, seed=0)])
+    prefix = prompt + turn.ids + ids(rng, 30)
+    tokens, _ = computed(policy, [Request(prefix, 4, seed=1)])
+    assert 30 < tokens <= 30 + block + 1
+    forks, _ = computed(policy, [Request(prefix, 4, seed=seed) for seed in range(2, 8)])
+    assert forks <= 6 * block
+
+
+def test_new_weights_are_sampled_from_and_forget_the_cache(policy, model):
+    old = copy.deepcopy(model)
+    prompt = ids(random.Random(3), 100)
+    requests = [Request(prompt, 12, seed=seed) for seed in range(4)]
+    policy.generate(requests)
+    version = policy.version
+    with torch.no_grad():
+        for parameter, other in zip(model.parameters(), tiny_model(seed=7).parameters(), strict=True):
+            parameter.lerp_(other, 0.5)
+    try:
+        policy.weights_changed()
+        tokens, generations = computed(policy, requests)
+        assert tokens >= len(prompt)
+        assert worst_error(model, requests, generations) < TOLERANCE
+        assert worst_error(old, requests, generations) > 100 * TOLERANCE
+        assert {one.version for one in generations} == {policy.version} == {version + 1}
+    finally:
+        model.load_state_dict(old.state_dict())
+        policy.weights_changed()
+    assert worst_error(old, requests, policy.generate(requests)) < TOLERANCE
+
+
+def test_a_request_under_way_goes_on_with_new_weights_and_shows_that_it_is_old(policy, model):
+    old = copy.deepcopy(model)
+    request = Request(ids(random.Random(4), 40), 12, seed=5)
+    ticket, version = policy.submit(request), policy.version
+    for _ in range(5):
+        policy.poll()
+    try:
+        policy.update_weights(tiny_model(seed=9).state_dict())
+        done = {}
+        while ticket not in done:
+            done.update(policy.poll())
+        generation = done[ticket]
+        assert generation.version == version < policy.version
+        own = torch.from_numpy(generation.log_probs.copy())
+        before = reference_log_probs(old, request, generation)
+        after = reference_log_probs(tiny_model(seed=9), request, generation)
+        torch.testing.assert_close(own[:5], before[:5], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(own[5:], after[5:], atol=TOLERANCE, rtol=0)
+    finally:
+        policy.weights_changed()
+
+
+def test_weights_of_nan_are_an_error_and_the_policy_recovers(policy, model):
+    broken = {name: torch.full_like(weight, torch.nan) for name, weight in model.state_dict().items()}
+    policy.update_weights(broken)
+    with pytest.raises(PolicyError, match="not finite"):
+        policy.generate([Request((1, 2, 3), 4)])
+    policy.weights_changed()
+    requests = [Request((1, 2, 3), 4)]
+    assert worst_error(model, requests, policy.generate(requests)) < TOLERANCE
