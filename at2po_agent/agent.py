@@ -11,8 +11,8 @@ from at2po_agent.coldstart import record_demonstrations
 from at2po_agent.environments import make_cold_start_env, make_training_env
 from at2po_agent.model import ModelShape, build_model, load_model, train_tokenizer
 from at2po_agent.policies.base import Policy, Tokenizer
-from at2po_agent.policies.hf import HFPolicy
 from at2po_agent.policies.tokenizer import HFTokenizer
+from at2po_agent.samplers import build_policy, check_sampler
 from at2po_agent.seeding import RunPurpose, run_generator, run_seed
 from at2po_agent.settings import Config
 from at2po_agent.transcripts import ChatTranscript, Transcript
@@ -55,15 +55,28 @@ class Agent:
         if notify is not None:
             notify()
 
+    def rest(self) -> None:
+        """Let the policy give back what it holds on the learner's device, until it samples again."""
+        rest: Callable[[], object] | None = getattr(self.policy, "rest", None)
+        if rest is not None:
+            rest()
+
+    def close(self) -> None:
+        """End what the policy has started."""
+        close: Callable[[], object] | None = getattr(self.policy, "close", None)
+        if close is not None:
+            close()
+
 
 def build_agent(config: Config) -> Agent:
-    """Make or load model and tokenizer, and the transformers policy over them."""
+    """Make or load model and tokenizer, and the policy that samples with them."""
+    check_sampler(config)
     tokenizer = build_tokenizer(config)
     transcript = build_transcript(config, tokenizer)
     if transcript is not None:
         tokenizer = transcript.tokenizer
     model = build_weights(config, vocab_size=len(tokenizer), eos_id=tokenizer.eos_id)
-    return Agent(model, HFPolicy(model, tokenizer, slots=config.model.slots), transcript)
+    return Agent(model, build_policy(config, model, tokenizer), transcript)
 
 
 def build_transcript(config: Config, tokenizer: HFTokenizer) -> ChatTranscript | None:

@@ -45,7 +45,8 @@ def evaluation_config(target: str, overrides: Sequence[str], config: str | None 
     if path.is_dir() and (run / CONFIG_FILE).is_file():
         return _with_model(config or str(run), path, overrides)
     return load_config(
-        config or DEFAULT_CONFIG, [f"model.path={target}", "model.random_init=false", *overrides]
+        config or DEFAULT_CONFIG,
+        [f"model.path={target}", "model.random_init=false", "model.sampler=hf", *overrides],
     )
 
 

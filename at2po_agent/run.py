@@ -62,9 +62,13 @@ def run_training(
             torch.set_num_threads(config.run.threads)
         try:
             ready = agent if isinstance(agent, Agent) else (agent or build_agent)(config)
-            trainer = Trainer(config, ready, folder, listener, env=env, eval_env=eval_env, started=started)
-            with contextlib.closing(trainer):
-                return _run(config, trainer, folder, listener, resume=resume)
+            own = contextlib.nullcontext() if isinstance(agent, Agent) else contextlib.closing(ready)
+            with own:
+                trainer = Trainer(
+                    config, ready, folder, listener, env=env, eval_env=eval_env, started=started
+                )
+                with contextlib.closing(trainer):
+                    return _run(config, trainer, folder, listener, resume=resume)
         except StopRequested as stop:
             raise TrainingInterrupted(_farewell(folder), folder) from stop
 

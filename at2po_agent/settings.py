@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from at2po_agent.losses.kl import Estimator as KlEstimator
+from at2po_agent.policies.vllm_settings import VLLMSettings
 from at2po_agent.rollout.settings import RolloutConfig
 
 
@@ -95,6 +96,10 @@ class ModelSettings(Section):
         "float32", description="Number format of the weights."
     )
     device: str = Field("cpu", description="Where the model lives: cpu, cuda, cuda:1 ...")
+    sampler: Literal["hf", "vllm"] = Field(
+        "hf", description="What samples: the learner's own model (hf), or engines of vLLM with its weights."
+    )
+    vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="The engines, where sampler = vllm.")
     slots: int = Field(256, ge=1, description="Sequences that the sampler decodes at the same time.")
 
     @model_validator(mode="after")

@@ -140,6 +140,7 @@ class Trainer:
         """
         clock, number, retrieved = Clock(), self.state.step + 1, counted()
         collected = self._grow(number, clock)
+        self.agent.rest()
         trees = self._learner.with_kl(collected.trees, number)
         credits = [give_credit(tree, self.config.algorithm) for tree in trees]
         clock.lap("credit")
