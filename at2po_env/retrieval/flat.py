@@ -41,7 +41,10 @@ class FlatSearch:
         self.ntotal, self.d = matrix.shape
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._threads = threads or cores
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="at2po-flat")
+        # Each thread has its part: threads that FAISS starts in it would only wait for each other.
+        self._pool = ThreadPoolExecutor(
+            self._threads, "at2po-flat", self._faiss.omp_set_num_threads, initargs=(1,)
+        )
 
     def search(self, queries: npt.NDArray[np.float32], topk: int) -> tuple[Scores, Rows]:
         """Return scores and rows [Q, k] of the best k = min(topk, N); equal scores among them rank by row."""
