@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from at2po_agent.model import ModelShape, build_model, train_tokenizer
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.hf import HFPolicy
+from at2po_agent.policies.tokenizer import HFTokenizer
 
 _VOCABULARY = 512
 _PAD = 0
@@ -45,6 +46,11 @@ class Workload:
     prompt: tuple[int, int] = (60, 120)
     action: tuple[int, int] = (10, 50)
     observation: tuple[int, int] = (50, 90)
+
+    @property
+    def slots(self) -> int:
+        """Sequences that are under way together."""
+        return self.questions * max(self.chains, self.forks)
 
 
 @dataclass
@@ -68,6 +74,16 @@ Roll: TypeAlias = Callable[[list[_Branch]], None]
 """Takes branches to their ends."""
 Answer: TypeAlias = Callable[[list[Request]], list[tuple[int, ...]]]
 """The sampled ids of each request of a round."""
+
+
+def make_model() -> PreTrainedModel:
+    """The quickstart's model with a larger vocabulary, of random weights."""
+    return build_model(ModelShape(vocab_size=_VOCABULARY), seed=0)
+
+
+def make_tokenizer() -> HFTokenizer:
+    """A tokenizer for it; the load has ids only."""
+    return train_tokenizer(["a"], vocab_size=_VOCABULARY)
 
 
 def _draw(rng: np.random.Generator, bounds: tuple[int, int]) -> tuple[int, ...]:
@@ -205,9 +221,8 @@ def prefill_over_unique(policy: HFPolicy, work: Workload, seed: int) -> float:
 
 def measure(work: Workload, *, repeats: int, seed: int = 0) -> dict[str, float]:
     """Run the samplers, interleaved."""
-    model = build_model(ModelShape(vocab_size=_VOCABULARY), seed=seed)
-    tokenizer = train_tokenizer(["a"], vocab_size=_VOCABULARY)
-    policy = HFPolicy(model, tokenizer, slots=work.questions * max(work.chains, work.forks), eos_ids=())
+    model = make_model()
+    policy = HFPolicy(model, make_tokenizer(), slots=work.slots, eos_ids=())
     ways = {
         "hf_policy_tokens_per_s": streaming(policy),
         "hf_policy_rounds_tokens_per_s": rounds(policy_answer(policy)),

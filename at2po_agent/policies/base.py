@@ -139,7 +139,11 @@ class StreamingPolicy(Policy, Protocol):
         ...
 
     def poll(self) -> list[tuple[int, Generation]]:
-        """Advance decoding and return what finished since the last call, as (ticket, generation)."""
+        """Advance decoding and return what finished since the last call, as (ticket, generation).
+
+        Comes back soon, perhaps with nothing: between two calls a rollout takes in what tools have answered.
+        A policy that decodes elsewhere sleeps here for some milliseconds, lest its caller spin.
+        """
         ...
 
     def cancel(self, ticket: int) -> None:
