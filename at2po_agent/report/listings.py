@@ -70,7 +70,8 @@ def data_rows() -> list[DataRow]:
     """All data sets that `at2po data get` knows."""
     rows = [_data_row(qa.name, "questions", _counts(qa)) for qa in QA_SETS.values()]
     rows += [_data_row(name, "passages", "Wikipedia 2018, about 21 million") for name in CORPORA]
-    rows += [_data_row(name, "index", "for dense retrieval, 64.5 GB") for name in INDEXES]
+    contents = {"wiki-18-e5": "for dense retrieval, 64.5 GB", "wiki-18-bm25": "by Lucene, 2.3 GB"}
+    rows += [_data_row(name, "index", contents[name]) for name in INDEXES]
     return rows
 
 

@@ -23,6 +23,14 @@ class RemoteFile(NamedTuple):
     packed: bool = False
 
 
+class RemoteFolder(NamedTuple):
+    """One folder to get, without folders in it; the hub says which files it has."""
+
+    repo: str
+    folder: str
+    target: str
+
+
 class QaSet(NamedTuple):
     """One of the seven question sets: number of questions per split (`None`: not counted here)."""
 
@@ -53,10 +61,11 @@ CORPORA: Mapping[str, RemoteFile] = {
         "PeterJinGo/wiki-18-corpus", ("wiki-18.jsonl.gz",), "corpora/wiki-18/wiki-18.jsonl", packed=True
     )
 }
-INDEXES: Mapping[str, RemoteFile] = {
+INDEXES: Mapping[str, RemoteFile | RemoteFolder] = {
     "wiki-18-e5": RemoteFile(
         "PeterJinGo/wiki-18-e5-index", ("part_aa", "part_ab"), "corpora/wiki-18/e5_Flat.index"
-    )
+    ),
+    "wiki-18-bm25": RemoteFolder("PeterJinGo/wiki-18-bm25-index", "bm25", "corpora/wiki-18/bm25"),
 }
 
 
@@ -72,17 +81,18 @@ def qa_set(name: str) -> QaSet:
     raise DataError(f"There is no data set {name!r}. Fix: use one of {', '.join(QA_SETS)}.")
 
 
-def files_of(name: str) -> list[RemoteFile]:
-    """Return the files behind a name: a question set, a corpus, an index, or "all" of them.
+def files_of(name: str) -> list[RemoteFile | RemoteFolder]:
+    """Return the files and folders behind a name: a question set, a corpus, an index, or "all" of them.
 
     Raises:
         DataError: there is nothing of that name.
     """
     if name == "all":
         return [file for one in (*QA_SETS, *CORPORA, *INDEXES) for file in files_of(one)]
-    for files in (CORPORA, INDEXES):
-        if name in files:
-            return [files[name]]
+    if name in CORPORA:
+        return [CORPORA[name]]
+    if name in INDEXES:
+        return [INDEXES[name]]
     try:
         qa = qa_set(name)
     except DataError as error:

@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import io
+import json
+import os
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -277,6 +279,60 @@ def test_parts_become_one_file_and_finished_parts_are_not_asked_for_again(hub: H
     assert path.read_bytes() == b"first " * 3000 + b"second" * 3000
     assert hub.ranges == [f"bytes={HALF}-"]
     assert names(path.parent) == {"e5_Flat.index", "e5_Flat.index.json"}
+
+
+LUCENE = "PeterJinGo/wiki-18-bm25-index"
+LISTING = f"/api/datasets/{LUCENE}/tree/main/bm25"
+
+
+def lucene_on(hub: Hub, files: dict[str, bytes]) -> None:
+    """Put a folder on the hub; the first file is one of those that it knows the digest of."""
+    entries: list[dict[str, object]] = [
+        {"type": "file", "path": f"bm25/{name}", "oid": "0", "size": len(content)}
+        for name, content in files.items()
+    ]
+    entries[0]["lfs"] = {"oid": hashlib.sha256(next(iter(files.values()))).hexdigest(), "size": 0}
+    hub.files[LISTING] = json.dumps([*entries, {"type": "directory", "path": "bm25/old"}]).encode()
+    for name, content in files.items():
+        hub.files[f"/datasets/{LUCENE}/resolve/main/bm25/{name}"] = content
+
+
+def test_a_folder_appears_whole_and_is_gone_on_with(hub: Hub) -> None:
+    files = {"_0.fdt": b"text " * 3000, "segments_1": b"seg", "_0.si": b"info"}
+    lucene_on(hub, {**files, "write.lock": b""})
+    hub.faults = ["", "", "500", "500", "500", "500", "500", "500"]
+    with pytest.raises(DataError, match="segments_1: gave up"):
+        get("wiki-18-bm25", base_url=hub.url)
+    (partial,) = resolve_cache().glob("corpora/wiki-18/bm25*")
+    assert partial.name == "bm25.partial"
+    hub.ranges.clear()
+    (path,) = get("wiki-18-bm25", base_url=hub.url)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == files
+    assert len(hub.ranges) == 3  # the list and two files: the first was there
+    assert get("wiki-18-bm25", base_url=hub.url) == [path]
+    assert len(hub.ranges) == 3
+
+
+def resolve_cache() -> Path:
+    return Path(os.environ["AT2PO_CACHE"])
+
+
+def test_digests_of_a_folder_are_checked(hub: Hub) -> None:
+    lucene_on(hub, {"_0.fdt": b"text", "segments_1": b"seg"})
+    hub.files[f"/datasets/{LUCENE}/resolve/main/bm25/_0.fdt"] = b"test"
+    with pytest.raises(DataError, match="checksum is wrong"):
+        get("wiki-18-bm25", base_url=hub.url)
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [b"<html>", b"{}", b"[]", b'[{"type": "file", "path": "bm25/../../../x"}]', b'[{"type": "file"}]'],
+)
+def test_a_listing_that_is_none_or_leads_elsewhere_is_refused(hub: Hub, listing: bytes) -> None:
+    hub.files[LISTING] = listing
+    with pytest.raises(DataError, match=r"the hub.*Fix: "):
+        get("wiki-18-bm25", base_url=hub.url)
+    assert not list(resolve_cache().parent.rglob("x"))
 
 
 CORPUS = (SAMPLE / "corpus.jsonl").read_bytes()
