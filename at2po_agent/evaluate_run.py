@@ -1,5 +1,6 @@
 """Evaluating what a run has learned, or any model, without training: what `at2po eval` does."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,11 +58,12 @@ def evaluate_config(config: Config, progress: Progress, modes: Sequence[str]) ->
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    agent, env = build_agent(config), make_eval_env(config)
-    return {
-        mode: evaluate_mode(config, mode, env, agent.policy, progress, transcript=agent.transcript)
-        for mode in modes
-    }
+    with contextlib.closing(build_agent(config)) as agent:
+        env, transcript = make_eval_env(config), agent.transcript
+        return {
+            mode: evaluate_mode(config, mode, env, agent.policy, progress, transcript=transcript)
+            for mode in modes
+        }
 
 
 def evaluate_mode(

@@ -97,7 +97,7 @@ class VLLMPolicy:
         self._rules: dict[int, Intervention] = {}
         self._finished: dict[int, Generation] = {}
         self._tickets = 0
-        self._asleep = self._stale = False
+        self._asleep = False
         self._adapters = 0
         self._version = 0
         self.limits = self._start()
@@ -217,7 +217,6 @@ class VLLMPolicy:
         afresh. Sleeping engines get the weights when they wake.
         """
         if self._asleep:
-            self._stale = True
             self._version += 1
             return
         self._send()
@@ -242,7 +241,7 @@ class VLLMPolicy:
         resting = self.settings.sleep and any(spec.shared for spec in self.specs)
         if resting and not self._asleep and self.idle:
             call_all(self._engines, "sleep", 1 if self.model is None else 2)
-            self._asleep = self._stale = True
+            self._asleep = True
 
     def wake(self) -> None:
         """Take that memory again, with the learner's weights as they are now."""
@@ -254,7 +253,7 @@ class VLLMPolicy:
             call_all(self._engines, "wake", ["weights"])
             self._send()
             call_all(self._engines, "wake", ["kv_cache"])
-        self._asleep = self._stale = False
+        self._asleep = False
         call_all(self._engines, "weights_changed", self._version)
         self._router.forget()
 

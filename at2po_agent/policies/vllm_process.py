@@ -195,6 +195,7 @@ class RemoteEngine:
 
     def _kill(self, why: str) -> None:
         self._dead = why
+        self.process.kill()
         self._end()
 
     def _bury(self) -> None:

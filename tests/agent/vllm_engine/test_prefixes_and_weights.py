@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import random
 
 import pytest
@@ -79,6 +80,31 @@ def test_a_request_under_way_goes_on_with_new_weights_and_shows_that_it_is_old(p
         torch.testing.assert_close(own[:5], before[:5], atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(own[5:], after[5:], atol=TOLERANCE, rtol=0)
     finally:
+        policy.weights_changed()
+
+
+def test_a_policy_that_rests_wakes_with_the_learners_new_weights(policy, model, monkeypatch):
+    """On CPU the engine keeps its memory; what is shown is the order of things."""
+    monkeypatch.setattr(policy, "specs", [dataclasses.replace(policy.specs[0], shared=True)])
+    old, version = copy.deepcopy(model), policy.version
+    requests = [Request((3, 2, n + 1), 8, seed=n) for n in range(3)]
+    busy = policy.submit(requests[0])
+    policy.rest()  # not while it has requests
+    assert not policy._asleep
+    policy.cancel(busy)
+    policy.rest()
+    assert policy._asleep
+    with torch.no_grad():
+        for parameter, other in zip(model.parameters(), tiny_model(seed=6).parameters(), strict=True):
+            parameter.copy_(other)
+    try:
+        policy.weights_changed()
+        assert policy._asleep
+        generations = policy.generate(requests)
+        assert worst_error(model, requests, generations) < TOLERANCE
+        assert {one.version for one in generations} == {policy.version} == {version + 1}
+    finally:
+        model.load_state_dict(old.state_dict())
         policy.weights_changed()
 
 

@@ -142,5 +142,12 @@ def test_a_killed_engine_is_an_error_at_once_and_leaves_no_process(engines):
     assert victim.process.pid not in children()  # reaped: a zombie would still be there
     with pytest.raises(PolicyError, match="engine 0"):
         engines.weights_changed()
+    # The other one hangs.
+    rest = {ticket for ticket in tickets if engines._where.get(ticket) == 1}
+    assert rest
+    other._settings = SMALL.model_copy(update={"stall_timeout_s": 1.0})
+    os.kill(other.process.pid, signal.SIGSTOP)
+    with pytest.raises(PolicyError, match=r"engine 1 .* made no step for 1 s"):
+        drain(engines, rest)
     engines.close()
     assert other.process.pid not in children()
