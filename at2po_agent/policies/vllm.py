@@ -247,6 +247,8 @@ class VLLMPolicy:
         """Take that memory again, with the learner's weights as they are now."""
         if not self._asleep:
             return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the learner's allocator keeps for itself
         if self.model is None:
             call_all(self._engines, "wake")
         else:

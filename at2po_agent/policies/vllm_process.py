@@ -83,8 +83,10 @@ class RemoteEngine:
 
     def add(self, ticket: int, request: Request) -> None:
         """Hand in a request that fits the model."""
-        self.open.add(ticket)
+        if not self.open:
+            self._heard = time.monotonic()  # it had nothing to do, and so nothing to say
         self._send(("add", ticket, request))
+        self.open.add(ticket)
 
     def collect(self) -> list[Finished]:
         """What has finished since the last call; does not wait.
@@ -144,8 +146,6 @@ class RemoteEngine:
     def _send(self, message: Any) -> None:
         if self._dead is not None:
             raise PolicyError(self._obituary())
-        if not self.open:
-            self._heard = time.monotonic()
         try:
             self.connection.send_bytes(self._wire.dumps(message))
         except OSError:

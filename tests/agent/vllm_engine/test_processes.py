@@ -114,6 +114,12 @@ def test_an_intervention_that_cannot_travel_is_refused(engines):
     assert engines.idle
 
 
+def test_an_engine_that_had_nothing_to_do_has_not_hung(engines):
+    for engine in engines._engines:
+        engine._heard -= 3600.0
+    assert len(engines.generate([Request((n + 1, 5), 3, seed=n) for n in range(4)])) == 4
+
+
 def test_requests_that_cannot_be_served_leave_the_engines_alone(engines):
     with pytest.raises(PolicyError, match="positions"):
         engines.submit(Request((1,), 5000))
