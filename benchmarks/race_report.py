@@ -136,23 +136,37 @@ def write_studies(folders: Sequence[Path], report: Path) -> None:
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a row per method, means over seeds with 95% intervals."""
+    """Markdown: a row per method, means over seeds with 95% intervals; differences to GRPO seed by seed."""
     lines = [
-        "| method | rate | seeds | sampled EM | greedy EM | mean sampled EM on the way | "
-        "tokens to GRPO's EM | turn-KL entropy | clip fraction |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | rate | seeds | sampled EM | against GRPO | greedy EM | mean sampled EM on the way | "
+        "against GRPO | tokens to GRPO's EM | turn-KL entropy | clip fraction |",
+        "|" + "---|" * 11,
     ]
+    grpo = {run["seed"]: run for run in runs if run["method"] == "grpo"}
     for method in METHODS:
         own = [run for run in runs if run["method"] == method]
         if not own:
             continue
         reached = [run["tokens_to_grpo"] for run in own if run["tokens_to_grpo"] is not None]
-        cells = [str(estimate(run[name] for run in own)) for name in ("sampled_em", "em", "mean_sampled_em")]
+        cells = [
+            str(estimate(run["sampled_em"] for run in own)),
+            _difference(own, grpo, "sampled_em"),
+            str(estimate(run["em"] for run in own)),
+            str(estimate(run["mean_sampled_em"] for run in own)),
+            _difference(own, grpo, "mean_sampled_em"),
+        ]
         cells.append(f"{np.mean(reached) / 1000:.0f}k ({len(reached)} of {len(own)})" if reached else "never")
         cells += [str(estimate(run[name] for run in own)) for name in ("turn_kl_entropy", "clip_fraction")]
         rates = ", ".join(f"{rate:g}" for rate in sorted({run["rate"] for run in own}))
         lines.append(f"| {method} | {rates} | {len(own)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _difference(runs: Sequence[Mapping[str, Any]], others: Mapping[int, Mapping[str, Any]], name: str) -> str:
+    """Mean difference to the run of the same seed, which was asked the same questions."""
+    pairs = [(run, others[run["seed"]]) for run in runs if run["seed"] in others]
+    found = estimate(run[name] - other[name] for run, other in pairs if run is not other)
+    return str(found) if found.mean < 0 or not found.seeds else f"+{found}"
 
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -151,9 +151,24 @@ def test_the_report_holds_every_run(tmp_path):
     assert rows[0]["tokens_to_grpo"] == "600"  # 0.1 + 0.5 share = 0.4
     assert list(rows[0])[:5] == ["method", "seed", "sampled_tokens", "em", "sampled_em"]
     text = (tmp_path / "report" / "algorithms.md").read_text()
-    assert "| at2po | 0.0001 | 2 | 0.550 ± 0.635 |" in text  # t(1) = 12.706 times 0.0707 / sqrt 2
+    assert "| at2po | 0.0001 | 2 | 0.550 ± 0.635 | - |" in text  # t(1) = 12.706 times 0.0707 / sqrt 2
     assert (tmp_path / "report" / "tuning.csv").read_text().count("\n") == 4
     assert (tmp_path / "report" / "algorithms.png").stat().st_size > 10_000
+
+
+def test_differences_to_grpo_are_those_of_the_same_seeds():
+    scores = {"grpo": (0.5, 0.3), "at2po": (0.6, 0.5), "gspo": (0.4, 0.2)}
+    runs = [
+        {**result(method, seed, em), "tokens_to_grpo": None}
+        for method, ems in scores.items()
+        for seed, em in enumerate(ems)
+    ]
+    rows = {line.split(" | ")[0]: line.split(" | ")[4] for line in table(runs).splitlines()[2:]}
+    assert rows == {
+        "| at2po": "+0.150 ± 0.635",
+        "| grpo": "-",
+        "| gspo": "-0.100 ± 0.000",
+    }  # +0.1 and +0.2: std 0.0707
 
 
 def test_a_method_without_runs_has_no_row():
