@@ -176,16 +176,16 @@ class OpenAIPolicy:
                 self._loop.call_soon_threadsafe(self._stop, ticket)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Answer each request, in order."""
-        tickets = [self.submit(request) for request in requests]
-        waiting, answers = set(tickets), dict[int, Generation]()
+        """Answer each request, in order; not to be mixed with requests that were submitted before."""
+        tickets: list[int] = []
+        answers: dict[int, Generation] = {}
         try:
-            while waiting:
-                for ticket, generation in self.poll():
-                    answers[ticket] = generation
-                    waiting.discard(ticket)
+            for request in requests:
+                tickets.append(self.submit(request))
+            while len(answers) < len(tickets):
+                answers |= dict(self.poll())
         finally:
-            for ticket in waiting:
+            for ticket in set(tickets) - answers.keys():
                 self.cancel(ticket)
         return [answers[ticket] for ticket in tickets]
 

@@ -43,7 +43,7 @@ class Server:
         timeout_s: Deadline of a generation, all tries and pauses included.
         attempt_s: Longest try.
         connect_s: Longest wait for a connection.
-        retries: Tries after the first.
+        retries: Tries after the first; a server that is only busy (429) is asked until the deadline.
         backoff_s: First pause; doubles up to `MAX_PAUSE_S`, each time drawn from its upper half.
     """
 
@@ -171,7 +171,7 @@ class Client:
         longest = min(self._server.backoff_s * 2.0 ** (failed - 1), MAX_PAUSE_S)
         pause = max(longest * self._random.uniform(0.5, 1.0), error.pause_s)
         in_time = asyncio.get_running_loop().time() + pause < deadline
-        if failed > self._server.retries or not in_time:
+        if (failed > self._server.retries and not error.busy) or not in_time:
             tries = f"{failed} tries" if in_time else f"{failed} tries, none left before the deadline"
             raise RequestFailedError(error.kind, f"{error} ({tries})") from error
         self._stats.retries += 1

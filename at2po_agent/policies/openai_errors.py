@@ -44,11 +44,15 @@ class RequestFailedError(Exception):
 
 
 class PassingError(RequestFailedError):
-    """A failure that another try may not meet; `pause_s` is what the server asked for."""
+    """A failure that another try may not meet; `pause_s` is what the server asked for.
+
+    `busy`: the server works, and wants to be asked later.
+    """
 
     def __init__(self, kind: str, message: str, pause_s: float = 0.0) -> None:
         super().__init__(kind, message)
         self.pause_s = pause_s
+        self.busy = kind == "status 429"
 
 
 class ContextError(RequestFailedError):

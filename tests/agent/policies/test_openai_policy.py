@@ -45,7 +45,7 @@ def in_turn(*behaviours: Any) -> Behaviour:
 
 
 def nothing_under_way(policy: OpenAIPolicy) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while policy.under_way and time.monotonic() < deadline:
         time.sleep(0.005)
     assert policy.under_way == 0
@@ -123,7 +123,7 @@ def test_what_passes_is_tried_again(fault: str) -> None:
         assert (stats.requests, stats.tries, stats.retries, stats.failures) == (1, 3, 2, 0)
 
 
-@pytest.mark.parametrize("fault", PASSING)
+@pytest.mark.parametrize("fault", sorted(PASSING.keys() - {"status 429"}))
 def test_what_does_not_pass_is_an_aborted_generation_with_a_reason(fault: str) -> None:
     with serving(lambda _: PASSING[fault]) as fake, policy_for(fake) as policy:
         (answer,) = policy.generate([ask()])
@@ -149,8 +149,18 @@ def test_a_server_that_says_come_back_tomorrow_is_given_up_now() -> None:
         start = time.monotonic()
         (answer,) = policy.generate([ask()])
         assert answer.stop_reason == "abort"
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60
         assert "none left before the deadline" in policy.stats.last_failure
+
+
+def test_a_busy_server_is_asked_until_the_deadline() -> None:
+    busy = Reply(error("too fast"), status=429)
+    with serving(in_turn(*[busy] * 8, echo)) as fake, policy_for(fake, patience={"retries": 1}) as policy:
+        (answer,) = policy.generate([ask()])
+        assert (answer.stop_reason, policy.stats.retries) == ("eos", 8)
+    with serving(lambda _: busy) as fake, policy_for(fake, patience={"timeout_s": 0.5}) as policy:
+        (answer,) = policy.generate([ask()])
+        assert (answer.stop_reason, policy.stats.failures) == ("abort", 1)
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:
@@ -170,11 +180,11 @@ def test_pauses_grow_and_differ() -> None:
 
 
 def test_a_slow_try_is_given_up_and_made_again() -> None:
-    slow = in_turn(lambda seen: Reply(echo(seen), delay=3.0), echo)
+    slow = in_turn(lambda seen: Reply(echo(seen), delay=20.0), echo)
     with serving(slow) as fake, policy_for(fake, patience={"attempt_s": 0.2}) as policy:
         start = time.monotonic()
         (answer,) = policy.generate([ask()])
-        assert (answer.stop_reason, time.monotonic() - start < 2.5) == ("eos", True)
+        assert (answer.stop_reason, time.monotonic() - start < 15) == ("eos", True)
 
 
 def test_the_deadline_holds_over_all_tries() -> None:
@@ -184,7 +194,7 @@ def test_the_deadline_holds_over_all_tries() -> None:
         start = time.monotonic()
         (answer,) = policy.generate([ask()])
         assert answer.stop_reason == "abort"
-        assert time.monotonic() - start < 2.0
+        assert time.monotonic() - start < 8  # a hundred tries would take ten seconds and more
         assert set(policy.stats.reasons) <= {"deadline", "timeout"}
 
 
@@ -456,10 +466,10 @@ def test_log_probs_of_chats_reach_the_generation() -> None:
 
 
 def test_a_cancelled_request_leaves_no_task_and_no_answer() -> None:
-    with (
-        serving(lambda seen: Reply(echo(seen), delay=0.3)) as fake,
-        policy_for(fake, concurrency=2) as policy,
-    ):
+    def model(seen: Seen) -> Reply:
+        return Reply(echo(seen), delay=0.0 if prompt_of(seen) == "again" else 20.0)
+
+    with serving(model) as fake, policy_for(fake, concurrency=2) as policy:
         tickets = [policy.submit(ask()) for _ in range(6)]
         while not fake.seen:
             time.sleep(0.005)
@@ -495,15 +505,23 @@ def test_closing_ends_the_thread_and_every_task() -> None:
 
 def test_an_error_in_between_loses_no_answer() -> None:
     def picky(seen: Seen) -> Any:
-        return Reply(error("no"), status=401, delay=0.1) if prompt_of(seen) == "bad" else echo(seen)
+        return Reply(error("no"), status=401, delay=0.3) if prompt_of(seen) == "bad" else echo(seen)
 
     with serving(picky) as fake, policy_for(fake) as policy:
         good, bad = policy.submit(ask("good")), policy.submit(ask("bad"))
-        time.sleep(0.4)
+        nothing_under_way(policy)
         with pytest.raises(PolicyError, match="refuses the key"):
             policy.poll()
         assert [ticket for ticket, _ in policy.poll()] == [good]
         assert bad not in policy._open
+
+
+def test_a_request_that_cannot_be_sent_takes_the_others_back() -> None:
+    with serving(lambda seen: Reply(echo(seen), delay=0.2)) as fake, policy_for(fake) as policy:
+        with pytest.raises(PolicyError, match="end where an action begins"):
+            policy.generate([ask(), Request((1, 2), 8)])
+        nothing_under_way(policy)
+        assert policy.poll() == []
 
 
 def test_nothing_is_asked_where_nothing_may_be_written() -> None:
