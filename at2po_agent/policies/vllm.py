@@ -36,6 +36,7 @@ from at2po_agent.policies.vllm_weights import (
     SharedSender,
     TransferSender,
     call_all,
+    check_weights,
     is_adapted,
     named_weights,
     save_model,
@@ -204,10 +205,14 @@ class VLLMPolicy:
         """Replace the engines' weights in place, by the names of a checkpoint, and count up `version`.
 
         Raises:
-            PolicyError: An engine cannot load them.
+            PolicyError: A name is unknown or a shape does not fit (nothing is sent then), or an engine cannot
+                load them.
         """
+        new = dict(weights)
+        if self.model is not None:
+            check_weights(self.model, new)
         self.wake()
-        self._sender.send(dict(weights))
+        self._sender.send(new)
         self._renew()
 
     def weights_changed(self) -> None:

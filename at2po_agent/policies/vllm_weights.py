@@ -11,6 +11,7 @@ This module knows neither requests nor training.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
 import socket
@@ -29,6 +30,7 @@ from at2po_env.errors import PolicyError
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 _ALIGNMENT = 64
+_RELOADING = "vllm.model_executor.model_loader.reload.layerwise"
 
 
 class Place(NamedTuple):
@@ -87,6 +89,18 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
             seen.add(identity)
             weights[name] = whole.detach()
     return weights
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Make sure that weights are those of a model.
+
+    Raises:
+        PolicyError: A name is unknown or a shape does not fit.
+    """
+    own = model.state_dict()
+    wrong = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
+    if wrong:
+        raise PolicyError(f"the model has no such weights, or of another shape: {', '.join(sorted(wrong))}")
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -185,6 +199,7 @@ def load_file(worker: Any, path: str, size: int, places: Sequence[Place]) -> Non
 
 def reload_weights(worker: Any, weights: NamedTensors | None) -> None:
     """Load weights (None: from the model's folder) in place; the engine runs this in its workers."""
+    logging.getLogger(_RELOADING).setLevel(logging.ERROR)  # it warns of modules that have nothing to load
     worker.reload_weights(weights_iterator=weights)
     if worker.device.type != "cpu":
         return

@@ -108,6 +108,14 @@ def test_a_policy_that_rests_wakes_with_the_learners_new_weights(policy, model, 
         policy.weights_changed()
 
 
+def test_weights_of_another_model_are_refused_and_nothing_changes(policy, model):
+    version, requests = policy.version, [Request((1, 2, 3), 4)]
+    with pytest.raises(PolicyError, match=r"no such weights, or of another shape: model\.norm\.weight, nope"):
+        policy.update_weights({"nope": torch.zeros(1), "model.norm.weight": torch.zeros(3)})
+    assert policy.version == version
+    assert worst_error(model, requests, policy.generate(requests)) < TOLERANCE
+
+
 def test_weights_of_nan_are_an_error_and_the_policy_recovers(policy, model):
     broken = {name: torch.full_like(weight, torch.nan) for name, weight in model.state_dict().items()}
     policy.update_weights(broken)
