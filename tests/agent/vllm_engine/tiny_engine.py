@@ -17,7 +17,7 @@ from at2po_agent.types import Generation
 
 VOCABULARY = 300
 POSITIONS = 1024
-SMALL = VLLMSettings(kv_cache_gb=0.05, threads=1, start_timeout_s=120, stall_timeout_s=60)
+SMALL = VLLMSettings(kv_cache_gb=0.05, threads=1, start_timeout_s=280, stall_timeout_s=60)
 
 
 @functools.cache
