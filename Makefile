@@ -49,7 +49,7 @@ test-vllm:  ## the tests that need vLLM, in an environment of their own, on CPU
 	  echo "test-vllm: nothing is run: its versions are pinned for Python 3.11; try: make test-vllm PYTHON=python3.11"; \
 	else \
 	  $(MAKE) --no-print-directory $(VLLM_VENV)/.installed && \
-	  $(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS) $(wildcard tests/agent/vllm*); \
+	  $(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS) tests/agent/vllm_engine; \
 	fi
 
 lint: install  ## format, lint, types, import contracts, spelling

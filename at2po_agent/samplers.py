@@ -6,8 +6,8 @@ from at2po_agent.policies.base import Policy
 from at2po_agent.policies.hf import HFPolicy
 from at2po_agent.policies.tokenizer import HFTokenizer
 from at2po_agent.policies.vllm import VLLMPolicy
-from at2po_agent.policies.vllm_settings import VLLMSettings
-from at2po_agent.policies.vllm_spec import check_installed
+from at2po_agent.policies.vllm.settings import VLLMSettings
+from at2po_agent.policies.vllm.spec import check_installed
 from at2po_agent.settings import Config
 
 

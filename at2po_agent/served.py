@@ -15,9 +15,9 @@ from at2po_agent.environments import Env, first_tasks, make_eval_env
 from at2po_agent.evaluate import evaluate
 from at2po_agent.evaluate_run import DEFAULT_CONFIG
 from at2po_agent.policies.openai import OpenAIPolicy
-from at2po_agent.policies.openai_client import Server
-from at2po_agent.policies.openai_stats import Prices
-from at2po_agent.policies.openai_wire import Dialect, Endpoint
+from at2po_agent.policies.openai.client import Server
+from at2po_agent.policies.openai.stats import Prices
+from at2po_agent.policies.openai.wire import Dialect, Endpoint
 from at2po_agent.progress import Progress
 from at2po_agent.seeding import RunPurpose, run_seed
 from at2po_agent.settings import Config

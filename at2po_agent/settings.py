@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from at2po_agent.losses.kl import Estimator as KlEstimator
-from at2po_agent.policies.vllm_settings import VLLMSettings
+from at2po_agent.policies.vllm.settings import VLLMSettings
 from at2po_agent.rollout.settings import RolloutConfig
 
 

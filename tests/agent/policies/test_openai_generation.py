@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from at2po_agent.policies.base import Request
-from at2po_agent.policies.openai_generation import end_of_text, make_generation, place_log_probs
-from at2po_agent.policies.openai_tokens import ASSISTANT, EOS, USER, ByteTokenizer
-from at2po_agent.policies.openai_wire import (
+from at2po_agent.policies.openai.generation import end_of_text, make_generation, place_log_probs
+from at2po_agent.policies.openai.tokens import ASSISTANT, EOS, USER, ByteTokenizer
+from at2po_agent.policies.openai.wire import (
     NO_STOP,
     Answer,
     Dialect,

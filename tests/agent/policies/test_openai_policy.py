@@ -11,11 +11,11 @@ from served_fake import Behaviour, FakeServer, Reply, Seen, chat, chat_log_probs
 
 from at2po_agent.policies.base import Request, StreamingPolicy
 from at2po_agent.policies.openai import OpenAIPolicy
-from at2po_agent.policies.openai_client import Server, normal_url
-from at2po_agent.policies.openai_errors import retry_after
-from at2po_agent.policies.openai_stats import Prices
-from at2po_agent.policies.openai_tokens import RoleTranscript
-from at2po_agent.policies.openai_wire import Dialect
+from at2po_agent.policies.openai.client import Server, normal_url
+from at2po_agent.policies.openai.errors import retry_after
+from at2po_agent.policies.openai.stats import Prices
+from at2po_agent.policies.openai.tokens import RoleTranscript
+from at2po_agent.policies.openai.wire import Dialect
 from at2po_env.errors import ConfigError, PolicyError
 
 

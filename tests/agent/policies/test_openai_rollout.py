@@ -12,8 +12,8 @@ from served_fake import Reply, Seen, chat, chat_log_probs, completion, error, se
 import at2po_env
 from at2po_agent.evaluate import evaluate
 from at2po_agent.policies.openai import OpenAIPolicy
-from at2po_agent.policies.openai_client import Server
-from at2po_agent.policies.openai_wire import Dialect
+from at2po_agent.policies.openai.client import Server
+from at2po_agent.policies.openai.wire import Dialect
 from at2po_agent.report.run_folder import TreeRecord
 from at2po_agent.report.tree_page import PageOptions, write_tree_page
 from at2po_agent.rollout import RolloutConfig, rollout

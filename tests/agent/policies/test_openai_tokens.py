@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from at2po_agent.policies.base import Tokenizer
-from at2po_agent.policies.openai_tokens import (
+from at2po_agent.policies.openai.tokens import (
     ASSISTANT,
     EOS,
     OBSERVATION,

@@ -12,10 +12,10 @@ from at2po_agent.agent import build_agent
 from at2po_agent.config import load_config
 from at2po_agent.model import ModelShape, build_model
 from at2po_agent.policies.vllm import VLLMPolicy
-from at2po_agent.policies.vllm_routing import Router
-from at2po_agent.policies.vllm_settings import VLLMSettings
-from at2po_agent.policies.vllm_spec import EngineSpec, Place, engine_arguments, share_out
-from at2po_agent.policies.vllm_weights import SharedSender, named_weights, save_model, view
+from at2po_agent.policies.vllm.routing import Router
+from at2po_agent.policies.vllm.settings import VLLMSettings
+from at2po_agent.policies.vllm.spec import EngineSpec, Place, engine_arguments, share_out
+from at2po_agent.policies.vllm.weights import SharedSender, named_weights, save_model, view
 from at2po_agent.samplers import engine_settings
 from at2po_env.errors import ConfigError, MissingExtraError, PolicyError
 
@@ -30,8 +30,8 @@ def no_vllm(monkeypatch):
 
 @pytest.mark.usefixtures("no_vllm")
 def test_without_vllm_the_error_names_the_extra():
-    for module in ("vllm", "vllm_engine", "vllm_process", "vllm_weights", "vllm_spec"):
-        importlib.import_module(f"at2po_agent.policies.{module}")
+    for module in ("policy", "engine", "process", "weights", "spec"):
+        importlib.import_module(f"at2po_agent.policies.vllm.{module}")
     with pytest.raises(MissingExtraError, match=r"pip install 'at2po\[vllm\]'"):
         VLLMPolicy("nowhere", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'at2po\[vllm\]'"):

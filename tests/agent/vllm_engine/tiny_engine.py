@@ -12,7 +12,7 @@ import torch
 from at2po_agent.model import ModelShape, build_model, train_tokenizer
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.tokenizer import HFTokenizer
-from at2po_agent.policies.vllm_settings import VLLMSettings
+from at2po_agent.policies.vllm.settings import VLLMSettings
 from at2po_agent.types import Generation
 
 VOCABULARY = 300

@@ -27,8 +27,8 @@ from at2po_agent.model import load_model
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.hf import HFPolicy
 from at2po_agent.policies.openai import OpenAIPolicy
-from at2po_agent.policies.openai_client import Server
-from at2po_agent.policies.openai_wire import Dialect
+from at2po_agent.policies.openai.client import Server
+from at2po_agent.policies.openai.wire import Dialect
 from at2po_agent.policies.tokenizer import HFTokenizer
 from at2po_agent.rollout import RolloutConfig
 from at2po_agent.tree import Tree

@@ -1,8 +1,8 @@
 """A policy that is served elsewhere: by vLLM, by a hosted API, by anything that speaks OpenAI's protocol.
 
-Its ids are bytes and marks (`openai_tokens`), so that rollouts, evaluations, trees and pages work unchanged,
+Its ids are bytes and marks (`openai.tokens`), so that rollouts, evaluations, trees and pages work unchanged,
 given `transcript=policy.transcript`. For evaluation, not for training: the bytes are not what the model
-sampled, and the log-probs stand where `openai_generation` says.
+sampled, and the log-probs stand where `openai.generation` says.
 
 The error model: a request that fails after its tries is data, an aborted generation whose reason is counted
 in `stats`. What every request would meet (the key, the model's name), and too many failures in a row, are a
@@ -22,12 +22,12 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from at2po_agent.policies.base import Request
-from at2po_agent.policies.openai_client import Client, Server
-from at2po_agent.policies.openai_errors import RequestFailedError
-from at2po_agent.policies.openai_generation import make_generation
-from at2po_agent.policies.openai_stats import Prices, ServedStats
-from at2po_agent.policies.openai_tokens import ByteTokenizer, RoleTranscript
-from at2po_agent.policies.openai_wire import ENDPOINTS, Dialect, request_body
+from at2po_agent.policies.openai.client import Client, Server
+from at2po_agent.policies.openai.errors import RequestFailedError
+from at2po_agent.policies.openai.generation import make_generation
+from at2po_agent.policies.openai.stats import Prices, ServedStats
+from at2po_agent.policies.openai.tokens import ByteTokenizer, RoleTranscript
+from at2po_agent.policies.openai.wire import ENDPOINTS, Dialect, request_body
 from at2po_agent.transcripts import InlineTranscript, Transcript
 from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError, PolicyError

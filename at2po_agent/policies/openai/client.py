@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from at2po_agent.policies.openai_errors import (
+from at2po_agent.policies.openai.errors import (
     BadRequestError,
     ContextError,
     ParameterError,
@@ -26,8 +26,8 @@ from at2po_agent.policies.openai_errors import (
     UnknownModelError,
     refusal,
 )
-from at2po_agent.policies.openai_stats import ServedStats
-from at2po_agent.policies.openai_wire import ENDPOINTS, Answer, Endpoint, WireError, read_answer, read_usage
+from at2po_agent.policies.openai.stats import ServedStats
+from at2po_agent.policies.openai.wire import ENDPOINTS, Answer, Endpoint, WireError, read_answer, read_usage
 from at2po_env.errors import ConfigError, PolicyError
 
 MAX_PAUSE_S = 20.0

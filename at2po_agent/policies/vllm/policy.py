@@ -2,7 +2,7 @@
 
 Log-probs are those of the model at the request's temperature (a greedy request: at temperature 1) before
 top-p, in nats. Token t is drawn with uniform t of Philox(seed) by a logits processor of ours
-(`vllm_sampling`), whatever the platform, so in exact arithmetic the tokens are those of `HFPolicy`; what
+(`vllm.sampling`), whatever the platform, so in exact arithmetic the tokens are those of `HFPolicy`; what
 differs is rounding, which depends on the batch.
 
 A fork's prefix is found in the engine's prefix cache in whole blocks, so each request computes at most
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from at2po_agent.policies.base import Intervention, Request, Tokenizer
 from at2po_agent.policies.batching import PolicyStats
-from at2po_agent.policies.vllm_engine import Engine, Finished
-from at2po_agent.policies.vllm_process import RemoteEngine
-from at2po_agent.policies.vllm_routing import Router
-from at2po_agent.policies.vllm_settings import VLLMSettings
-from at2po_agent.policies.vllm_spec import EngineSpec, Limits, check_installed, place_engines
-from at2po_agent.policies.vllm_weights import (
+from at2po_agent.policies.vllm.engine import Engine, Finished
+from at2po_agent.policies.vllm.process import RemoteEngine
+from at2po_agent.policies.vllm.routing import Router
+from at2po_agent.policies.vllm.settings import VLLMSettings
+from at2po_agent.policies.vllm.spec import EngineSpec, Limits, check_installed, place_engines
+from at2po_agent.policies.vllm.weights import (
     DirectSender,
     Sender,
     SharedSender,

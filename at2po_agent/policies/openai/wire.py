@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from at2po_agent.policies.base import Request
-from at2po_agent.policies.openai_tokens import NativeCall, chat_messages, encode, inline_text
+from at2po_agent.policies.openai.tokens import NativeCall, chat_messages, encode, inline_text
 
 Endpoint = Literal["chat", "completions"]
 ENDPOINTS: Mapping[str, str] = {"chat": "/chat/completions", "completions": "/completions"}

@@ -28,8 +28,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from at2po_agent.policies.base import Request, Tokenizer
-from at2po_agent.policies.vllm_engine import Engine, Finished
-from at2po_agent.policies.vllm_spec import EngineSpec, Limits
+from at2po_agent.policies.vllm.engine import Engine, Finished
+from at2po_agent.policies.vllm.spec import EngineSpec, Limits
 from at2po_env.errors import At2poError, PolicyError
 
 _BEAT_S = 1.0

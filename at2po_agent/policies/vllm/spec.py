@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from at2po_agent.policies.batching import PolicyStats
-from at2po_agent.policies.vllm_settings import VLLMSettings
+from at2po_agent.policies.vllm.settings import VLLMSettings
 from at2po_env.errors import PolicyError, require
 
-_SAMPLER = "at2po_agent.policies.vllm_sampling:SeededSampling"
+_SAMPLER = "at2po_agent.policies.vllm.sampling:SeededSampling"
 _NEEDED = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core runs where it is made; processes are ours
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # our logits processor has the interface of the V1 sampler
