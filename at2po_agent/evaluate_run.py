@@ -66,7 +66,7 @@ def evaluate_config(config: Config, progress: Progress, modes: Sequence[str]) ->
         }
 
 
-def evaluate_mode(
+def evaluate_mode(  # noqa: PLR0913  (what to ask whom, then how)
     config: Config,
     mode: str,
     env: Env,
@@ -74,6 +74,7 @@ def evaluate_mode(
     progress: Progress,
     *,
     phase: str = "",
+    temperature: float | None = None,
     transcript: Transcript | None = None,
 ) -> Evaluation:
     """Ask a policy the first `eval.questions` questions of an environment.
@@ -85,8 +86,11 @@ def evaluate_mode(
         policy: Who answers.
         progress: Listener.
         phase: What it is told; none means `evaluate (MODE)`.
+        temperature: Another than the mode's.
         transcript: Turns what the environment shows into ids; None encodes it as it is.
     """
+    if temperature is None:
+        temperature = 0.0 if mode == "greedy" else 1.0
     phase = phase or f"evaluate ({mode})"
     tasks = first_tasks(env, config.eval.questions)
     progress.start(phase, len(tasks))
@@ -96,7 +100,7 @@ def evaluate_mode(
         policy,
         config.rollout,
         seed=run_seed(config.run.seed, RunPurpose.EVALUATION),
-        temperature=0.0 if mode == "greedy" else 1.0,
+        temperature=temperature,
         batch=config.eval.batch,
         on_question=lambda: progress.advance(phase),
         transcript=transcript,

@@ -11,15 +11,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from at2po_agent.config import load_config
-from at2po_agent.environments import Env, first_tasks, make_eval_env
-from at2po_agent.evaluate import evaluate
-from at2po_agent.evaluate_run import DEFAULT_CONFIG
+from at2po_agent.environments import Env, make_eval_env
+from at2po_agent.evaluate_run import DEFAULT_CONFIG, evaluate_mode
 from at2po_agent.policies.openai import OpenAIPolicy
 from at2po_agent.policies.openai.client import Server
 from at2po_agent.policies.openai.stats import Prices
 from at2po_agent.policies.openai.wire import Dialect, Endpoint
 from at2po_agent.progress import Progress
-from at2po_agent.seeding import RunPurpose, run_seed
 from at2po_agent.settings import Config
 from at2po_agent.suite import published_split, suite_sets
 from at2po_agent.suite_run import Source, evaluate_suite, find_questions, set_config
@@ -128,20 +126,15 @@ def evaluate_served(
         The figures by mode, and what they cost, as JSON values.
     """
     env = make_eval_env(config)
-    tasks, phase = first_tasks(env, config.eval.questions), f"evaluate ({served.mode})"
-    progress.start(phase, len(tasks))
-    figures, _ = evaluate(
-        tasks,
+    figures = evaluate_mode(
+        config,
+        served.mode,
         env,
         policy,
-        config.rollout,
-        seed=run_seed(config.run.seed, RunPurpose.EVALUATION),
+        progress,
         temperature=served.temperature,
-        batch=config.eval.batch,
-        on_question=lambda: progress.advance(phase),
         transcript=policy.transcript,
     )
-    progress.finish(phase)
     env.close()
     return {served.mode: figures.to_json(), **costs(served, policy)}
 
