@@ -204,7 +204,7 @@ class Engine:
 
     def weights_changed(self, version: int) -> None:
         """Forget all keys and values; requests under way go on, theirs computed afresh."""
-        self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._engine.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
         self.version = version
         self._engine.set_weight_version(str(version))
 

@@ -18,6 +18,7 @@ from at2po_agent.policies.vllm.settings import VLLMSettings
 from at2po_env.errors import PolicyError, require
 
 _SAMPLER = "at2po_agent.policies.vllm.sampling:SeededSampling"
+_CONNECTOR = "at2po_agent.policies.vllm.fork_connector"
 _NEEDED = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core runs where it is made; processes are ours
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # our logits processor has the interface of the V1 sampler
@@ -137,6 +138,9 @@ class Counters:
         if scheduler_stats is not None:
             cache = scheduler_stats.prefix_cache_stats
             hits = cache.hits + cache.preempted_hits
+            copied = scheduler_stats.connector_prefix_cache_stats
+            if copied is not None:
+                hits += copied.hits + copied.preempted_hits
             self.stats.cached_tokens += hits
             self.stats.prefill_tokens += cache.queries + cache.preempted_queries - hits
         if iteration_stats is not None:
@@ -155,14 +159,32 @@ def make_engine(spec: EngineSpec) -> tuple[Any, Counters]:
 
     Raises:
         MissingExtraError: vLLM is not installed.
+        PolicyError: This process runs one already whose prefixes are exact: vLLM has room for one connector.
     """
     check_installed()
     counters = Counters()
     _prepare_environment()
     with _keeping_torch():
         from vllm import EngineArgs, LLMEngine
+        from vllm.config import KVTransferConfig
+        from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, has_kv_transfer_group
 
-        engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(spec, on_cpu=_on_cpu())))
+        if has_kv_transfer_group():
+            raise PolicyError(
+                "this process runs an engine of vLLM already, and can hold one. Fix: close() that policy "
+                "first, or set model.vllm.asynchronous=true, which gives each engine a process of its own"
+            )
+        arguments = EngineArgs(**engine_arguments(spec, on_cpu=_on_cpu()))
+        exact = spec.settings.exact_prefixes
+        if exact or (exact is None and _attends_to_all(arguments.create_model_config())):
+            arguments.kv_transfer_config = KVTransferConfig(
+                kv_connector="ForkConnector", kv_connector_module_path=_CONNECTOR, kv_role="kv_both"
+            )
+        try:
+            engine = LLMEngine.from_engine_args(arguments)
+        except BaseException:
+            ensure_kv_transfer_shutdown()
+            raise
     engine.logger_manager = counters  # in place of Prometheus, which costs more than a step of a small model
     return engine, counters
 
@@ -204,6 +226,13 @@ def engine_arguments(spec: EngineSpec, *, on_cpu: bool) -> dict[str, Any]:
 
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=settings.transfer)
     return arguments
+
+
+def _attends_to_all(model: Any) -> bool:
+    """Whether every layer of a model (vLLM's `ModelConfig`) attends to all tokens: its blocks are alike."""
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ["full_attention"]
+    special = model.is_hybrid or model.is_attention_free or model.is_encoder_decoder
+    return not special and set(kinds) == {"full_attention"} and not model.get_sliding_window()
 
 
 def _on_cpu() -> bool:

@@ -1,4 +1,4 @@
-"""Engines are slow to start: tests share one in this process and one in a process of its own."""
+"""Engines are slow to start: the tests of a module share one."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def model() -> Any:
     return tiny_model(seed=0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_policy(model: Any) -> Iterator[Any]:
-    """An engine in this process."""
+    """An engine in this process, which can hold one: the next module starts its own."""
     from at2po_agent.policies.vllm import VLLMPolicy
 
     settings = SMALL.model_copy(update={"asynchronous": False})

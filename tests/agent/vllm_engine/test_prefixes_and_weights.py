@@ -19,24 +19,57 @@ def computed(policy, requests):
     return policy.stats.prefill_tokens - before, generations
 
 
-def test_chains_that_arrive_together_compute_their_prompt_once(policy):
-    block, prompt = policy.limits.block_size, ids(random.Random(1), 200)
+def test_chains_that_arrive_together_compute_their_prompt_once(policy, model):
+    prompt = ids(random.Random(1), 200)
     requests = [Request(prompt, 4, seed=seed) for seed in range(8)]
-    tokens, _ = computed(policy, requests)
-    again = 200 % block  # the block that is not full
-    assert tokens == 200 + 7 * again
-    assert policy.stats.cached_tokens >= 7 * (200 - again)
+    tokens, generations = computed(policy, requests)
+    assert tokens == 200 + 7  # the logits after the prompt are computed for each
+    assert policy.stats.cached_tokens >= 7 * 199
+    assert worst_error(model, requests, generations) < TOLERANCE
 
 
-def test_a_fork_computes_its_observation_and_less_than_a_block(policy):
-    rng, block = random.Random(2), policy.limits.block_size
-    prompt = ids(rng, 150)
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 150])
+def test_a_fork_computes_its_observation_and_nothing_else(policy, model, length):
+    rng = random.Random(length)
+    prompt = ids(rng, length)
     _, (turn,) = computed(policy, [Request(prompt, 60, seed=0)])
     prefix = prompt + turn.ids + ids(rng, 30)
-    tokens, _ = computed(policy, [Request(prefix, 4, seed=1)])
-    assert 30 < tokens <= 30 + block + 1
-    forks, _ = computed(policy, [Request(prefix, 4, seed=seed) for seed in range(2, 8)])
-    assert forks <= 6 * block
+    first = [Request(prefix, 40, seed=1)]
+    tokens, (second,) = computed(policy, first)
+    assert tokens == 30 + 1  # and the last sampled token, which no sampling has fed
+    assert worst_error(model, first, [second]) < TOLERANCE
+    forks = [Request(prefix, 4, seed=seed) for seed in range(2, 8)]
+    tokens, generations = computed(policy, forks)
+    assert tokens == len(forks)
+    assert worst_error(model, forks, generations) < TOLERANCE
+    within = [Request(prefix + second.ids[:cut] + (5, 6), 6, seed=cut) for cut in (3, 17, 38)]
+    tokens, generations = computed(policy, within)
+    assert tokens == 2 * len(within)
+    assert worst_error(model, within, generations) < TOLERANCE
+
+
+def test_forks_of_forks_from_the_middle_of_blocks_sample_what_the_model_says(policy, model):
+    """Many sequences, each from a random place of an earlier one: a block copied wrongly would show."""
+    rng, known = random.Random(7), [ids(random.Random(8), 70)]
+    asked, unique = 0, set()
+    for number in range(12):
+        requests = []
+        for _ in range(6):
+            origin = rng.choice(known)
+            cut = rng.randrange(1, len(origin) + 1)
+            requests.append(Request(origin[:cut] + ids(rng, rng.randrange(0, 20)), 9, seed=number))
+        for request in requests:
+            fresh = {request.prefix_ids[:end] for end in range(1, len(request.prefix_ids) + 1)} - unique
+            asked += max(len(fresh), 1)
+            unique |= fresh
+        tokens, generations = computed(policy, requests)
+        assert worst_error(model, requests, generations) < TOLERANCE
+        for request, generation in zip(requests, generations, strict=True):
+            sequence = request.prefix_ids + generation.ids
+            known.append(sequence)
+            unique |= {sequence[:end] for end in range(1, len(sequence))}
+        asked -= tokens
+    assert asked == 0
 
 
 def test_new_weights_are_sampled_from_and_forget_the_cache(policy, model):

@@ -108,3 +108,12 @@ def test_an_aborted_request_gives_what_it_has_and_a_cancelled_one_nothing(policy
     with pytest.raises(PolicyError, match="no request with ticket"):
         policy.abort(whole)
     assert part.ids == policy.generate([Request((1, 2, 3), 12, seed=0)])[0].ids[:5]
+
+
+def test_a_second_engine_in_this_process_is_refused_and_the_first_goes_on(policy, model):
+    from at2po_agent.policies.vllm import VLLMPolicy
+
+    with pytest.raises(PolicyError, match=r"can hold one.*close\(\)"):
+        VLLMPolicy(model, tiny_tokenizer(), settings=policy.settings, slots=4)
+    requests = ragged_requests(6)
+    assert worst_error(model, requests, policy.generate(requests)) < TOLERANCE
