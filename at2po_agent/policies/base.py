@@ -1,12 +1,13 @@
 """What every policy is: token ids in; sampled ids, their log-probs and the stop reason out.
 
 A custom agent implements `Policy` and goes into the tree trainer unchanged. One that can work on a changing
-set of requests implements `StreamingPolicy`; `generate_by_streaming` then gives it `generate`.
+set of requests implements `StreamingPolicy`; `SteppingPolicy` gives it `generate` and `poll`.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -149,6 +150,53 @@ class StreamingPolicy(Policy, Protocol):
     def cancel(self, ticket: int) -> None:
         """Forget a request, finished or not; `poll` will not report it."""
         ...
+
+
+class SteppingPolicy(ABC):
+    """The part of a streaming policy that does not depend on what decodes: `generate` and `poll`.
+
+    A subclass decodes in `_advance`, and keeps what has finished in `_finished`, by ticket.
+    """
+
+    def __init__(self) -> None:
+        self._finished: dict[int, Generation] = {}
+
+    @abstractmethod
+    def submit(self, request: Request) -> int:
+        """Hand in a request; returns its ticket."""
+
+    @abstractmethod
+    def cancel(self, ticket: int) -> None:
+        """Forget a request, finished or not; `poll` will not report it."""
+
+    @abstractmethod
+    def _advance(self) -> None:
+        """Decode for a moment."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """Answer each request, in order; requests under way from `submit` advance too.
+
+        Raises:
+            PolicyError: A request does not fit the model, or what decodes has died.
+        """
+        tickets: list[int] = []
+        try:
+            for request in requests:
+                tickets.append(self.submit(request))
+            while any(ticket not in self._finished for ticket in tickets):
+                self._advance()
+            return [self._finished[ticket] for ticket in tickets]
+        finally:
+            for ticket in tickets:
+                self.cancel(ticket)
+
+    def poll(self) -> list[tuple[int, Generation]]:
+        """Decode for a moment; returns what has finished since the last call, by ticket."""
+        if not self._finished:
+            self._advance()
+        finished = sorted(self._finished.items())
+        self._finished.clear()
+        return finished
 
 
 class Draws(list[float]):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from at2po_agent.policies.base import Draws, Request, Tokenizer
+from at2po_agent.policies.base import Draws, Request, SteppingPolicy, Tokenizer
 from at2po_agent.policies.batching import Batcher, PolicyStats
 from at2po_agent.policies.choosing import choose
 from at2po_agent.policies.decoder import ModelDecoder
@@ -34,7 +34,7 @@ from at2po_agent.types import Generation
 from at2po_env.errors import PolicyError
 
 
-class HFPolicy:
+class HFPolicy(SteppingPolicy):
     """Samples from a decoder of transformers.
 
     Args:
@@ -63,6 +63,7 @@ class HFPolicy:
         max_prefill: int = 8192,
         eos_ids: Collection[int] | None = None,
     ) -> None:
+        super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self._vocab_size = int(model.config.vocab_size)
@@ -84,7 +85,6 @@ class HFPolicy:
             max_rows=slots,
             max_prefill=max_prefill,
         )
-        self._finished: dict[int, Generation] = {}
         self._tickets = 0
         self._parameters = list(model.parameters())
         self._weights = self._fingerprint()
@@ -108,23 +108,6 @@ class HFPolicy:
     def cached_now(self) -> int:
         """Tokens that the prefix cache holds."""
         return self._cache.tokens
-
-    def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Answer each request, in order; requests under way from `submit` advance too.
-
-        Raises:
-            PolicyError: A request does not fit the model.
-        """
-        tickets: list[int] = []
-        try:
-            for request in requests:
-                tickets.append(self.submit(request))
-            while any(ticket not in self._finished for ticket in tickets):
-                self._advance()
-            return [self._finished[ticket] for ticket in tickets]
-        finally:
-            for ticket in tickets:
-                self.cancel(ticket)
 
     def submit(self, request: Request) -> int:
         """Hand in a request; returns its ticket.
@@ -152,14 +135,6 @@ class HFPolicy:
             )
         )
         return ticket
-
-    def poll(self) -> list[tuple[int, Generation]]:
-        """Generate one token for every live request; returns what has finished since the last call."""
-        if not self._finished:
-            self._advance()
-        finished = sorted(self._finished.items())
-        self._finished.clear()
-        return finished
 
     def cancel(self, ticket: int) -> None:
         """Forget a request, finished or not; `poll` will not report it."""
@@ -214,6 +189,7 @@ class HFPolicy:
 
     @torch.inference_mode()
     def _advance(self) -> None:
+        """Generate one token for every live request."""
         if self._weights != self._fingerprint():
             self.weights_changed()
         rows, logits = self._batcher.step()

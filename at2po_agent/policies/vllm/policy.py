@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from at2po_agent.policies.base import Intervention, Request, Tokenizer
+from at2po_agent.policies.base import Intervention, Request, SteppingPolicy, Tokenizer
 from at2po_agent.policies.batching import PolicyStats
 from at2po_agent.policies.vllm.engine import Engine, Finished
 from at2po_agent.policies.vllm.process import RemoteEngine
@@ -47,7 +47,7 @@ from at2po_env.errors import PolicyError
 _POLL_S = 0.01
 
 
-class VLLMPolicy:
+class VLLMPolicy(SteppingPolicy):
     """Samples with vLLM.
 
     Args:
@@ -75,6 +75,7 @@ class VLLMPolicy:
         eos_ids: Collection[int] | None = None,
     ) -> None:
         check_installed()
+        super().__init__()
         self.tokenizer = tokenizer
         self.model = model if isinstance(model, nn.Module) else None
         self._saved: tempfile.TemporaryDirectory[str] | None = None
@@ -96,7 +97,6 @@ class VLLMPolicy:
         self._router = Router(len(self.specs))
         self._where: dict[int, int] = {}
         self._rules: dict[int, Intervention] = {}
-        self._finished: dict[int, Generation] = {}
         self._tickets = 0
         self._asleep = False
         self._adapters = 0
@@ -123,23 +123,6 @@ class VLLMPolicy:
         """Whether no request waits or is under way."""
         return not self._where and not self._finished
 
-    def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Answer each request, in order; requests under way from `submit` advance too.
-
-        Raises:
-            PolicyError: A request does not fit the model, or an engine has died.
-        """
-        tickets: list[int] = []
-        try:
-            for request in requests:
-                tickets.append(self.submit(request))
-            while any(ticket not in self._finished for ticket in tickets):
-                self._advance()
-            return [self._finished[ticket] for ticket in tickets]
-        finally:
-            for ticket in tickets:
-                self.cancel(ticket)
-
     def submit(self, request: Request) -> int:
         """Hand in a request; returns its ticket.
 
@@ -164,21 +147,6 @@ class VLLMPolicy:
             self._forget(ticket)
             raise
         return ticket
-
-    def poll(self) -> list[tuple[int, Generation]]:
-        """Advance decoding; what finished since the last call, perhaps nothing.
-
-        An engine in this process makes one step; engines in their own go on anyway, and are waited for no
-        longer than 10 ms.
-
-        Raises:
-            PolicyError: An engine has died, and its requests are lost; or an intervention failed.
-        """
-        if not self._finished:
-            self._advance()
-        finished = sorted(self._finished.items())
-        self._finished.clear()
-        return finished
 
     def cancel(self, ticket: int) -> None:
         """Forget a request, finished or not; `poll` will not report it."""
@@ -318,7 +286,14 @@ class VLLMPolicy:
         self._router.forget()
 
     def _advance(self) -> None:
-        """Let the engines work until something finishes, one step at most here and 10 ms elsewhere."""
+        """Let the engines work until something finishes.
+
+        An engine in this process makes one step; engines in their own go on anyway, and are waited for no
+        longer than 10 ms.
+
+        Raises:
+            PolicyError: An engine has died, and its requests are lost; or an intervention failed.
+        """
         deadline, known = time.monotonic() + _POLL_S, len(self._finished)
         while self._where:
             busy = [self._engines[number] for number in sorted(set(self._where.values()))]

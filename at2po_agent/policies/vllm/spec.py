@@ -26,7 +26,8 @@ _NEEDED = {
 _WISHED = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would pin the learner's threads too
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about choices that are made here
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # what a command prints is its result
 }
 _GIGABYTE = 1 << 30
 _CPU_KV_CACHE_GB = 1.0
