@@ -173,14 +173,24 @@ class SharedSender:
             start += -(-size // _ALIGNMENT) * _ALIGNMENT
 
     def _file(self, size: int) -> Path:
+        """The file, with room for so many bytes: writing into a mapped file without any ends the process."""
         if self._path is None:
             memory = Path("/dev/shm")  # a disk serves where that is too small
             roomy = memory.is_dir() and shutil.disk_usage(memory).free > size
             handle, name = tempfile.mkstemp(prefix="at2po-weights-", dir=memory if roomy else None)
-            os.truncate(handle, size)
             os.close(handle)
             self._path = Path(name)
             weakref.finalize(self, self._path.unlink, missing_ok=True)
+        with self._path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                file.truncate(0)
+                needed, folder = f"{size / 1e6:,.0f} MB", self._path.parent
+                raise PolicyError(
+                    f"no room for new weights: {needed} in {folder} ({error.strerror}). Fix: make room "
+                    "there, or set TMPDIR to a folder that has some"
+                ) from error
         return self._path
 
 

@@ -1,7 +1,9 @@
 """What of the vLLM policy needs no vLLM: settings, routing, places, weights, and the error without it."""
 
 import importlib
+import os
 import random
+import resource
 import sys
 
 import pytest
@@ -163,6 +165,30 @@ def test_workers_find_every_weight_in_the_shared_file(dtype):
         assert received.keys() == wanted.keys()
         for name, weight in wanted.items():
             assert torch.equal(received[name], weight if dtype is None else weight.to(dtype))
+
+
+def test_a_full_disk_is_an_error_and_the_next_update_works():
+    sent = []
+
+    class Receiver:
+        def begin(self, method, path, size, places):
+            del method, places
+            sent.append((path, size, os.stat(path).st_blocks * 512 >= size))
+
+        def end(self):
+            return None
+
+    sender, weights = SharedSender([Receiver()], None), {"w": torch.zeros(1_000_000)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # as a disk with one megabyte left
+    try:
+        with pytest.raises(PolicyError, match=r"no room for new weights: 4 MB in .*TMPDIR"):
+            sender.send(weights)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    sender.send({"w": weights["w"][:10]})
+    sender.send(weights)  # larger than the file so far
+    assert [(size, roomy) for _, size, roomy in sent] == [(40, True), (4_000_000, True)]
 
 
 def test_a_saved_model_is_one_of_transformers(tmp_path):
