@@ -101,7 +101,11 @@ class VLLMPolicy(SteppingPolicy):
         self._asleep = False
         self._adapters = 0
         self._version = 0
-        self.limits = self._start()
+        try:
+            self.limits = self._start()
+        except BaseException:
+            self.close()
+            raise
         self._sender = self._make_sender()
 
     @property
@@ -249,11 +253,7 @@ class VLLMPolicy(SteppingPolicy):
             return engine.limits
         remote = [RemoteEngine(spec, self.tokenizer, number=number) for number, spec in enumerate(self.specs)]
         self._engines = [*remote]
-        try:
-            limits = [engine.wait_ready() for engine in remote]
-        except BaseException:
-            self.close()
-            raise
+        limits = [engine.wait_ready() for engine in remote]
         return limits[0]
 
     def _make_sender(self) -> Sender:
