@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import queue
@@ -25,7 +26,7 @@ import weakref
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NoReturn
 
 from at2po_agent.policies.base import Request, Tokenizer
 from at2po_agent.policies.vllm.engine import Engine, Finished
@@ -34,6 +35,7 @@ from at2po_env.errors import At2poError, PolicyError
 
 _BEAT_S = 1.0
 _PATIENCE_S = 10.0
+_LEAVING_S = 5.0
 _TOKENIZER = "tokenizer"
 _TEXT = 300
 
@@ -253,13 +255,21 @@ class _Wire:
 # The child -----------------------------------------------------------------------------------------------
 
 
+class _ParentIsGone(Exception):
+    """Nothing went wrong here."""
+
+
 def _serve(connection: Connection, spec: EngineSpec, tokenizer: Tokenizer) -> None:
     """Run an engine until the parent says or goes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, who ends us
-    wire = _Wire(tokenizer)
+    wire, code = _Wire(tokenizer), 0
 
     def tell(kind: str, content: Any) -> None:
-        connection.send_bytes(wire.dumps((kind, content)))
+        data = wire.dumps((kind, content))
+        try:
+            connection.send_bytes(data)
+        except OSError:
+            raise _ParentIsGone from None
 
     try:
         engine = Engine(spec, tokenizer)
@@ -267,22 +277,34 @@ def _serve(connection: Connection, spec: EngineSpec, tokenizer: Tokenizer) -> No
         inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
         _Loop(engine, inbox, wire, tell).run()
+        engine.close()
+    except _ParentIsGone:
+        pass
     except Exception as error:  # noqa: BLE001  the process's boundary: the parent raises it
+        code = 1
         traceback.print_exc()
         text = " ".join(str(error).split())
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(_ParentIsGone):
             tell("broken", f"failed: {type(error).__name__}: {text[:_TEXT]}")
-        os._exit(1)
-    os._exit(0)  # vLLM's threads and atexit hooks must not keep the process
+    _leave(code)
 
 
 def _receive(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
-    """Take messages at once, so that the parent never waits for a step; ends the process with the parent."""
+    """Take messages at once, so that the parent never waits for a step; an empty one when it has gone."""
     try:
         while True:
             inbox.put(connection.recv_bytes())
     except (OSError, EOFError):
-        os._exit(0)
+        inbox.put(b"")
+        threading.Timer(_LEAVING_S, os._exit, (0,)).start()
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process, which vLLM's threads and exit hooks would keep; give its semaphores back."""
+    threading.Timer(_LEAVING_S, os._exit, (code,)).start()
+    with contextlib.suppress(Exception):
+        multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # what every exit runs
+    os._exit(code)
 
 
 class _Loop:
@@ -299,16 +321,18 @@ class _Loop:
         """Until the parent goes."""
         while True:
             for message in self._messages():
-                self._obey(*message)
+                if not message:
+                    return
+                self._obey(*self._wire.loads(message))
             if not self._engine.idle:
                 self._step()
 
-    def _messages(self) -> Iterator[Any]:
+    def _messages(self) -> Iterator[bytes]:
         if self._engine.idle:
-            yield self._wire.loads(self._inbox.get())
+            yield self._inbox.get()
         with contextlib.suppress(queue.Empty):
             while True:
-                yield self._wire.loads(self._inbox.get_nowait())
+                yield self._inbox.get_nowait()
 
     def _obey(self, kind: str, what: Any, content: Any) -> None:
         if kind == "discard":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,11 @@ from tiny_engine import SMALL, ids, tiny_model, tiny_tokenizer, worst_error
 from at2po_agent.policies.base import Request
 
 TOLERANCE = 1e-4
+
+
+def semaphores() -> set[str]:
+    """Those of multiprocessing that exist."""
+    return {path.name for path in Path("/dev/shm").glob("sem.mp-*")}
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +30,12 @@ def engine(model: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """Some 75 blocks of 32 tokens."""
     from at2po_agent.policies.vllm import VLLMPolicy
 
+    before = semaphores()
     settings = SMALL.model_copy(update={"exact_prefixes": request.param, "kv_cache_gb": 0.00115})
     policy = VLLMPolicy(model, tiny_tokenizer(), settings=settings, slots=16)
     yield policy
     policy.close()
+    assert semaphores() <= before  # or the end of the program would warn of them
 
 
 def test_prefixes_are_shared_to_the_token_or_to_the_block(engine: Any) -> None:
