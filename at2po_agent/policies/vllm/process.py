@@ -262,7 +262,7 @@ class _ParentIsGone(Exception):
 def _serve(connection: Connection, spec: EngineSpec, tokenizer: Tokenizer) -> None:
     """Run an engine until the parent says or goes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, who ends us
-    wire, code = _Wire(tokenizer), 0
+    wire, code, engine = _Wire(tokenizer), 0, None
 
     def tell(kind: str, content: Any) -> None:
         data = wire.dumps((kind, content))
@@ -277,7 +277,6 @@ def _serve(connection: Connection, spec: EngineSpec, tokenizer: Tokenizer) -> No
         inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
         _Loop(engine, inbox, wire, tell).run()
-        engine.close()
     except _ParentIsGone:
         pass
     except Exception as error:  # noqa: BLE001  the process's boundary: the parent raises it
@@ -286,7 +285,7 @@ def _serve(connection: Connection, spec: EngineSpec, tokenizer: Tokenizer) -> No
         text = " ".join(str(error).split())
         with contextlib.suppress(_ParentIsGone):
             tell("broken", f"failed: {type(error).__name__}: {text[:_TEXT]}")
-    _leave(code)
+    _leave(code, engine)
 
 
 def _receive(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
@@ -299,9 +298,12 @@ def _receive(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
         threading.Timer(_LEAVING_S, os._exit, (0,)).start()
 
 
-def _leave(code: int) -> NoReturn:
-    """End this process, which vLLM's threads and exit hooks would keep; give its semaphores back."""
+def _leave(code: int, engine: Engine | None) -> NoReturn:
+    """End this process within seconds, and all that it made: threads and exit hooks of vLLM would keep it."""
     threading.Timer(_LEAVING_S, os._exit, (code,)).start()
+    with contextlib.suppress(Exception):
+        if engine is not None:
+            engine.close()
     with contextlib.suppress(Exception):
         multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # what every exit runs
     os._exit(code)
