@@ -14,9 +14,10 @@ decode about as fast as the tools answer, as an accelerator does with a real one
 one round) is the published batch of 64 questions with the quickstart's model, where decoding decides.
 
 `prefill_over_unique`: prefix tokens that the policy computed, over the distinct ones that no sampling fed.
-`hf_policy`, `generate` and `vllm` sample the load of `benchmarks.policy`. `overhead_us_per_turn`: the time of
-a rollout that is neither the policy's nor the environment's, over its turns, with 64 questions, a policy that
-answers at once and a tool that does not sleep (`_threads`: every step in a thread, and the steps included).
+`hf_policy`, `generate`, `vllm` and `vllm_blocks` (vLLM's own prefix cache alone) sample the load of
+`benchmarks.policy`. `overhead_us_per_turn`: the time of a rollout that is neither the policy's nor the
+environment's, over its turns, with 64 questions, a policy that answers at once and a tool that does not sleep
+(`_threads`: every step in a thread, and the steps included).
 """
 
 from __future__ import annotations
@@ -223,25 +224,35 @@ def samplers(*, rounds: int, questions: int = 16) -> dict[str, Any]:
 
 
 def vllm(work: policy_benchmark.Workload, rounds: int) -> dict[str, Any]:
-    """The same load on vLLM; null and a reason where it is not installed."""
+    """The same load on vLLM, prefixes shared to the token and in its own blocks, in turns.
+
+    Null and a reason where it is not installed.
+    """
     model, tokenizer = policy_benchmark.make_model(), policy_benchmark.make_tokenizer()
+    policies: dict[str, Any] = {}
     try:
         from at2po_agent.policies.vllm import VLLMPolicy
+        from at2po_agent.policies.vllm.settings import VLLMSettings
 
-        policy: Any = VLLMPolicy(model, tokenizer, slots=work.slots, eos_ids=())
+        for name, exact in (("vllm", None), ("vllm_blocks", False)):
+            settings = VLLMSettings(exact_prefixes=exact)
+            policies[name] = VLLMPolicy(model, tokenizer, settings=settings, slots=work.slots, eos_ids=())
+        best, prefill = dict.fromkeys(policies, 0.0), {}
+        for repeat in range(rounds):
+            for name, policy in policies.items():
+                policy.weights_changed()
+                roll = policy_benchmark.streaming(policy)
+                tokens, seconds = policy_benchmark.grow_trees(work, roll, repeat)
+                best[name] = max(best[name], tokens / seconds)
+        for name, policy in policies.items():
+            policy.weights_changed()
+            prefill[name] = policy_benchmark.prefill_over_unique(policy, work, 0)
     except ImportError as error:
         return {"vllm_tokens_per_s": None, "vllm_reason": str(error)}
-    try:
-        best = 0.0
-        for repeat in range(rounds):
-            policy.weights_changed()
-            tokens, seconds = policy_benchmark.grow_trees(work, policy_benchmark.streaming(policy), repeat)
-            best = max(best, tokens / seconds)
-        policy.weights_changed()
-        prefill = policy_benchmark.prefill_over_unique(policy, work, 0)
     finally:
-        policy.close()
-    return {"vllm_tokens_per_s": best, "prefill_over_unique": {"vllm": prefill}}
+        for policy in policies.values():
+            policy.close()
+    return {f"{name}_tokens_per_s": best[name] for name in policies} | {"prefill_over_unique": prefill}
 
 
 def main() -> None:
