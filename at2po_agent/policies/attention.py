@@ -25,9 +25,8 @@ from at2po_agent.types import IntArray
 _NEVER = float("-inf")
 _LONGEST_PIECE = 128
 _FEWEST_ROWS = 16
-# Two query heads to a KV head need two rows, and two would decode up to 1.7 times as fast where the KV do not
-# fit the CPU's caches. But they take other code than prompts do, with other rounding: what was evicted and
-# computed again would decide results. Prompts in that code cost three times as much.
+# Two query heads to a KV head would need two rows only. But two take other code than prompts do, with other
+# rounding: what was evicted and computed again would decide results.
 _ROWS_MULTIPLE = 4
 
 

@@ -80,7 +80,7 @@ class PrefixCache:
             child = node.children.get(ids[position])
             if child is None:
                 break
-            shared = _common(child.tokens, ids, position)
+            shared = common_length(child.tokens, ids, position)
             child.used = now
             path.append((child, shared))
             position += shared
@@ -162,7 +162,7 @@ def _evictable(node: Node) -> bool:
     return not node.children and not node.pins and node.segment is not None
 
 
-def _common(tokens: tuple[int, ...], ids: Sequence[int], position: int) -> int:
+def common_length(tokens: tuple[int, ...], ids: Sequence[int], position: int = 0) -> int:
     """How many leading `tokens` equal `ids` from `position` on."""
     limit = min(len(tokens), len(ids) - position)
     if tokens[:limit] == tuple(ids[position : position + limit]):

@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
+from at2po_agent.policies.prefix_cache import common_length
+
 
 class Found(NamedTuple):
     """The block that agrees longest, and in how many tokens; (None, 0) where no token does."""
@@ -61,17 +63,7 @@ class BlockIndex:
         """The block after `parent` that begins with most of `tokens`; the first such one."""
         best = Found(None, 0)
         for block, held in self._children.get(parent, {}).items():
-            shared = _shared(held, tokens)
+            shared = common_length(held, tokens)
             if shared > best.tokens:
                 best = Found(block, shared)
         return best
-
-
-def _shared(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    length = 0
-    for one, other in zip(left, right, strict=False):
-        if one != other:
-            break
-        length += 1
-    return length

@@ -1,6 +1,6 @@
 """An engine in a process of its own: it decodes while this process does something else.
 
-The child runs `Engine` and steps as long as it has requests. Only finished generations come back.
+The child (`child`) runs `Engine` and steps as long as it has requests. Only finished generations come back.
 Interventions travel with their requests and their state comes back with the generation.
 
 What can go wrong, and what then happens: the child dies (killed, out of memory, an error of vLLM): every
@@ -12,32 +12,24 @@ itself.
 from __future__ import annotations
 
 import contextlib
-import io
 import multiprocessing
-import multiprocessing.util
 import os
-import pickle
-import queue
 import signal
-import threading
 import time
-import traceback
 import weakref
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, NoReturn
+from typing import Any
 
 from at2po_agent.policies.base import Request, Tokenizer
-from at2po_agent.policies.vllm.engine import Engine, Finished
+from at2po_agent.policies.vllm.child import serve
+from at2po_agent.policies.vllm.engine import Finished
 from at2po_agent.policies.vllm.spec import EngineSpec, Limits
+from at2po_agent.policies.vllm.wire import Wire
 from at2po_env.errors import At2poError, PolicyError
 
-_BEAT_S = 1.0
 _PATIENCE_S = 10.0
-_LEAVING_S = 5.0
-_TOKENIZER = "tokenizer"
-_TEXT = 300
 
 
 class RemoteEngine:
@@ -53,7 +45,7 @@ class RemoteEngine:
         self.number = number
         self.open: set[int] = set()
         self._settings = spec.settings
-        self._wire = _Wire(tokenizer)
+        self._wire = Wire(tokenizer)
         self._finished: list[Finished] = []
         self._failures: list[At2poError] = []
         self._replies: list[tuple[bool, Any]] = []
@@ -61,7 +53,7 @@ class RemoteEngine:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
-            target=_serve, args=(theirs, spec, tokenizer), name=f"at2po-vllm-{number}"
+            target=serve, args=(theirs, spec, tokenizer), name=f"at2po-vllm-{number}"
         )
         with _environment(spec):
             self.process.start()
@@ -216,162 +208,6 @@ class RemoteEngine:
             "requests open; they are lost. Fix: see its output above, make the policy anew, or go on with "
             "at2po train RUN --resume"
         )
-
-
-class _Wire:
-    """Pickles messages; the tokenizer, which interventions often hold, stays at home."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def dumps(self, message: Any) -> bytes:
-        """Bytes of a message."""
-        buffer, tokenizer = io.BytesIO(), self._tokenizer
-
-        class Pickler(pickle.Pickler):
-            def persistent_id(self, obj: Any) -> str | None:
-                return _TOKENIZER if obj is tokenizer else None
-
-        try:
-            Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(message)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise PolicyError(
-                f"a request cannot travel to the engine's process: {error}. Fix: define the intervention in "
-                "a module, without open files or lambdas, or set model.vllm.asynchronous=false"
-            ) from error
-        return buffer.getvalue()
-
-    def loads(self, data: bytes) -> Any:
-        """The message of bytes."""
-        tokenizer = self._tokenizer
-
-        class Unpickler(pickle.Unpickler):
-            def persistent_load(self, pid: Any) -> Any:  # noqa: ARG002  there is only one
-                return tokenizer
-
-        return Unpickler(io.BytesIO(data)).load()
-
-
-# The child -----------------------------------------------------------------------------------------------
-
-
-class _ParentIsGone(Exception):
-    """Nothing went wrong here."""
-
-
-def _serve(connection: Connection, spec: EngineSpec, tokenizer: Tokenizer) -> None:
-    """Run an engine until the parent says or goes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, who ends us
-    wire, code, engine = _Wire(tokenizer), 0, None
-
-    def tell(kind: str, content: Any) -> None:
-        data = wire.dumps((kind, content))
-        try:
-            connection.send_bytes(data)
-        except OSError:
-            raise _ParentIsGone from None
-
-    try:
-        engine = Engine(spec, tokenizer)
-        tell("reply", (True, engine.limits))
-        inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
-        _Loop(engine, inbox, wire, tell).run()
-    except _ParentIsGone:
-        pass
-    except Exception as error:  # noqa: BLE001  the process's boundary: the parent raises it
-        code = 1
-        traceback.print_exc()
-        text = " ".join(str(error).split())
-        with contextlib.suppress(_ParentIsGone):
-            tell("broken", f"failed: {type(error).__name__}: {text[:_TEXT]}")
-    _leave(code, engine)
-
-
-def _receive(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
-    """Take messages at once, so that the parent never waits for a step; an empty one when it has gone."""
-    try:
-        while True:
-            inbox.put(connection.recv_bytes())
-    except (OSError, EOFError):
-        inbox.put(b"")
-        threading.Timer(_LEAVING_S, os._exit, (0,)).start()
-
-
-def _leave(code: int, engine: Engine | None) -> NoReturn:
-    """End this process within seconds, and all that it made: threads and exit hooks of vLLM would keep it."""
-    threading.Timer(_LEAVING_S, os._exit, (code,)).start()
-    with contextlib.suppress(Exception):
-        if engine is not None:
-            engine.close()
-    with contextlib.suppress(Exception):
-        multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # what every exit runs
-    os._exit(code)
-
-
-class _Loop:
-    """Steps while there are requests, and takes messages between steps."""
-
-    def __init__(self, engine: Engine, inbox: queue.SimpleQueue[bytes], wire: _Wire, tell: Any) -> None:
-        self._engine = engine
-        self._inbox = inbox
-        self._wire = wire
-        self._tell = tell
-        self._told = 0.0
-
-    def run(self) -> None:
-        """Until the parent goes."""
-        while True:
-            for message in self._messages():
-                if not message:
-                    return
-                self._obey(*self._wire.loads(message))
-            if not self._engine.idle:
-                self._step()
-
-    def _messages(self) -> Iterator[bytes]:
-        if self._engine.idle:
-            yield self._inbox.get()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                yield self._inbox.get_nowait()
-
-    def _obey(self, kind: str, what: Any, content: Any) -> None:
-        if kind == "discard":
-            self._engine.discard(what)
-            return
-        if kind == "add":
-            try:
-                self._engine.add(what, content)
-            except Exception as error:  # noqa: BLE001  whoever polls raises it
-                traceback.print_exc()
-                self._tell("failed", (what, PolicyError(f"vLLM refuses the request: {error}")))
-            return
-        try:
-            value = getattr(self._engine, what)(*content)
-        except Exception as error:  # noqa: BLE001  the caller raises it
-            traceback.print_exc()
-            self._tell(
-                "reply", (False, error if isinstance(error, At2poError) else f"{what} failed: {error!r}")
-            )
-        else:
-            self._tell("reply", (True, value))
-
-    def _step(self) -> None:
-        before = self._engine.tickets
-        try:
-            finished = self._engine.collect()
-        except PolicyError as error:
-            for ticket in sorted(before - self._engine.tickets):
-                self._tell("failed", (ticket, error))
-            return
-        now = time.monotonic()
-        if finished or now - self._told > _BEAT_S:
-            self._tell("finished", finished)
-            self._told = now
-
-
-# Processes -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -176,8 +176,9 @@ def make_engine(spec: EngineSpec) -> tuple[Any, Counters]:
                 "first, or set model.vllm.asynchronous=true, which gives each engine a process of its own"
             )
         arguments = EngineArgs(**engine_arguments(spec, on_cpu=_on_cpu()))
-        exact = spec.settings.exact_prefixes
-        if exact or (exact is None and _attends_to_all(arguments.create_model_config())):
+        wanted = spec.settings.exact_prefixes
+        exact = attends_to_all(arguments.create_model_config()) if wanted is None else wanted
+        if exact:
             arguments.kv_transfer_config = KVTransferConfig(
                 kv_connector="ForkConnector", kv_connector_module_path=_CONNECTOR, kv_role="kv_both"
             )
@@ -229,7 +230,7 @@ def engine_arguments(spec: EngineSpec, *, on_cpu: bool) -> dict[str, Any]:
     return arguments
 
 
-def _attends_to_all(model: Any) -> bool:
+def attends_to_all(model: Any) -> bool:
     """Whether every layer of a model (vLLM's `ModelConfig`) attends to all tokens: its blocks are alike."""
     kinds = getattr(model.hf_text_config, "layer_types", None) or ["full_attention"]
     special = model.is_hybrid or model.is_attention_free or model.is_encoder_decoder

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from at2po_agent.model import ModelShape, build_model
 from at2po_agent.policies.vllm import VLLMPolicy
 from at2po_agent.policies.vllm.routing import Router
 from at2po_agent.policies.vllm.settings import VLLMSettings
-from at2po_agent.policies.vllm.spec import EngineSpec, Place, engine_arguments, share_out
+from at2po_agent.policies.vllm.spec import EngineSpec, Place, attends_to_all, engine_arguments, share_out
 from at2po_agent.policies.vllm.weights import SharedSender, named_weights, save_model, view
 from at2po_agent.samplers import engine_settings
 from at2po_env.errors import ConfigError, MissingExtraError, PolicyError
@@ -165,6 +166,30 @@ def test_workers_find_every_weight_in_the_shared_file(dtype):
         assert received.keys() == wanted.keys()
         for name, weight in wanted.items():
             assert torch.equal(received[name], weight if dtype is None else weight.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("differs", "expected"),
+    [
+        ({}, True),
+        ({"layers": None}, True),
+        ({"layers": ["full_attention", "sliding_attention"]}, False),
+        ({"window": 4096}, False),
+        ({"is_hybrid": True}, False),
+        ({"is_attention_free": True}, False),
+        ({"is_encoder_decoder": True}, False),
+    ],
+    ids=str,
+)
+def test_prefixes_are_exact_by_themselves_only_where_every_layer_attends_to_all(differs, expected):
+    layers, window = differs.pop("layers", ["full_attention"] * 2), differs.pop("window", None)
+    kinds = dict.fromkeys(("is_hybrid", "is_attention_free", "is_encoder_decoder"), False)
+    model = SimpleNamespace(
+        hf_text_config=SimpleNamespace(layer_types=layers),
+        get_sliding_window=lambda: window,
+        **{**kinds, **differs},
+    )
+    assert attends_to_all(model) is expected
 
 
 def test_a_full_disk_is_an_error_and_the_next_update_works():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tiny_engine import SMALL, tiny_model, tiny_tokenizer
+from tiny_engine import running, tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -34,12 +34,8 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def shared_policy(model: Any) -> Iterator[Any]:
     """An engine in this process, which can hold one: the next module starts its own."""
-    from at2po_agent.policies.vllm import VLLMPolicy
-
-    settings = SMALL.model_copy(update={"asynchronous": False})
-    policy = VLLMPolicy(model, tiny_tokenizer(), settings=settings, slots=32)
-    yield policy
-    policy.close()
+    with running(model, slots=32, asynchronous=False) as policy:
+        yield policy
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny_engine import SMALL, tiny_model, tiny_tokenizer, worst_error
+from tiny_engine import running, tiny_model, worst_error
 
 from at2po_agent.policies.base import Request
 from at2po_env.errors import PolicyError
@@ -33,12 +33,8 @@ def learner() -> Any:
 
 @pytest.fixture(scope="module")
 def engine(learner: Any) -> Iterator[Any]:
-    from at2po_agent.policies.vllm import VLLMPolicy
-
-    settings = SMALL.model_copy(update={"lora_rank": 4})
-    policy = VLLMPolicy(learner, tiny_tokenizer(), settings=settings, slots=16)
-    yield policy
-    policy.close()
+    with running(learner, lora_rank=4) as policy:
+        yield policy
 
 
 def test_the_learners_adapter_is_sampled_with_and_follows_its_updates(engine, learner):

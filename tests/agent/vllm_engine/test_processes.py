@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rules import Hurry
-from tiny_engine import SMALL, drain, ids, tiny_model, tiny_tokenizer, worst_error
+from tiny_engine import SMALL, drain, ids, running, tiny_model, tiny_tokenizer, worst_error
 
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.hf import HFPolicy
@@ -37,11 +37,8 @@ def learner() -> Any:
 @pytest.fixture(scope="module")
 def engines(learner: Any) -> Iterator[Any]:
     """Two engines."""
-    from at2po_agent.policies.vllm import VLLMPolicy
-
-    policy = VLLMPolicy(learner, tiny_tokenizer(), settings=SMALL.model_copy(update={"engines": 2}), slots=16)
-    yield policy
-    policy.close()
+    with running(learner, engines=2) as policy:
+        yield policy
     assert not policy._engines[0].process.is_alive()
 
 
@@ -126,7 +123,7 @@ def test_requests_that_cannot_be_served_leave_the_engines_alone(engines):
     assert len(engines.generate([Request((1,), 4, seed=1)])[0].ids) <= 4
 
 
-def test_an_engine_that_cannot_start_says_so_and_leaves_no_process(tmp_path):
+def test_an_engine_that_cannot_start_says_so_and_leaves_no_process(tmp_path, capfd):
     from at2po_agent.policies.vllm import VLLMPolicy
 
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
@@ -134,6 +131,7 @@ def test_an_engine_that_cannot_start_says_so_and_leaves_no_process(tmp_path):
     with pytest.raises(PolicyError, match=r"vLLM engine 0 .* failed"):
         VLLMPolicy(tmp_path, tiny_tokenizer(), settings=SMALL)
     assert children() <= before
+    assert capfd.readouterr().out == ""  # what vLLM and Python say goes to standard error
 
 
 def test_a_killed_engine_is_an_error_at_once_and_leaves_no_process(engines):

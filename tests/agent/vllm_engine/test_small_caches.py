@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_engine import SMALL, ids, tiny_model, tiny_tokenizer, worst_error
+from tiny_engine import ids, running, tiny_model, worst_error
 
 from at2po_agent.policies.base import Request
 
@@ -28,13 +28,9 @@ def model() -> Any:
 @pytest.fixture(scope="module", params=[None, False], ids=["exact", "blocks"])
 def engine(model: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """Some 75 blocks of 32 tokens."""
-    from at2po_agent.policies.vllm import VLLMPolicy
-
     before = semaphores()
-    settings = SMALL.model_copy(update={"exact_prefixes": request.param, "kv_cache_gb": 0.00115})
-    policy = VLLMPolicy(model, tiny_tokenizer(), settings=settings, slots=16)
-    yield policy
-    policy.close()
+    with running(model, exact_prefixes=request.param, kv_cache_gb=0.00115) as policy:
+        yield policy
     assert semaphores() <= before  # or the end of the program would warn of them
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rules import Hurry
-from tiny_engine import SMALL, ids, tiny_model, tiny_tokenizer, worst_error
+from tiny_engine import ids, running, tiny_model, tiny_tokenizer, worst_error
 
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.hf import HFPolicy
@@ -25,12 +25,8 @@ def learner() -> Any:
 
 @pytest.fixture(scope="module")
 def engine(learner: Any) -> Iterator[Any]:
-    from at2po_agent.policies.vllm import VLLMPolicy
-
-    settings = SMALL.model_copy(update={"tensor_parallel": 2})
-    policy = VLLMPolicy(learner, tiny_tokenizer(), settings=settings, slots=16)
-    yield policy
-    policy.close()
+    with running(learner, tensor_parallel=2) as policy:
+        yield policy
 
 
 def test_half_a_model_each_samples_what_the_whole_one_does(engine, learner):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import policy_reference
@@ -17,6 +19,7 @@ __all__ = [
     "drain",
     "ids",
     "reference_log_probs",
+    "running",
     "tiny_model",
     "tiny_tokenizer",
     "worst_error",
@@ -30,6 +33,16 @@ def tiny_model(*, seed: int) -> Any:
     """Heads of 32, the smallest that vLLM's CPU attention takes."""
     sizes = {"hidden_size": 64, "heads": 2, "kv_heads": 1, "head_dim": 32, "ffn_size": 64}
     return policy_reference.tiny_model(seed=seed, init_std=0.2, max_positions=POSITIONS, **sizes)
+
+
+@contextlib.contextmanager
+def running(model: Any, *, slots: int = 16, **settings: Any) -> Iterator[Any]:
+    """A policy on engines of `SMALL`, with some settings changed; closed at the end."""
+    from at2po_agent.policies.vllm import VLLMPolicy
+
+    policy = VLLMPolicy(model, tiny_tokenizer(), settings=SMALL.model_copy(update=settings), slots=slots)
+    with contextlib.closing(policy):
+        yield policy
 
 
 def drain(policy: Any, tickets: set[int]) -> dict[int, Generation]:

@@ -1,0 +1,144 @@
+"""What runs in an engine's process: steps while there are requests, messages between steps, and its end.
+
+The owner's side is `process.RemoteEngine`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.util
+import os
+import queue
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+from at2po_agent.policies.base import Tokenizer
+from at2po_agent.policies.vllm.engine import Engine
+from at2po_agent.policies.vllm.spec import EngineSpec
+from at2po_agent.policies.vllm.wire import Wire
+from at2po_env.errors import At2poError, PolicyError
+
+_BEAT_S = 1.0
+_LEAVING_S = 5.0
+_TEXT = 300
+
+
+class _ParentIsGone(Exception):
+    """Nothing went wrong here."""
+
+
+def serve(connection: Connection, spec: EngineSpec, tokenizer: Tokenizer) -> None:
+    """Run an engine until the parent says or goes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, who ends us
+    wire, code, engine = Wire(tokenizer), 0, None
+
+    def tell(kind: str, content: Any) -> None:
+        data = wire.dumps((kind, content))
+        try:
+            connection.send_bytes(data)
+        except OSError:
+            raise _ParentIsGone from None
+
+    try:
+        engine = Engine(spec, tokenizer)
+        tell("reply", (True, engine.limits))
+        inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+        _Loop(engine, inbox, wire, tell).run()
+    except _ParentIsGone:
+        pass
+    except Exception as error:  # noqa: BLE001  the process's boundary: the parent raises it
+        code = 1
+        traceback.print_exc()
+        text = " ".join(str(error).split())
+        with contextlib.suppress(_ParentIsGone):
+            tell("broken", f"failed: {type(error).__name__}: {text[:_TEXT]}")
+    _leave(code, engine)
+
+
+def _receive(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
+    """Take messages at once, so that the parent never waits for a step; an empty one when it has gone."""
+    try:
+        while True:
+            inbox.put(connection.recv_bytes())
+    except (OSError, EOFError):
+        inbox.put(b"")
+        threading.Timer(_LEAVING_S, os._exit, (0,)).start()
+
+
+def _leave(code: int, engine: Engine | None) -> NoReturn:
+    """End this process within seconds, and all that it made: threads and exit hooks of vLLM would keep it."""
+    threading.Timer(_LEAVING_S, os._exit, (code,)).start()
+    with contextlib.suppress(Exception):
+        if engine is not None:
+            engine.close()
+    with contextlib.suppress(Exception):
+        multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # what every exit runs
+    os._exit(code)
+
+
+class _Loop:
+    """Steps while there are requests, and takes messages between steps."""
+
+    def __init__(self, engine: Engine, inbox: queue.SimpleQueue[bytes], wire: Wire, tell: Any) -> None:
+        self._engine = engine
+        self._inbox = inbox
+        self._wire = wire
+        self._tell = tell
+        self._told = 0.0
+
+    def run(self) -> None:
+        """Until the parent goes."""
+        while True:
+            for message in self._messages():
+                if not message:
+                    return
+                self._obey(*self._wire.loads(message))
+            if not self._engine.idle:
+                self._step()
+
+    def _messages(self) -> Iterator[bytes]:
+        if self._engine.idle:
+            yield self._inbox.get()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield self._inbox.get_nowait()
+
+    def _obey(self, kind: str, what: Any, content: Any) -> None:
+        if kind == "discard":
+            self._engine.discard(what)
+            return
+        if kind == "add":
+            try:
+                self._engine.add(what, content)
+            except Exception as error:  # noqa: BLE001  whoever polls raises it
+                traceback.print_exc()
+                self._tell("failed", (what, PolicyError(f"vLLM refuses the request: {error}")))
+            return
+        try:
+            value = getattr(self._engine, what)(*content)
+        except Exception as error:  # noqa: BLE001  the caller raises it
+            traceback.print_exc()
+            self._tell(
+                "reply", (False, error if isinstance(error, At2poError) else f"{what} failed: {error!r}")
+            )
+        else:
+            self._tell("reply", (True, value))
+
+    def _step(self) -> None:
+        before = self._engine.tickets
+        try:
+            finished = self._engine.collect()
+        except PolicyError as error:
+            for ticket in sorted(before - self._engine.tickets):
+                self._tell("failed", (ticket, error))
+            return
+        now = time.monotonic()
+        if finished or now - self._told > _BEAT_S:
+            self._tell("finished", finished)
+            self._told = now
