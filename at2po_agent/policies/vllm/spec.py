@@ -164,7 +164,7 @@ def make_engine(spec: EngineSpec) -> tuple[Any, Counters]:
     """
     check_installed()
     counters = Counters()
-    _prepare_environment()
+    prepare_environment()
     with _keeping_torch():
         from vllm import EngineArgs, LLMEngine
         from vllm.config import KVTransferConfig
@@ -243,7 +243,7 @@ def _on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
     """Options that vLLM reads from the environment: what must be so, and wishes where nobody has any."""
     os.environ.update(_NEEDED)
     for name, value in _WISHED.items():

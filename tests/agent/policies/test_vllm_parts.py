@@ -6,6 +6,7 @@ import random
 import resource
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,14 @@ from at2po_agent.model import ModelShape, build_model
 from at2po_agent.policies.vllm import VLLMPolicy
 from at2po_agent.policies.vllm.routing import Router
 from at2po_agent.policies.vllm.settings import VLLMSettings
-from at2po_agent.policies.vllm.spec import EngineSpec, Place, attends_to_all, engine_arguments, share_out
+from at2po_agent.policies.vllm.spec import (
+    EngineSpec,
+    Place,
+    attends_to_all,
+    engine_arguments,
+    prepare_environment,
+    share_out,
+)
 from at2po_agent.policies.vllm.weights import SharedSender, named_weights, save_model, view
 from at2po_agent.samplers import engine_settings
 from at2po_env.errors import ConfigError, MissingExtraError, PolicyError
@@ -190,6 +198,17 @@ def test_prefixes_are_exact_by_themselves_only_where_every_layer_attends_to_all(
         **{**kinds, **differs},
     )
     assert attends_to_all(model) is expected
+
+
+def test_vllm_logs_errors_to_standard_error_where_nobody_says_otherwise():
+    with mock.patch.dict(os.environ, {"VLLM_LOGGING_LEVEL": "DEBUG"}):
+        os.environ.pop("VLLM_LOGGING_STREAM", None)
+        prepare_environment()
+        assert os.environ["VLLM_LOGGING_STREAM"] == "ext://sys.stderr"
+        assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+        del os.environ["VLLM_LOGGING_LEVEL"]
+        prepare_environment()
+        assert os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
 
 
 def test_a_full_disk_is_an_error_and_the_next_update_works():

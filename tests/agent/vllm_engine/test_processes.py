@@ -123,7 +123,7 @@ def test_requests_that_cannot_be_served_leave_the_engines_alone(engines):
     assert len(engines.generate([Request((1,), 4, seed=1)])[0].ids) <= 4
 
 
-def test_an_engine_that_cannot_start_says_so_and_leaves_no_process(tmp_path, capfd):
+def test_an_engine_that_cannot_start_says_so_and_leaves_no_process(tmp_path):
     from at2po_agent.policies.vllm import VLLMPolicy
 
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
@@ -131,7 +131,6 @@ def test_an_engine_that_cannot_start_says_so_and_leaves_no_process(tmp_path, cap
     with pytest.raises(PolicyError, match=r"vLLM engine 0 .* failed"):
         VLLMPolicy(tmp_path, tiny_tokenizer(), settings=SMALL)
     assert children() <= before
-    assert capfd.readouterr().out == ""  # what vLLM and Python say goes to standard error
 
 
 def test_a_killed_engine_is_an_error_at_once_and_leaves_no_process(engines):
