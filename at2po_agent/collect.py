@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from at2po_agent.config.sections import Config
+from at2po_agent.credit.groups import is_informative
 from at2po_agent.environments import Env, TaskOrder
-from at2po_agent.group_credit import is_informative
-from at2po_agent.learner import TrainingError
+from at2po_agent.learning.learner import TrainingError
 from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import rollout_with_stats
-from at2po_agent.seeding import RunPurpose, run_seed
-from at2po_agent.settings import Config
-from at2po_agent.transcripts import Transcript
+from at2po_agent.runs.seeding import RunPurpose, run_seed
+from at2po_agent.transcripts.transcripts import Transcript
 from at2po_agent.tree import Tree
 
 

@@ -8,8 +8,8 @@ import gymnasium.error
 import numpy as np
 
 import at2po_env  # noqa: F401  registers the shipped ids
+from at2po_agent.config.sections import Config
 from at2po_agent.rollout import Options
-from at2po_agent.settings import Config
 from at2po_env.errors import ConfigError
 
 Env = gymnasium.Env[str, str]

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from at2po_agent.agent import Agent, build_agent
-from at2po_agent.coldstart import cold_start, record_demonstrations
+from at2po_agent.agents.agent import Agent, build_agent
+from at2po_agent.agents.cold_start import cold_start, record_demonstrations
+from at2po_agent.agents.dry_run import describe_plan, plan_run
+from at2po_agent.config.sections import Config
 from at2po_agent.environments import Env, make_cold_start_env
-from at2po_agent.interrupts import InterruptibleProgress, Interrupts, StopRequested, TrainingInterrupted
-from at2po_agent.plan import describe_plan, plan_run
-from at2po_agent.progress import NoProgress, Progress
-from at2po_agent.run_files import RunFolder, open_run
-from at2po_agent.seeding import RunPurpose, run_generator
-from at2po_agent.settings import Config
+from at2po_agent.runs.folder import RunFolder, open_run
+from at2po_agent.runs.interrupts import InterruptibleProgress, Interrupts, StopRequested, TrainingInterrupted
+from at2po_agent.runs.progress import NoProgress, Progress
+from at2po_agent.runs.seeding import RunPurpose, run_generator
 from at2po_agent.trainer import Trainer
 
 MODES = ("greedy", "sampled")

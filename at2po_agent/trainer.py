@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from at2po_agent.agent import Agent
-from at2po_agent.algorithms import Credit, give_credit
-from at2po_agent.checkpoint import Restored, load_newest, save_checkpoint
-from at2po_agent.clock import Clock
+from at2po_agent.agents.agent import Agent
 from at2po_agent.collect import Collected, collect_trees
+from at2po_agent.config.sections import Config
+from at2po_agent.credit.registry import Credit
 from at2po_agent.environments import (
     Env,
     TaskOrder,
@@ -22,17 +21,19 @@ from at2po_agent.environments import (
     make_training_env,
     number_of_tasks,
 )
-from at2po_agent.evaluate import Evaluation
-from at2po_agent.evaluate_run import evaluate_mode
-from at2po_agent.interrupts import StopRequested
-from at2po_agent.metrics import retrieval_metrics, staleness_metrics, tree_metrics
-from at2po_agent.progress import Progress
-from at2po_agent.run_files import RunFolder, disk_refusals
-from at2po_agent.scalars import Scalars
-from at2po_agent.seeding import RunPurpose, run_seed
-from at2po_agent.settings import Config
+from at2po_agent.evaluation.evaluate import Evaluation
+from at2po_agent.evaluation.metrics import retrieval_metrics, staleness_metrics, tree_metrics
+from at2po_agent.evaluation.of_run import evaluate_mode
+from at2po_agent.learning.objective import give_credit
+from at2po_agent.learning.step import TreeLearner
+from at2po_agent.runs.checkpoint import Restored, load_newest, save_checkpoint
+from at2po_agent.runs.clock import Clock
+from at2po_agent.runs.folder import RunFolder, disk_refusals
+from at2po_agent.runs.interrupts import StopRequested
+from at2po_agent.runs.progress import Progress
+from at2po_agent.runs.scalars import Scalars
+from at2po_agent.runs.seeding import RunPurpose, run_seed
 from at2po_agent.tree import Tree
-from at2po_agent.tree_learner import TreeLearner
 from at2po_env.retrieval.counters import counted
 
 

@@ -4,15 +4,22 @@ Importing it registers every environment id, and calls the plug-ins of the entry
 """
 
 from at2po_env import errors, scoring
-from at2po_env.actions import FinalAnswer, HermesProtocol, Malformed, TaggedProtocol, ToolCall, make_protocol
-from at2po_env.checker import check_env
-from at2po_env.core import ForkableEnv, fork, restore, snapshot
+from at2po_env.contract.checker import check_env
 from at2po_env.data.tasks import Task, TaskList, TaskSource
+from at2po_env.episodes.actions import (
+    FinalAnswer,
+    HermesProtocol,
+    Malformed,
+    TaggedProtocol,
+    ToolCall,
+    make_protocol,
+)
+from at2po_env.episodes.tool_env import Ending, ToolEnv
 from at2po_env.errors import At2poError
+from at2po_env.forking.base import ForkableEnv, fork, restore, snapshot
+from at2po_env.forking.snapshots import Snapshot
 from at2po_env.registry import load_plugins, register_shipped, register_tool_env
-from at2po_env.snapshot import Snapshot
 from at2po_env.spaces import Text
-from at2po_env.tool_env import Ending, ToolEnv
 from at2po_env.tools import SearchTool, Tool, ToolContext, ToolResult, call_tool, tool
 from at2po_env.vector import TextVectorEnv
 

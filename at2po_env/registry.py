@@ -26,8 +26,8 @@ from typing import Any
 import gymnasium
 
 from at2po_env.data.sources import Tasks, as_tasks
+from at2po_env.episodes.tool_env import Reward, ToolEnv
 from at2po_env.errors import EnvError
-from at2po_env.tool_env import Reward, ToolEnv
 from at2po_env.tools.base import Tool
 from at2po_env.tools.function import as_tool
 from at2po_env.vector import TextVectorEnv, make_vector

@@ -14,7 +14,7 @@ from gymnasium import Space
 from gymnasium.wrappers.utils import create_zero_array
 
 from at2po_env.errors import EnvError
-from at2po_env.rng import clone_rng
+from at2po_env.forking.random_state import clone_rng
 
 ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n"
 MAX_SAMPLE = 64

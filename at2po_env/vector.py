@@ -21,9 +21,9 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import TimeLimit
 
-from at2po_env.capture import clone_space
+from at2po_env.episodes.infos import Infos, add_info
 from at2po_env.errors import EnvError
-from at2po_env.infos import Infos, add_info
+from at2po_env.forking.capture import clone_space
 from at2po_env.spaces import Text
 
 Env = gymnasium.Env[str, str]
@@ -60,7 +60,7 @@ class TextVectorEnv(VectorEnv[Texts, Sequence[str], npt.NDArray[Any]]):
         EnvError: If no environment is given, or one is no text environment.
 
     Example:
-        >>> from at2po_env.testing import PigEnv
+        >>> from at2po_env.contract.testing import PigEnv
         >>> envs = TextVectorEnv([PigEnv, PigEnv])
         >>> observations, infos = envs.reset(seed=1)
         >>> envs.step(["roll", "hold"])[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from at2po_agent.prefixes import SortedRows, cut_rows, lower_bound, sort_rows
+from at2po_agent.packing.prefixes import SortedRows, cut_rows, lower_bound, sort_rows
 from benchmarks._trees import TreeShape, random_tree
 
 

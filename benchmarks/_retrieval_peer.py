@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from at2po_env.data.corpus import Corpus
-from at2po_env.retrieval.jvm import jvm
+from at2po_env.retrieval.lucene.jvm import jvm
 from at2po_env.retrieval.opening import open_retriever
 from at2po_env.retrieval.tokens import tokenize
 from benchmarks._retrieval_stages import SECONDS, TOPK, peak_mb, texts

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from at2po_env.retrieval.messages import request_body
 from at2po_env.retrieval.opening import open_retriever
-from at2po_env.retrieval.server import serve
-from at2po_env.retrieval.server_processes import serve_processes
-from at2po_env.retrieval.server_settings import ServerSettings
-from at2po_env.retrieval.wire import request_body
+from at2po_env.retrieval.server.app import serve
+from at2po_env.retrieval.server.config import ServerConfig
+from at2po_env.retrieval.server.processes import serve_processes
 from benchmarks._retrieval_stages import SECONDS, TOPK, rates_of, texts
 
 
@@ -58,7 +58,7 @@ def _loads(corpus: Path, qa: Path, port: int, processes: int) -> dict[str, dict[
 
 def serve_stage(corpus: str, port: int, processes: int) -> None:
     """Serve until told to stop."""
-    settings = ServerSettings(port=port, processes=processes)
+    settings = ServerConfig(port=port, processes=processes)
     if processes > 1:
         serve_processes(functools.partial(open_retriever, "bm25", corpus), settings)
     else:

@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from at2po_agent.model import train_tokenizer
-from at2po_agent.policies.tokenizer import HFTokenizer
+from at2po_agent.agents.model import train_tokenizer
+from at2po_agent.transcripts.tokenizer import HFTokenizer
 from at2po_env import FinalAnswer, Task, Tool, ToolCall, ToolContext, ToolEnv
 
 MEDIAN_S, TAIL_S, TAIL_SHARE = 0.05, 2.0, 0.02

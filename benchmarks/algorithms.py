@@ -103,7 +103,7 @@ def prepare(out: Path, settings: Sequence[str] = ()) -> Path:
     Raises:
         SystemExit: The folder's runs were started with other settings.
     """
-    from at2po_agent.config import load_config
+    from at2po_agent.config.loading import load_config
     from at2po_agent.run import run_training
 
     out.mkdir(parents=True, exist_ok=True)
@@ -125,10 +125,10 @@ def run(job: Job, *, evaluations: int = 5) -> dict[str, Any]:
 
     The points on the way are of the first `QUESTIONS_ON_THE_WAY` questions, the last one is of all of them.
     """
-    from at2po_agent.agent import build_agent
-    from at2po_agent.config import load_config
-    from at2po_agent.progress import NoProgress
-    from at2po_agent.run_files import RunFolder
+    from at2po_agent.agents.agent import build_agent
+    from at2po_agent.config.loading import load_config
+    from at2po_agent.runs.folder import RunFolder
+    from at2po_agent.runs.progress import NoProgress
     from at2po_agent.trainer import Trainer
 
     started = time.perf_counter()
@@ -170,8 +170,8 @@ def run(job: Job, *, evaluations: int = 5) -> dict[str, Any]:
 
 def _point(trainer: Any) -> dict[str, Any]:
     from at2po_agent.environments import first_tasks, make_eval_env
-    from at2po_agent.evaluate import evaluate
-    from at2po_agent.seeding import RunPurpose, run_seed
+    from at2po_agent.evaluation.evaluate import evaluate
+    from at2po_agent.runs.seeding import RunPurpose, run_seed
 
     env, config = make_eval_env(trainer.config), trainer.config
     seed = run_seed(config.run.seed, RunPurpose.EVALUATION)

@@ -32,15 +32,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from at2po_agent.learner import checkpoint_activations, trained_log_probs
-from at2po_agent.logprobs import gather_log_probs
+from at2po_agent.agents.model import ModelShape, build_model
+from at2po_agent.learning.learner import checkpoint_activations, trained_log_probs
 from at2po_agent.losses import LossTotals, atpo_loss
-from at2po_agent.model import ModelShape, build_model
-from at2po_agent.packed_forward import check_model, packed_stats
-from at2po_agent.packing import Batch, pack_rows
+from at2po_agent.packing.forward import check_model, packed_stats
+from at2po_agent.packing.log_probs import gather_log_probs
+from at2po_agent.packing.rows import Batch, pack_rows
+from at2po_agent.packing.tree_attention import tree_attention
+from at2po_agent.packing.trees import PackedBatch, pack_trees
 from at2po_agent.tree import Tree
-from at2po_agent.tree_attention import tree_attention
-from at2po_agent.tree_packing import PackedBatch, pack_trees
 from benchmarks._cuts import cut_quality
 from benchmarks._timing import Case, measure
 from benchmarks._trees import TreeShape, advantages, random_tree

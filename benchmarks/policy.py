@@ -26,10 +26,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would me
 import torch
 from transformers import PreTrainedModel
 
-from at2po_agent.model import ModelShape, build_model, train_tokenizer
+from at2po_agent.agents.model import ModelShape, build_model, train_tokenizer
 from at2po_agent.policies.base import Request
-from at2po_agent.policies.hf import HFPolicy
-from at2po_agent.policies.tokenizer import HFTokenizer
+from at2po_agent.policies.hf.policy import HFPolicy
+from at2po_agent.transcripts.tokenizer import HFTokenizer
 
 _VOCABULARY = 512
 _PAD = 0

@@ -35,9 +35,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would me
 
 import torch
 
-from at2po_agent.model import ModelShape, build_model
+from at2po_agent.agents.model import ModelShape, build_model
 from at2po_agent.policies.base import Request
-from at2po_agent.policies.hf import HFPolicy
+from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.rollout import RolloutConfig, RolloutStats, engine, rollout_with_stats
 from at2po_agent.rollout.scheduler import Scheduler
 from at2po_agent.tree import Tree
@@ -232,10 +232,10 @@ def vllm(work: policy_benchmark.Workload, rounds: int) -> dict[str, Any]:
     policies: dict[str, Any] = {}
     try:
         from at2po_agent.policies.vllm import VLLMPolicy
-        from at2po_agent.policies.vllm.settings import VLLMSettings
+        from at2po_agent.policies.vllm.config import VLLMConfig
 
         for name, exact in (("vllm", None), ("vllm_blocks", False)):
-            settings = VLLMSettings(exact_prefixes=exact)
+            settings = VLLMConfig(exact_prefixes=exact)
             policies[name] = VLLMPolicy(model, tokenizer, settings=settings, slots=work.slots, eos_ids=())
         best, prefill = dict.fromkeys(policies, 0.0), {}
         for repeat in range(rounds):

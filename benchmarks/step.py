@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from at2po_agent.agent import build_agent
-from at2po_agent.algorithms import Credit, credit_rules, register_credit
-from at2po_agent.config import load_config
-from at2po_agent.progress import NoProgress
+from at2po_agent.agents.agent import build_agent
+from at2po_agent.config.loading import load_config
+from at2po_agent.credit import Credit, credit_rules, register_credit
 from at2po_agent.run import run_training
+from at2po_agent.runs.progress import NoProgress
 from at2po_agent.tree import Tree
 from benchmarks._timing import arguments, report
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from custom_tool_env import STOCK  # registers examples/Warehouse-v0
 
-from at2po_agent.agent import Agent
+from at2po_agent.agents.agent import Agent
+from at2po_agent.config.sections import Config
 from at2po_agent.policies.base import Request
 from at2po_agent.run import run_training
-from at2po_agent.settings import Config
 from at2po_agent.types import Generation
 
 TURNS = [f"<count>{item}</count>" for item in STOCK] + [f"<answer>{n}</answer>" for n in range(5, 17)]

@@ -9,12 +9,12 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from at2po_agent.agent import Agent
-from at2po_agent.coldstart import cold_start, record_demonstrations
-from at2po_agent.model import ModelShape, build_model, train_tokenizer
-from at2po_agent.policies.hf import HFPolicy
+from at2po_agent.agents.agent import Agent
+from at2po_agent.agents.cold_start import cold_start, record_demonstrations
+from at2po_agent.agents.model import ModelShape, build_model, train_tokenizer
+from at2po_agent.config.sections import ColdStartConfig, Config
+from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.run import run_training
-from at2po_agent.settings import ColdStartSettings, Config
 from at2po_env import Ending, Task, ToolContext, ToolResult, register_tool_env, tool
 
 STOCK = {"tea": 4, "rice": 7, "salt": 2, "oil": 9, "figs": 5, "nuts": 3}
@@ -61,7 +61,7 @@ def expert(task: Task, *, rng: np.random.Generator) -> Generator[str, str, None]
 
 def train(steps: int = 20) -> tuple[float, float]:
     """Show a tiny model the expert, then train it on trees; mean reward of its first and last steps."""
-    cold = ColdStartSettings(steps=150, demonstrations=400, lr=0.01)
+    cold = ColdStartConfig(steps=150, demonstrations=400, lr=0.01)
     config = Config.model_validate(
         {
             "env": {"id": "examples/Warehouse-v0", "kwargs": {"prompt": "short"}},

@@ -7,7 +7,7 @@ from torch import Tensor
 from at2po_agent.losses.base import LossResult, LossTotals, aggregate, prepare, turn_ratio
 from at2po_agent.losses.clipping import Clip, clip_metrics, clipped_surrogate, k3, ratio_metrics
 from at2po_agent.losses.drift import turn_metrics
-from at2po_agent.segments import TurnSegments
+from at2po_agent.losses.segments import TurnSegments
 
 
 def atpo_loss(  # noqa: PLR0913  the common signature

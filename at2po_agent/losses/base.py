@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from at2po_agent.segments import TurnSegments
+from at2po_agent.losses.segments import TurnSegments
 
 Metrics: TypeAlias = dict[str, Tensor]
 LossResult: TypeAlias = tuple[Tensor, Metrics]

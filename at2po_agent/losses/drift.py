@@ -7,7 +7,7 @@ from torch import Tensor
 
 from at2po_agent.losses.base import LossTotals, Metrics, prepare, token_count, token_ratio
 from at2po_agent.losses.clipping import k3
-from at2po_agent.segments import TurnSegments
+from at2po_agent.losses.segments import TurnSegments
 
 
 @torch.no_grad()

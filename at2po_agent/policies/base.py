@@ -14,28 +14,11 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_agent.types import Float32Array, Generation
 from at2po_env.errors import PolicyError
 
 _DRAWS_AT_ONCE = 64
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """Text to ids and back. `decode` is verbatim: special tokens show, nothing is cleaned up."""
-
-    @property
-    def eos_id(self) -> int:
-        """The id that ends a sequence."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens added."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, verbatim."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from at2po_agent.policies.base import Request, Step
-from at2po_agent.policies.rows import Row
+from at2po_agent.policies.hf.rows import Row
 from at2po_agent.policies.sampling import Draw, distribution, draw, entropy
 from at2po_agent.policies.stops import StopTable
 from at2po_agent.types import StopReason

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from at2po_agent.policies.base import Tokenizer
+from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_agent.types import BoolArray, StopReason
 
 _REPLACEMENT = "\ufffd"  # what a piece of a split character decodes to

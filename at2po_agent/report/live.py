@@ -1,6 +1,6 @@
 """Listeners of long jobs: bars on a terminal, one plain line every few seconds anywhere else.
 
-Both implement `at2po_agent.progress.Progress`. Where the output is not a terminal (CI, a file) nothing is
+Both implement `at2po_agent.runs.progress.Progress`. Where the output is no terminal (CI, a file) nothing is
 redrawn, so that logs stay readable.
 """
 

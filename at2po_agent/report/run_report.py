@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from at2po_agent.credit import node_advantages, node_values, normalize_leaf_rewards
+from at2po_agent.credit.values import node_advantages, node_values, normalize_leaf_rewards
 from at2po_agent.report.curves import draw_run
 from at2po_agent.report.run_folder import (
     CONFIG,

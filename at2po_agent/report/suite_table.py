@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from at2po_agent.suite import GROUPS, PUBLISHED, PUBLISHED_MODEL, SHORT, suite_groups
+from at2po_agent.evaluation.suite import GROUPS, PUBLISHED, PUBLISHED_MODEL, SHORT, suite_groups
 
 _NOTHING = "–"
 

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import gymnasium
 
+from at2po_agent.expansion.registry import Expansion, expansion_rules
 from at2po_agent.policies.base import Policy
-from at2po_agent.rollout.expansions import Expansion, expansion_rules
+from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.rollout.question import EnvPool, Question, open_question
-from at2po_agent.rollout.sampler import Sampler
+from at2po_agent.rollout.requests import Sampler
 from at2po_agent.rollout.scheduler import Scheduler
 from at2po_agent.rollout.seeds import Purpose, derive_seed
-from at2po_agent.rollout.settings import RolloutConfig
 from at2po_agent.rollout.watch import Watch, vocabulary_size, watch_needed
-from at2po_agent.transcripts import InlineTranscript, Transcript
+from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
 from at2po_agent.tree import Tree
 from at2po_env.errors import ConfigError
 

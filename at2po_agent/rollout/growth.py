@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from at2po_agent.rollout.expansions import Expansion
-from at2po_agent.rollout.settings import RolloutConfig
+from at2po_agent.expansion.registry import Expansion
+from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.tree import ROOT, Tree
 from at2po_agent.types import IntArray
 

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from at2po_agent.expansion.registry import Expansion
 from at2po_agent.rollout.branch import Branch, Place
-from at2po_agent.rollout.expansions import Expansion
+from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.rollout.growth import Grown, Start, first_starts, next_starts
 from at2po_agent.rollout.seeds import Purpose, derive_generator, derive_seed
-from at2po_agent.rollout.settings import RolloutConfig
 from at2po_agent.rollout.steps import Env
-from at2po_agent.transcripts import Transcript
+from at2po_agent.transcripts.transcripts import Transcript
 from at2po_agent.tree import Tree
 from at2po_env import Snapshot, fork, restore, snapshot
 

@@ -9,14 +9,15 @@ that nothing of a result depends on who was first.
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from at2po_agent.policies.base import Request, Tokenizer
+from at2po_agent.policies.base import Request
 from at2po_agent.rollout.branch import Branch
+from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.rollout.question import Question
-from at2po_agent.rollout.sampler import Sampler
-from at2po_agent.rollout.settings import RolloutConfig
+from at2po_agent.rollout.requests import Sampler
 from at2po_agent.rollout.steps import Steps
 from at2po_agent.rollout.watch import Watch
-from at2po_agent.transcripts import Transcript
+from at2po_agent.transcripts.tokenizer import Tokenizer
+from at2po_agent.transcripts.transcripts import Transcript
 from at2po_agent.types import Generation
 
 

@@ -5,11 +5,12 @@ One object per request. It sees each token's distribution before the token is dr
 
 from collections.abc import Sequence
 
-from at2po_agent.expansion import top_entropy
-from at2po_agent.policies.base import Policy, Step, Tokenizer
-from at2po_agent.rollout.settings import RolloutConfig
+from at2po_agent.expansion.rules import top_entropy
+from at2po_agent.policies.base import Policy, Step
+from at2po_agent.rollout.config import RolloutConfig
+from at2po_agent.rollout.uncertainty import RunningSignal, has_stalled, is_repetitive, turn_uncertainty
+from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_agent.types import Float32Array, Generation
-from at2po_agent.uncertainty import RunningSignal, has_stalled, is_repetitive, turn_uncertainty
 from at2po_env.errors import ConfigError, PolicyError
 
 FIRST_TOKENS = 20

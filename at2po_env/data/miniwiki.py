@@ -17,9 +17,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from at2po_env.data.passages import Passage
 from at2po_env.data.tasks import Task
 from at2po_env.errors import DataError
-from at2po_env.retrieval.base import Passage
 
 Split = Literal["train", "test"]
 

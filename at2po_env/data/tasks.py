@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
 
 from at2po_env.errors import DataError
-from at2po_env.frozen import EMPTY
+from at2po_env.forking.frozen import EMPTY
 
 
 class Task(NamedTuple):

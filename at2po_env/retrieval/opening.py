@@ -9,16 +9,16 @@ from typing import Any
 
 from at2po_env.errors import RetrievalError
 from at2po_env.retrieval.base import Retriever
-from at2po_env.retrieval.bm25 import Bm25Retriever
+from at2po_env.retrieval.bm25.retriever import Bm25Retriever
 
 KEPT_OPEN = 8
 
 _kinds: dict[str, Callable[..., Retriever]] = {"bm25": Bm25Retriever}
 _lazy = {  # imported when asked for, because they need extras or cost time
-    "http": "at2po_env.retrieval.http:HttpRetriever",
+    "http": "at2po_env.retrieval.client.retriever:HttpRetriever",
     "hybrid": "at2po_env.retrieval.hybrid:HybridRetriever",
-    "lucene": "at2po_env.retrieval.lucene:LuceneRetriever",
-    "dense": "at2po_env.retrieval.dense:DenseRetriever",
+    "lucene": "at2po_env.retrieval.lucene.retriever:LuceneRetriever",
+    "dense": "at2po_env.retrieval.dense.retriever:DenseRetriever",
 }
 _open: OrderedDict[tuple[object, ...], Retriever] = OrderedDict()
 _lock = threading.RLock()  # a hybrid opens others while it is opened

@@ -47,7 +47,7 @@ class NumericView(gymnasium.Wrapper[Any, Any, str, str]):
         EnvError: If sizes are not positive, or `encode` gives an id outside the vocabulary.
 
     Example:
-        >>> from at2po_env.testing import PigEnv
+        >>> from at2po_env.contract.testing import PigEnv
         >>> env = NumericView(PigEnv(), length=8, choices=["roll", "hold"])
         >>> env.reset(seed=1)[0]  # "or hold."
         array([112, 115,  33, 105, 112, 109, 101,  47], dtype=int32)

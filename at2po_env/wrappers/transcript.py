@@ -21,7 +21,7 @@ class FullTranscript(gymnasium.Wrapper[str, str, str, str], RecordConstructorArg
 
     Example:
         >>> from at2po_env import fork
-        >>> from at2po_env.testing import PigEnv
+        >>> from at2po_env.contract.testing import PigEnv
         >>> env = FullTranscript(PigEnv())
         >>> env.reset(seed=1)[0]
         'Say roll or hold.'

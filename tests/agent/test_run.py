@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from at2po_agent.agent import build_agent, example_texts
-from at2po_agent.config import load_config
+from at2po_agent.agents.agent import build_agent, example_texts
+from at2po_agent.config.loading import load_config
+from at2po_agent.config.sections import Config, Section
 from at2po_agent.rollout import RolloutConfig
 from at2po_agent.run import run_training
-from at2po_agent.settings import Config, Section
 from at2po_env.errors import ConfigError
 
 TINY = [
@@ -79,8 +79,8 @@ def test_a_run_reads_every_setting_that_it_offers(run):
     }
     # no occasion to read here: DAPO's number of tries and its factor, T2PO's signal, rewards of failures,
     # engines of vLLM
-    elsewhere = {"AlgorithmSettings.oversampling", "RolloutConfig.overlong_factor", "RolloutConfig.signal"}
-    elsewhere |= {"RolloutConfig.cut_reward", "RolloutConfig.error_reward", "ModelSettings.vllm"}
+    elsewhere = {"AlgorithmConfig.oversampling", "RolloutConfig.overlong_factor", "RolloutConfig.signal"}
+    elsewhere |= {"RolloutConfig.cut_reward", "RolloutConfig.error_reward", "ModelConfig.vllm"}
     assert offered - read <= elsewhere
 
 

@@ -5,40 +5,34 @@ import resource
 import signal
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from guess_env import GuessEnv, SmallTokenizer
+from helpers import learners
+from helpers.guess_env import GuessEnv, SmallTokenizer
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from at2po_agent import run as run_module
-from at2po_agent.agent import Agent
-from at2po_agent.config import load_config
-from at2po_agent.interrupts import TrainingInterrupted
-from at2po_agent.learner import TrainingError
-from at2po_agent.model import ModelShape, build_model
+from at2po_agent.agents.agent import Agent
+from at2po_agent.agents.model import build_model
+from at2po_agent.config.loading import load_config
+from at2po_agent.config.sections import Config
+from at2po_agent.learning.learner import TrainingError
 from at2po_agent.policies.base import Request
-from at2po_agent.policies.hf import HFPolicy
-from at2po_agent.progress import NoProgress
+from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.run import run_training
-from at2po_agent.run_files import RunFolderError, newest_run, open_run
-from at2po_agent.settings import Config
+from at2po_agent.runs.folder import RunFolderError, newest_run, open_run
+from at2po_agent.runs.interrupts import TrainingInterrupted
+from at2po_agent.runs.progress import NoProgress
 from at2po_agent.tree import Tree
 from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError, RetrievalError
-from at2po_env.retrieval.http import HttpRetriever
+from at2po_env.retrieval.client.retriever import HttpRetriever
 
-SHAPE = ModelShape(
-    vocab_size=len(SmallTokenizer.alphabet),
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    kv_heads=1,
-    head_dim=8,
-    ffn_size=16,
-)
+SHAPE = replace(learners.SHAPE, layers=1)
 
 # A process that was started in the background ignores SIGINT, so the handlers are not always Python's own.
 HANDLERS_BEFORE = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

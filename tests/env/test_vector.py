@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from at2po_env.core import fork
+from at2po_env.contract.testing import PigEnv
+from at2po_env.episodes.infos import add_info, info_of
 from at2po_env.errors import EnvError
-from at2po_env.infos import add_info, info_of
-from at2po_env.testing import PigEnv
+from at2po_env.forking.base import fork
 from at2po_env.vector import TextVectorEnv, make_vector
 
 gymnasium.register(
     "at2po-test/VectorPig-v0",
-    entry_point="at2po_env.testing:PigEnv",
+    entry_point="at2po_env.contract.testing:PigEnv",
     vector_entry_point=lambda **options: make_vector(PigEnv, **options),
     max_episode_steps=7,
 )

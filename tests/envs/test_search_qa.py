@@ -13,6 +13,7 @@ import gymnasium
 import pytest
 from at2po_envs.search_qa import making
 from at2po_envs.search_qa.questions import normalize_question
+from helpers.paths import REAL_DATA
 
 import at2po_env
 from at2po_env import SearchTool, Task, ToolEnv
@@ -21,7 +22,7 @@ from at2po_env.errors import ConfigError, DataError, RetrievalError
 from at2po_env.retrieval import Bm25Retriever, Passage
 from benchmarks.retrieval_hits import measure, supporting_titles
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
+REAL = REAL_DATA
 HOTPOTQA = REAL / "qa/hotpotqa/train.jsonl"
 CORPUS = REAL / "corpus/wiki_hotpotqa_musique.jsonl"
 needs_real_data = pytest.mark.skipif(not CORPUS.is_file(), reason=f"{CORPUS} is not there")

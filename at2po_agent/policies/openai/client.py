@@ -26,8 +26,15 @@ from at2po_agent.policies.openai.errors import (
     UnknownModelError,
     refusal,
 )
+from at2po_agent.policies.openai.messages import (
+    ENDPOINTS,
+    Answer,
+    Endpoint,
+    WireError,
+    read_answer,
+    read_usage,
+)
 from at2po_agent.policies.openai.stats import ServedStats
-from at2po_agent.policies.openai.wire import ENDPOINTS, Answer, Endpoint, WireError, read_answer, read_usage
 from at2po_env.errors import ConfigError, PolicyError
 
 MAX_PAUSE_S = 20.0

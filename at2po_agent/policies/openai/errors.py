@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from at2po_agent.policies.openai.wire import HARMLESS, OPTIONAL
+from at2po_agent.policies.openai.messages import HARMLESS, OPTIONAL
 from at2po_env.errors import PolicyError
 
 PASSING = frozenset({408, 409, 425, 429})

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from at2po_agent.policies.openai.messages import NO_STOP, Answer, SpelledToken
 from at2po_agent.policies.openai.tokens import EOS, Action, ByteTokenizer, action_ids, encode
-from at2po_agent.policies.openai.wire import NO_STOP, Answer, SpelledToken
 from at2po_agent.types import BoolArray, Float32Array, Generation, StopReason
 
 _CLOSING_TAG = re.compile(r"</([^<>/\s]+)>")

@@ -25,10 +25,10 @@ from at2po_agent.policies.base import Request
 from at2po_agent.policies.openai.client import Client, Server
 from at2po_agent.policies.openai.errors import RequestFailedError
 from at2po_agent.policies.openai.generation import make_generation
+from at2po_agent.policies.openai.messages import ENDPOINTS, Dialect, request_body
 from at2po_agent.policies.openai.stats import Prices, ServedStats
 from at2po_agent.policies.openai.tokens import ByteTokenizer, RoleTranscript
-from at2po_agent.policies.openai.wire import ENDPOINTS, Dialect, request_body
-from at2po_agent.transcripts import InlineTranscript, Transcript
+from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
 from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError, PolicyError
 

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from at2po_agent.policies.openai.wire import Usage
+from at2po_agent.policies.openai.messages import Usage
 from at2po_env.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
-from at2po_agent.policies.prefix_cache import common_length
+from at2po_agent.policies.hf.prefix_cache import common_length
 
 
 class Found(NamedTuple):

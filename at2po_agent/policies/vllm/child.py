@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from at2po_agent.policies.base import Tokenizer
+from at2po_agent.policies.vllm.channel import Wire
 from at2po_agent.policies.vllm.engine import Engine
 from at2po_agent.policies.vllm.spec import EngineSpec
-from at2po_agent.policies.vllm.wire import Wire
+from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_env.errors import At2poError, PolicyError
 
 _BEAT_S = 1.0

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from at2po_agent.policies.base import Intervention, Request, Tokenizer
-from at2po_agent.policies.batching import PolicyStats
+from at2po_agent.policies.base import Intervention, Request
+from at2po_agent.policies.hf.batching import PolicyStats
 from at2po_agent.policies.stops import StopTable
 from at2po_agent.policies.vllm.spec import EngineSpec, Limits, make_engine
 from at2po_agent.policies.vllm.weights import Place, load_file, reload_weights
+from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_agent.types import Generation, StopReason
 from at2po_env.errors import PolicyError
 
 if TYPE_CHECKING:
-    from at2po_agent.policies.vllm.sampling import Report
+    from at2po_agent.policies.vllm.logits_processor import Report
 
 _keys = itertools.count(1)
 
@@ -99,7 +100,7 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        from at2po_agent.policies.vllm.sampling import ARGUMENT, Order
+        from at2po_agent.policies.vllm.logits_processor import ARGUMENT, Order
 
         one = _Open(ticket, next(_keys), request, self._stops.number(request.stop))
         order = Order(one.key, replace(request, prefix_ids=(0,)))
@@ -264,7 +265,7 @@ class Engine:
         """Close requests, and learn from the workers what interventions did."""
         reports: dict[int, Report] = {}
         if self._watched:
-            from at2po_agent.policies.vllm.sampling import take_reports
+            from at2po_agent.policies.vllm.logits_processor import take_reports
 
             reports = self.run_in_workers(take_reports, [one.key for one, _ in ended])[0]
         for key, report in reports.items():

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from at2po_agent.policies.base import Intervention, Request, SteppingPolicy, Tokenizer
-from at2po_agent.policies.batching import PolicyStats
+from at2po_agent.policies.base import Intervention, Request, SteppingPolicy
+from at2po_agent.policies.hf.batching import PolicyStats
+from at2po_agent.policies.vllm.config import VLLMConfig
 from at2po_agent.policies.vllm.engine import Engine, Finished
 from at2po_agent.policies.vllm.process import RemoteEngine
 from at2po_agent.policies.vllm.routing import Router
-from at2po_agent.policies.vllm.settings import VLLMSettings
 from at2po_agent.policies.vllm.spec import EngineSpec, Limits, check_installed, place_engines
 from at2po_agent.policies.vllm.weights import (
     DirectSender,
@@ -41,6 +41,7 @@ from at2po_agent.policies.vllm.weights import (
     named_weights,
     save_model,
 )
+from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_agent.types import Generation
 from at2po_env.errors import PolicyError
 
@@ -69,7 +70,7 @@ class VLLMPolicy(SteppingPolicy):
         model: nn.Module | str | Path,
         tokenizer: Tokenizer,
         *,
-        settings: VLLMSettings | None = None,
+        settings: VLLMConfig | None = None,
         path: str | Path | None = None,
         slots: int = 256,
         eos_ids: Collection[int] | None = None,
@@ -79,7 +80,7 @@ class VLLMPolicy(SteppingPolicy):
         self.tokenizer = tokenizer
         self.model = model if isinstance(model, nn.Module) else None
         self._saved: tempfile.TemporaryDirectory[str] | None = None
-        self.settings = settings = _resolved(settings or VLLMSettings(), self.model)
+        self.settings = settings = _resolved(settings or VLLMConfig(), self.model)
         folder = path or (model if not isinstance(model, nn.Module) else self._save(model))
         device = None if self.model is None else next(self.model.parameters()).device
         self.specs = [
@@ -347,7 +348,7 @@ class VLLMPolicy(SteppingPolicy):
         return self._saved.name
 
 
-def _resolved(settings: VLLMSettings, model: nn.Module | None) -> VLLMSettings:
+def _resolved(settings: VLLMConfig, model: nn.Module | None) -> VLLMConfig:
     """With the learner's number format in place of "auto", where there is a learner."""
     if settings.dtype != "auto" or model is None:
         return settings

@@ -22,11 +22,12 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from at2po_agent.policies.base import Request, Tokenizer
+from at2po_agent.policies.base import Request
+from at2po_agent.policies.vllm.channel import Wire
 from at2po_agent.policies.vllm.child import serve
 from at2po_agent.policies.vllm.engine import Finished
 from at2po_agent.policies.vllm.spec import EngineSpec, Limits
-from at2po_agent.policies.vllm.wire import Wire
+from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_env.errors import At2poError, PolicyError
 
 _PATIENCE_S = 10.0

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from at2po_agent.policies.batching import PolicyStats
-from at2po_agent.policies.vllm.settings import VLLMSettings
+from at2po_agent.policies.hf.batching import PolicyStats
+from at2po_agent.policies.vllm.config import VLLMConfig
 from at2po_env.errors import PolicyError, require
 
-_SAMPLER = "at2po_agent.policies.vllm.sampling:SeededSampling"
+_SAMPLER = "at2po_agent.policies.vllm.logits_processor:SeededSampling"
 _CONNECTOR = "at2po_agent.policies.vllm.fork_connector"
 _NEEDED = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core runs where it is made; processes are ours
@@ -52,7 +52,7 @@ class EngineSpec:
     """
 
     model: str
-    settings: VLLMSettings
+    settings: VLLMConfig
     max_sequences: int
     eos_ids: tuple[int, ...]
     shared: bool = False
@@ -83,7 +83,7 @@ def check_installed() -> None:
     require("vllm.v1", "vllm")
 
 
-def place_engines(settings: VLLMSettings, learner: torch.device | None) -> list[Place]:
+def place_engines(settings: VLLMConfig, learner: torch.device | None) -> list[Place]:
     """Give every engine its GPUs, the learner's last.
 
     Raises:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from at2po_env import SearchTool, TextVectorEnv, ToolEnv, vector
-from at2po_env.actions import ActionProtocol
 from at2po_env.data import load_qa, resolve_corpus, resolve_dataset
-from at2po_env.prompts import Prompt
+from at2po_env.episodes.actions import ActionProtocol
+from at2po_env.episodes.prompts import Prompt
 from at2po_env.retrieval import Retriever, open_retriever
 from at2po_envs.search_qa.miniwiki import make_miniwiki
 from at2po_envs.search_qa.questions import Questions

@@ -7,11 +7,11 @@ from functools import lru_cache
 from typing import Literal
 
 from at2po_env import SearchTool, ToolEnv
-from at2po_env.actions import ActionProtocol
 from at2po_env.data import Task
 from at2po_env.data.miniwiki import MiniWikiTasks, Split, make_world
+from at2po_env.episodes.actions import ActionProtocol
+from at2po_env.episodes.prompts import Prompt
 from at2po_env.errors import ConfigError
-from at2po_env.prompts import Prompt
 from at2po_env.retrieval import Bm25Retriever, Retriever
 
 

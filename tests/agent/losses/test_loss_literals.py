@@ -6,8 +6,8 @@ from math import exp, log
 
 import pytest
 import torch
+from helpers.loss_batches import Rows, batches, value_and_grad
 from hypothesis import given, settings
-from loss_batches import Rows, batches, value_and_grad
 from torch import Tensor
 
 from at2po_agent import losses

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from helpers.loss_batches import LOSSES, Rows, batches, random_rows, value_and_grad
+from helpers.loss_reference import NAMES, TOKEN_MEAN, reference_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_batches import LOSSES, Rows, batches, random_rows, value_and_grad
-from loss_reference import NAMES, TOKEN_MEAN, reference_loss
 
 from at2po_agent.losses import LossTotals
 

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from policy_reference import tiny_tokenizer
+from helpers.policy_reference import tiny_tokenizer
 
-from at2po_agent.policies.base import Policy, Request, StreamingPolicy, Tokenizer
+from at2po_agent.policies.base import Policy, Request, StreamingPolicy
 from at2po_agent.policies.scripted import ScriptedPolicy
+from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_env.errors import PolicyError
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from helpers.policy_reference import VOCABULARY, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_reference import VOCABULARY, tiny_tokenizer
 
 from at2po_agent.policies.stops import StopTable
 

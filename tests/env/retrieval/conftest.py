@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from helpers.paths import REAL_DATA
 
 from at2po_env.data.passages import Passage
 
@@ -14,7 +15,6 @@ PASSAGES = (
     Passage("2", "London", 'London is the capital of England; 日本語 and "quotes"\ntwo lines.'),
     Passage("3", "Enigma", "The Enigma machine was broken at Bletchley Park."),
 )
-REAL_DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from at2po_env.data.corpus import Corpus
 from at2po_env.errors import DataError, RetrievalError
 from at2po_env.retrieval import manifest as module
-from at2po_env.retrieval.index import verify_index
+from at2po_env.retrieval.building import verify_index
 from at2po_env.retrieval.manifest import build_once, check, home_of, plan, verify
 
 LINE = '{{"id": "{0}", "contents": "\\"T{0}\\"\\ntext {0}"}}\n'

@@ -11,7 +11,7 @@ import pytest
 from at2po_env.data.passages import Passage
 from at2po_env.errors import RetrievalError
 from at2po_env.retrieval import cache as cache_module
-from at2po_env.retrieval.bm25 import Bm25Retriever
+from at2po_env.retrieval.bm25.retriever import Bm25Retriever
 from at2po_env.retrieval.cache import CachedRetriever, ResultCache
 from at2po_env.retrieval.counters import counted
 from at2po_env.retrieval.opening import open_retriever

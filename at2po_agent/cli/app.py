@@ -1,0 +1,341 @@
+"""The command line: `at2po train | eval | view | plot | envs | data`.
+
+Nothing heavy is imported before a command needs it: help, `envs` and `data` never load torch. An error that
+at2po raises on purpose is one message without a traceback and exit code 2; anything else is a bug with one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from at2po_agent.cli.eval import evaluate_command, need_agent_extra
+from at2po_agent.cli.retrieval import app as retrieval_app
+
+if TYPE_CHECKING:
+    from at2po_agent.config.sections import Config
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def _examples(*commands: str) -> str:
+    return "\n\n".join(("Examples:", *(f"[cyan]{command}[/cyan]" for command in commands)))
+
+
+class _Commands(TyperGroup):
+    """Turns at2po's own errors into one message."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            from at2po_env.errors import At2poError
+
+            if not isinstance(error, At2poError):
+                raise
+            _say_error(str(error))
+            raise typer.Exit(EXIT_ERROR) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Environments you can fork, trees you can train on.",
+    epilog=_examples("at2po train quickstart", "at2po view runs/quickstart", "at2po envs"),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(
+    help="Get questions and corpora, and see where they are.", no_args_is_help=True, rich_markup_mode="rich"
+)
+app.add_typer(data_app, name="data")
+app.add_typer(retrieval_app)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings, such as train.steps=20; they win over the file."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    warnings.formatwarning = _warning_line
+    app(prog_name="at2po")
+
+
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings are meant for the person at the terminal; others keep the place they come from."""
+    if category.__module__.startswith("at2po"):
+        return f"Warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n{line or ''}"
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"at2po {version('at2po')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    del show_version  # its callback has dealt with it
+
+
+@app.command(
+    epilog=_examples(
+        "at2po train quickstart --smoke",
+        "at2po train quickstart algorithm=grpo run.seed=1",
+        "at2po train runs/quickstart --resume",
+    )
+)
+def train(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A shipped configuration, a YAML file, or a run's folder.")
+    ],
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was stopped: its folder, or the newest.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="The same run cut down to a minute: checks that all works.")
+    ] = False,
+) -> None:
+    """Train a policy, evaluate it before and after, and leave a run's folder with pictures."""
+    need_agent_extra()
+    from at2po_agent.config.loading import load_config
+    from at2po_agent.report.live import make_listener
+    from at2po_agent.run import run_training
+
+    # A run's folder may have been moved since its configuration was written.
+    given = [f"run.dir={config}", *(overrides or [])] if Path(config).is_dir() else overrides or []
+    settings = load_config(config, given)
+    if smoke:
+        settings = load_config(config, [*smoke_overrides(settings), *given])
+    try:
+        with make_listener(_errors()) as progress:
+            summary = run_training(settings, resume=resume, progress=progress)
+    except KeyboardInterrupt as stop:
+        _say_interrupted(stop, settings)
+        raise typer.Exit(EXIT_INTERRUPTED) from stop
+    if "folder" in summary:
+        _say_ending(config, Path(summary["folder"]), summary)
+
+
+def smoke_overrides(config: Config) -> list[str]:
+    """Settings that cut a run down to a check that everything works, as far as it is larger."""
+    largest = {
+        "cold_start.steps": (config.cold_start.steps, 200),
+        "cold_start.demonstrations": (config.cold_start.demonstrations, 1200),
+        "train.steps": (config.train.steps, 4),
+        "train.save_trees_every": (config.train.save_trees_every, 2),
+        "eval.questions": (config.eval.questions, 50),
+        "eval.every": (config.eval.every, 0),
+    }
+    smaller = [f"{key}={most}" for key, (value, most) in largest.items() if value > most]
+    return [*smaller, f"run.name={config.run.name.removesuffix('-smoke')}-smoke"]
+
+
+app.command(
+    "eval",
+    epilog=_examples(
+        "at2po eval runs/quickstart",
+        "at2po eval runs/quickstart eval.questions=500 --json",
+        "at2po eval Qwen/Qwen3-4B --config qwen3-4b-multihop dataset=dev.jsonl corpus=wiki-18.jsonl",
+        "at2po eval runs/qwen3-4b-multihop --suite all --json all.json eval.questions=500",
+        "at2po eval http://localhost:8000/v1 --model NAME --env at2po/HotpotQA-v0",
+        "at2po eval https://HOST/v1 --model NAME --api-key-env OPENAI_API_KEY --suite all",
+    ),
+)(evaluate_command)
+
+
+@app.command(
+    epilog=_examples(
+        "at2po view runs/quickstart",
+        "at2po view runs/quickstart --list",
+        "at2po view runs/quickstart/trees/step_000010.jsonl --question 2 --out tree.html",
+    )
+)
+def view(
+    source: Annotated[Path, typer.Argument(metavar="RUN|TREES", help="A run's folder, or a file of trees.")],
+    question: Annotated[
+        str | None,
+        typer.Option(help="Which tree: a question's id or its number in the list; default: the liveliest."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; default: tree.html in the run, or beside the file.")
+    ] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="List the trees instead.")] = False,
+) -> None:
+    """Write one question's tree as a page for the browser: one file that loads nothing."""
+    from at2po_agent.report.ending import shown_path, tree_table
+    from at2po_agent.report.run_folder import pick, read_trees, tree_file
+    from at2po_agent.report.run_report import TREE_PAGE, page_options, run_of
+    from at2po_agent.report.tree_page import write_tree_page
+
+    records = read_trees(source)
+    if list_only:
+        Console().print(tree_table(records, shown_path(tree_file(source))))
+        return
+    record, run = pick(records, question), run_of(source)
+    target = out or ((source if source.is_dir() else source.parent) / TREE_PAGE)
+    typer.echo(shown_path(write_tree_page(target, record, page_options(record, run))))
+
+
+@app.command(
+    epilog=_examples(
+        "at2po plot runs/quickstart", "at2po plot runs/at2po runs/grpo --x tokens --out race.png"
+    )
+)
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The PNG; default: in the run, or here for several.")
+    ] = None,
+    x: Annotated[str, typer.Option(help="What several runs are compared at: steps or tokens.")] = "steps",
+) -> None:
+    """Draw the learning curve of a run, or of several in one picture."""
+    from at2po_agent.report.curves import draw_run, draw_runs
+    from at2po_agent.report.ending import shown_path
+    from at2po_env.errors import ConfigError
+
+    if x not in ("steps", "tokens"):
+        raise ConfigError(f"--x: got {x!r}, expected steps or tokens")
+    if len(runs) == 1:
+        target = draw_run(runs[0], out or runs[0] / "learning_curve.png")
+    else:
+        target = draw_runs(
+            runs, out or Path("learning_curves.png"), axis="steps" if x == "steps" else "tokens"
+        )
+    typer.echo(shown_path(target))
+
+
+@app.command(epilog=_examples("at2po envs", "at2po envs --json"))
+def envs(as_json: AsJson = False) -> None:
+    """List the environment ids, and what they need."""
+    from at2po_agent.report.listings import environment_rows, environment_table
+
+    rows = environment_rows()
+    if as_json:
+        _print_json([row._asdict() for row in rows])
+    else:
+        Console().print(environment_table(rows))
+
+
+@data_app.command("list", epilog=_examples("at2po data list", "at2po data list --json"))
+def data_list(as_json: AsJson = False) -> None:
+    """List the data sets that can be got, and which of them are here."""
+    from at2po_agent.report.listings import data_rows, data_table
+
+    rows = data_rows()
+    if as_json:
+        _print_json([row._asdict() for row in rows])
+    else:
+        Console().print(data_table(rows))
+
+
+@data_app.command("get", epilog=_examples("at2po data get hotpotqa wiki-18", "at2po data get all"))
+def data_get(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Names of `at2po data list`, or all.")],
+) -> None:
+    """Download data sets into the cache; a broken download goes on where it stopped."""
+    from at2po_agent.report.listings import plain_download_report
+    from at2po_env.data.download import get
+
+    errors = _errors()
+    report = None if errors.is_terminal else plain_download_report(lambda text: typer.echo(text, err=True))
+    for name in names:
+        for path in get(name, progress=report):
+            typer.echo(path)
+
+
+@data_app.command("path", epilog=_examples("at2po data path", "at2po data path hotpotqa"))
+def data_path(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A name of `at2po data list`.")] = None,
+) -> None:
+    """Print where a data set lies, or the folder of all."""
+    from at2po_agent.report.listings import data_files
+    from at2po_env.data.cache import cache_dir
+    from at2po_env.errors import DataError
+
+    if name is None:
+        typer.echo(cache_dir())
+        return
+    found = data_files(name)
+    if not found:
+        raise DataError(f"{name!r} is not on this machine. Fix: at2po data get {name}")
+    for path in found:
+        typer.echo(path)
+
+
+def _say_ending(config: str, run: Path, summary: dict[str, Any]) -> None:
+    from at2po_agent.report.ending import command_line, print_ending, shown_path
+    from at2po_agent.report.run_report import write_run_report
+
+    program, folder = _program(), shown_path(run)
+    other = "at2po" if summary.get("algorithm") == "grpo" else "grpo"
+    again = [config] if not Path(config).is_dir() else [f"{folder}/config.yaml", "run.dir=null"]
+    commands = [
+        (command_line(*program, "view", folder, "--list"), "the trees that were kept"),
+        (command_line(*program, "eval", folder, "eval.questions=500"), "a tighter estimate"),
+        (command_line(*program, "train", *again, f"algorithm={other}"), "another algorithm, to compare"),
+    ]
+    print_ending(Console(), run, summary, write_run_report(run), commands)
+
+
+def _say_interrupted(stop: KeyboardInterrupt, config: Config) -> None:
+    """What was saved and how to go on; with the command as it can be typed here."""
+    from at2po_agent.report.ending import command_line
+    from at2po_agent.report.run_report import write_run_report
+
+    fallback = Path(config.run.dir) if config.run.dir else None
+    run: Path | None = getattr(stop, "folder", fallback)
+    if run is not None and run.is_dir():
+        write_run_report(run)
+    text = str(stop).replace("at2po ", command_line(*_program()) + " ", 1) or "stopped"
+    _errors().print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _program() -> list[str]:
+    """How this program was called, so that commands printed here can be typed here."""
+    called = Path(sys.argv[0])
+    if called.name != "at2po":
+        return ["at2po"]
+    found = shutil.which("at2po")
+    if found is not None and Path(found).resolve() == called.resolve():
+        return ["at2po"]
+    from at2po_agent.report.ending import shown_path
+
+    return [shown_path(called)]
+
+
+def _errors() -> Console:
+    return Console(stderr=True)
+
+
+def _say_error(message: str) -> None:
+    console = _errors()
+    console.print("Error:", style="bold red", end=" ")
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

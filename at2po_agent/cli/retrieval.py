@@ -1,0 +1,99 @@
+"""`at2po index` and `at2po serve-retriever`."""
+
+import functools
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+_Corpus = Annotated[Path, typer.Argument(help="JSON lines in wiki-18 form.")]
+_Option = Annotated[
+    list[str] | None, typer.Option("--option", "-o", help="Setting of the retriever, NAME=VALUE; repeatable.")
+]
+
+
+@app.command("index")
+def index(
+    corpus: Annotated[Path | None, typer.Argument(help="JSON lines in wiki-18 form.")] = None,
+    kind: Annotated[str, typer.Option(help="bm25, lucene, flat, ivf, hnsw or ivfpq.")] = "bm25",
+    out: Annotated[Path | None, typer.Option(help="Folder; default: beside the corpus.")] = None,
+    encoder: Annotated[
+        str, typer.Option(help="e5, bge, gte, minilm, or any sentence-transformers model.")
+    ] = "e5",
+    device: Annotated[str | None, typer.Option(help="Where the encoder runs.")] = None,
+    tokens: Annotated[str, typer.Option(help="Of lucene: english (stemmed) or plain.")] = "english",
+    verify: Annotated[
+        Path | None, typer.Option(help="Build nothing; compare all of this index with its checksums.")
+    ] = None,
+) -> None:
+    """Build a search index of a corpus; one that was killed goes on where it stopped."""
+    from at2po_env.retrieval.building import build_index, verify_index
+
+    if verify is not None:
+        found = verify_index(verify, corpus)
+        size = sum(file.bytes for file in found.files.values()) / 1e6
+        typer.echo(f"{verify} is whole: {found.kind}, {found.passages:,} passages, {size:,.1f} MB")
+        return
+    if corpus is None:
+        raise typer.BadParameter("give CORPUS, or --verify FOLDER", param_hint="CORPUS")
+    folder = build_index(corpus, kind, out=out, encoder=encoder, device=device, tokens=tokens)
+    typer.echo(f"{kind} index: {folder}")
+
+
+@app.command("serve-retriever")
+def serve_retriever(  # noqa: PLR0913 - the options of a command
+    corpus: _Corpus,
+    retriever: Annotated[str, typer.Option(help="bm25, lucene, dense or hybrid.")] = "bm25",
+    host: Annotated[str, typer.Option(help="Others than loopback need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="AT2PO_RETRIEVER_TOKEN", help="Bearer token that requests must carry."),
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="SQLite file that keeps results.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Each opens the corpus and answers for itself.")] = 1,
+    option: _Option = None,
+) -> None:
+    """Serve searches over HTTP: POST /retrieve as Search-R1's clients expect, /health, /metrics."""
+    from at2po_env.retrieval import open_retriever
+    from at2po_env.retrieval.server.app import ServerConfig, serve
+    from at2po_env.retrieval.server.processes import serve_processes
+
+    settings = ServerConfig.model_validate(
+        {"host": host, "port": port, "token": token, "processes": processes}
+    )
+    settings.check_address()
+    opener = functools.partial(open_retriever, retriever, corpus, cache=cache, **_options(option or []))
+    where = f"http://{host}:{port} (process {os.getpid()}; Ctrl-C stops it)"
+    if processes > 1:
+        typer.echo(f"serving {retriever} of {corpus} by {processes} processes on {where}")
+        serve_processes(opener, settings)
+        return
+    opened = opener()
+    typer.echo(f"serving {opened!r} on {where}")
+    serve(opened, settings)
+
+
+def _options(given: list[str]) -> dict[str, object]:
+    """Parse NAME=VALUE; numbers and true/false become what they say."""
+    options: dict[str, object] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{text!r} is not NAME=VALUE")
+        options[name] = _value(value)
+    return options
+
+
+def _value(text: str) -> object:
+    if text in ("true", "false"):
+        return text == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text

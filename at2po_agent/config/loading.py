@@ -1,0 +1,240 @@
+"""Configurations: a YAML file, `key=value` on top, everything that is wrong with them said at once.
+
+Order of precedence, whatever the order on the command line: defaults, then the parts of the chosen preset,
+then the file, then single keys of the command line. A preset chosen on the command line replaces the file's
+`algorithm` section and its expansion rule; the file's shape of the trees stays, so that algorithms meet at
+equal leaves. Options of a part in a file stand for themselves, beside the part's own defaults; on the command
+line they change single ones.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from at2po_agent.config.composition import composition_problems
+from at2po_agent.config.presets import PRESETS, Preset
+from at2po_agent.config.sections import Config
+from at2po_env.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+_SHIPPED = Path(__file__).parent / "shipped"
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: the key, and what was got, expected and likely meant."""
+
+    key: str
+    text: str
+
+
+def shipped_configs() -> list[str]:
+    """Names that `load_config` knows without a path."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
+
+
+def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read, compose and check a configuration.
+
+    Args:
+        name_or_path: A shipped name, a YAML file, or the folder of a run, which then is `run.dir`.
+        overrides: `key=value` texts; `algorithm=NAME` chooses a preset.
+
+    Raises:
+        ConfigError: The file cannot be read, or anything in it is wrong; all problems in one message.
+    """
+    path = find_config(name_or_path)
+    problems: list[Problem] = []
+    typed = _parse_overrides(overrides, problems)
+    file = _read_yaml(path)
+    if path.name == CONFIG_FILE and Path(name_or_path).is_dir():
+        file = _merge(file, {"run": {"dir": str(name_or_path)}})
+    merged = _compose(file, typed, problems)
+    config = _validate(merged, problems)
+    problems += [Problem(key, text) for key, text in composition_problems(merged)]
+    if problems or config is None:
+        raise ConfigError(_message(path, problems, typed))
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write every setting of a run as YAML, but its folder: that is where the file lies."""
+    values = config.model_dump(mode="json")
+    values["run"]["dir"] = None
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """The file that a name, a path or a run's folder stands for.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    path = Path(name_or_path)
+    if path.is_dir() and (path / CONFIG_FILE).is_file():
+        return path / CONFIG_FILE
+    if path.is_file():
+        return path
+    shipped = _SHIPPED / f"{name_or_path}.yaml"
+    if shipped.is_file():
+        return shipped
+    close = difflib.get_close_matches(str(name_or_path), shipped_configs(), n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(
+        f"no configuration {str(name_or_path)!r}: neither a file, a run's folder, nor one of "
+        f"{', '.join(shipped_configs())}{hint}"
+    )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings; an empty mapping is a value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read it as YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: expected sections with keys, got {type(loaded).__name__}")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _parse_overrides(overrides: Iterable[str], problems: list[Problem]) -> dict[str, Any]:
+    """Nested values of `key=value` texts; `algorithm=NAME` becomes `algorithm.preset=NAME`."""
+    typed = OmegaConf.create({})
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals or not key:
+            problems.append(Problem(text, "expected key=value, such as train.steps=20"))
+            continue
+        try:
+            one = OmegaConf.from_dotlist(
+                [text.replace("algorithm=", "algorithm.preset=", 1) if key == "algorithm" else text]
+            )
+            typed.merge_with(one)
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+            problems.append(Problem(key, f"cannot read {text!r}: {str(error).splitlines()[0]}"))
+    try:
+        container = OmegaConf.to_container(typed, resolve=True)
+    except OmegaConfBaseException as error:
+        problems.append(Problem("command line", str(error).splitlines()[0]))
+        return {}
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _compose(file: dict[str, Any], typed: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    if isinstance(file.get("algorithm"), str):
+        file = {**file, "algorithm": {"preset": file["algorithm"]}}
+    chosen = _section(typed, "algorithm").get("preset")
+    if chosen is not None:
+        rollout = _foreign_rollout(_section(file, "rollout"), PRESETS.get(str(chosen)))
+        file = {**file, "algorithm": {"preset": chosen}, "rollout": rollout}
+    name = chosen if chosen is not None else _section(file, "algorithm").get("preset", "at2po")
+    preset = PRESETS.get(name) if isinstance(name, str) else None
+    if preset is None:
+        problems.append(Problem("algorithm.preset", f"no preset {name!r}{_near(str(name), PRESETS)}"))
+        return _merge(file, typed)
+    base: dict[str, Any] = {"rollout": dict(preset.rollout), "algorithm": preset.algorithm()}
+    written = [key for key in ("loss_options", "credit_options") if key in _section(file, "algorithm")]
+    base["algorithm"] |= {key: {} for key in written}
+    for layer in (file, typed):
+        base = _merge(_without_stale_options(base, layer), layer)
+    return base
+
+
+def _foreign_rollout(rollout: Mapping[str, Any], preset: Preset | None) -> dict[str, Any]:
+    """What of a file's rollout stays under a preset of the command line: limits, and the number of leaves."""
+    kept = {key: value for key, value in rollout.items() if not key.startswith(("expansion", "overlong"))}
+    for part in ("thinking", "resampling"):
+        kept |= {part: {k: v for k, v in _section(kept, part).items() if k != "enabled"}}
+    shape = [number for key in ("chains", "rounds", "forks") if isinstance(number := kept.get(key), int)]
+    if preset is not None and len(shape) == 3:
+        kept |= preset.shape(shape[0] + shape[1] * shape[2])
+    return kept
+
+
+def _without_stale_options(base: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Options belong to a part; when a layer replaces the part, the old part's options go with it."""
+    algorithm = dict(_section(base, "algorithm"))
+    for part in ("loss", "credit"):
+        replaced = _section(layer, "algorithm").get(part)
+        if replaced is not None and replaced != algorithm.get(part):
+            algorithm[f"{part}_options"] = {}
+    rollout = dict(_section(base, "rollout"))
+    rule = _section(layer, "rollout").get("expansion")
+    if rule is not None and rule != rollout.get("expansion"):
+        rollout["expansion_options"] = {}
+    return {**base, "algorithm": algorithm, "rollout": rollout}
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _validate(merged: Mapping[str, Any], problems: list[Problem]) -> Config | None:
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        for entry in error.errors():
+            location = [str(part) for part in entry["loc"]]
+            problems.append(_problem(location, entry["type"], entry["msg"], entry["input"]))
+        return None
+
+
+def _problem(location: Sequence[str], kind: str, message: str, got: Any) -> Problem:
+    key = ".".join(location)
+    if kind == "extra_forbidden":
+        near = _near(location[-1], _fields(location[:-1]))
+        return Problem(key, f"unknown key (got {got!r}){near}")
+    if kind == "value_error":
+        return Problem(key or "configuration", message.removeprefix("Value error, "))
+    return Problem(key, f"got {got!r}, expected: {message[:1].lower()}{message[1:]}")
+
+
+def _fields(location: Sequence[str]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        field = model.model_fields.get(part)
+        model = None if field is None else field.annotation
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def _message(path: Path, problems: Sequence[Problem], typed: Mapping[str, Any]) -> str:
+    from_command = {key for key, _ in flatten(typed)}
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"{path}: {count}"]
+    for problem in dict.fromkeys(problems):
+        origin = " (command line)" if problem.key in from_command else ""
+        lines.append(f"  {problem.key}{origin}: {problem.text}")
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""Evaluation: one chain per question, no tree; greedy, or sampled."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium
+
+from at2po_agent.evaluation.metrics import OUTCOME_PREFIX, sampled_tokens, tree_metrics, wilson_interval
+from at2po_agent.policies.base import Policy
+from at2po_agent.rollout import Options, RolloutConfig, rollout
+from at2po_agent.rollout.config import ResamplingConfig, ThinkingConfig
+from at2po_agent.transcripts.transcripts import Transcript
+from at2po_agent.tree import Tree
+
+
+class Evaluation(NamedTuple):
+    """Means over the questions.
+
+    Attributes:
+        questions: How many were asked.
+        em: Exact match.
+        em_low: Lower end of its 95% interval (Wilson).
+        em_high: Upper end.
+        f1: Token F1.
+        reward: Reward of the environment.
+        turns: Turns of an episode.
+        tokens: Sampled tokens of an episode.
+        outcomes: How many episodes ended in which way.
+    """
+
+    questions: int
+    em: float
+    em_low: float
+    em_high: float
+    f1: float
+    reward: float
+    turns: float
+    tokens: float
+    outcomes: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures as JSON values."""
+        return self._asdict()
+
+
+def evaluate(  # noqa: PLR0913  (what to ask whom, then three figures)
+    tasks: Sequence[Options],
+    env: gymnasium.Env[str, str],
+    policy: Policy,
+    config: RolloutConfig,
+    *,
+    seed: int,
+    temperature: float = 0.0,
+    batch: int = 256,
+    on_question: Callable[[], None] | None = None,
+    transcript: Transcript | None = None,
+) -> tuple[Evaluation, list[Tree]]:
+    """Ask every question once.
+
+    Args:
+        tasks: Reset options of each question.
+        env: The environment.
+        policy: The policy.
+        config: Limits; shape, temperature, reward shaping and interventions in it are not used.
+        seed: Decides every draw.
+        temperature: 0 is greedy.
+        batch: Questions under way at the same time.
+        on_question: Called after each question.
+        transcript: Turns what the environment shows into ids; None encodes it as it is.
+
+    Returns:
+        The figures, and one tree of a single chain per question.
+    """
+    plain = {
+        **{"chains": 1, "forks": 0, "rounds": 0, "expansion": "chains", "overlong_share": 0.0},
+        **{"thinking": ThinkingConfig(), "resampling": ResamplingConfig()},
+    }
+    chain = config.model_copy(update={**plain, "temperature": temperature})
+    trees: list[Tree] = []
+    for start in range(0, len(tasks), batch):
+        part = tasks[start : start + batch]
+        trees += rollout(
+            part, env, policy, chain, seed=seed + start, on_leaf=on_question, transcript=transcript
+        )
+    return summarise(trees), trees
+
+
+def summarise(trees: Sequence[Tree]) -> Evaluation:
+    """Figures of chains; a question that was skipped counts as answered wrongly."""
+    figures = tree_metrics(trees)
+    count = len(trees)
+    answered = figures["leaves"] / count if count else 0.0
+    em = figures.get("em", 0.0) * answered
+    low, high = wilson_interval(em, count)
+    kinds = {
+        key.removeprefix(OUTCOME_PREFIX): int(figures[key])
+        for key in figures
+        if key.startswith(OUTCOME_PREFIX)
+    }
+    return Evaluation(
+        questions=count,
+        em=em,
+        em_low=low,
+        em_high=high,
+        f1=figures.get("f1", 0.0) * answered,
+        reward=figures.get("reward", 0.0),
+        turns=figures.get("turns", 0.0),
+        tokens=sampled_tokens(trees) / count if count else 0.0,
+        outcomes=kinds,
+    )

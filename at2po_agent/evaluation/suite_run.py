@@ -1,0 +1,243 @@
+"""Evaluating a policy on the published question sets: what `at2po eval --suite` does.
+
+The results are written after every set, so a run of hours that is stopped keeps what it has measured.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from at2po_agent.agents.agent import build_agent
+from at2po_agent.config.sections import Config
+from at2po_agent.environments import make_eval_env
+from at2po_agent.evaluation import suite as suites
+from at2po_agent.evaluation.of_run import evaluate_mode
+from at2po_agent.policies.base import Policy
+from at2po_agent.runs.folder import disk_refusals, replace_text
+from at2po_agent.runs.progress import Progress
+from at2po_agent.transcripts.transcripts import Transcript
+from at2po_env.data.cache import cache_dir
+from at2po_env.data.catalog import CORPORA, QA_SETS, WIKI_18
+from at2po_env.errors import ConfigError
+
+Origin = Literal["given", "cache", "sample", "missing"]
+_SHARED_OPTIONS = (
+    *("retriever", "retriever_options", "topk", "max_turns", "protocol", "answer_format", "on_malformed"),
+    *("prompt", "tool_timeout_s", "tool_retries"),
+)
+"""What a run in another environment hands on to those of the sets; the rest describes its own questions."""
+
+
+class Source(NamedTuple):
+    """Where the questions of a set are: a file, or None for the sample and for what is missing."""
+
+    origin: Origin
+    split: str
+    path: Path | None
+
+
+def find_questions(name: str, dataset: str | None) -> Source:
+    """Find the questions of a set: the test split, else dev.
+
+    Args:
+        name: A set.
+        dataset: A folder with `NAME/SPLIT.jsonl`; None looks into the cache and else takes the sample.
+
+    Raises:
+        ConfigError: `dataset` is not a folder.
+    """
+    if dataset is not None and not Path(dataset).is_dir():
+        raise ConfigError(
+            f"dataset: got {dataset}, expected for --suite a folder with NAME/test.jsonl or NAME/dev.jsonl "
+            f"(NAME is one of {', '.join(suites.SHORT)}); dataset=null takes what `at2po data get` got"
+        )
+    for split in suites.SPLITS:
+        if dataset is not None:
+            path = Path(dataset) / name / f"{split}.jsonl"
+        elif split in QA_SETS[name].splits:
+            path = cache_dir() / QA_SETS[name].file(split).target
+        else:
+            continue
+        if path.is_file():
+            return Source("cache" if dataset is None else "given", split, path)
+    return Source("sample" if dataset is None else "missing", suites.published_split(name), None)
+
+
+def evaluate_suite(
+    config: Config,
+    suite: str,
+    progress: Progress,
+    *,
+    policy: Policy | None = None,
+    transcript: Transcript | None = None,
+    files: Sequence[Path] = (),
+    about: Callable[[], Mapping[str, Any]] = dict,
+) -> dict[str, Any]:
+    """Ask the policy the first `eval.questions` questions of every set, greedily, one chain each.
+
+    Args:
+        config: Model, limits and data.
+        suite: A key of `suite.SUITES`.
+        progress: Listener.
+        policy: Who answers; None builds it from `config.model`, with its transcript.
+        transcript: Turns what the environment shows a given policy into ids; None encodes it as it is.
+        files: Where the results are written, after every set.
+        about: Further members of the results, asked after every set.
+
+    Returns:
+        Sets, averages, published rows and remarks, as JSON values.
+
+    Raises:
+        ConfigError: No such suite; nothing to ask; no set of the suite is in the folder.
+    """
+    sources = {name: find_questions(name, config.dataset) for name in suites.suite_sets(suite)}
+    if all(source.origin == "missing" for source in sources.values()):
+        raise ConfigError(
+            f"{config.dataset}: holds none of {', '.join(sources)}; "
+            "expected NAME/test.jsonl or NAME/dev.jsonl"
+        )
+    if not config.eval.questions:
+        raise ConfigError("eval.questions: got 0, expected how many questions of each set to ask")
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    if policy is None:
+        agent = build_agent(config)
+        policy, transcript = agent.policy, agent.transcript
+    figures: dict[str, dict[str, Any]] = {}
+    results: dict[str, Any] = {}
+    for name, source in sources.items():
+        if source.origin != "missing":
+            figures[name] = _evaluate_set(config, name, source, policy, progress, transcript=transcript)
+        results = {**suite_results(config, suite, sources, figures), **about()}
+        for file in files:
+            _write(file, {**results, "complete": name == list(sources)[-1]})
+    return {**results, "complete": True}
+
+
+def set_config(config: Config, name: str, source: Source) -> Config:
+    """The configuration whose evaluation is that of one set; options that all environments share stay."""
+    own = {"id": f"at2po/{QA_SETS[name].title}-v0", "kwargs": {**_options(config), "split": source.split}}
+    return config.model_copy(
+        update={
+            "dataset": None if source.path is None else str(source.path),
+            "env": config.env.model_copy(update={"kwargs": {}}),
+            "eval": config.eval.model_copy(update=own),
+        }
+    )
+
+
+def suite_results(
+    config: Config, suite: str, sources: Mapping[str, Source], figures: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Everything that is printed and written, as JSON values."""
+    averages = {group: suites.group_average(group, figures) for group in suites.suite_groups(suite)}
+    passages = _passages(config)
+    return {
+        "suite": suite,
+        "model": config.model.path,
+        "mode": "greedy",
+        "questions_per_set": config.eval.questions,
+        "environment": _options(config),
+        "passages": passages,
+        "sets": {
+            name: {
+                "title": QA_SETS[name].title,
+                "origin": source.origin,
+                "split": source.split,
+                "path": None if source.path is None else str(source.path),
+                "size": suites.set_size(name),
+                "figures": None if name not in figures else dict(figures[name]),
+            }
+            for name, source in sources.items()
+        },
+        "averages": {group: None if mean is None else mean.to_json() for group, mean in averages.items()},
+        "remarks": _remarks(sources, passages),
+        "published": {
+            "model": suites.PUBLISHED_MODEL,
+            "source": suites.PUBLISHED_SOURCE,
+            "remark": suites.PUBLISHED_REMARK,
+            "rows": [row._asdict() for row in suites.PUBLISHED],
+        },
+    }
+
+
+def _evaluate_set(
+    config: Config,
+    name: str,
+    source: Source,
+    policy: Policy,
+    progress: Progress,
+    *,
+    transcript: Transcript | None,
+) -> dict[str, Any]:
+    env, title = make_eval_env(set_config(config, name, source)), QA_SETS[name].title
+    result = evaluate_mode(config, "greedy", env, policy, progress, phase=title, transcript=transcript)
+    env.close()
+    return result.to_json()
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """Keywords of the sets' environments."""
+    given = {**config.env.kwargs, **config.eval.kwargs}
+    ids = {f"at2po/{qa.title}-v0" for qa in QA_SETS.values()}
+    own = {"split", "dataset"}
+    if (config.eval.id or config.env.id) not in ids:
+        own = given.keys() - set(_SHARED_OPTIONS)
+    return {key: value for key, value in given.items() if key not in own}
+
+
+def _passages(config: Config) -> dict[str, Any]:
+    """What is searched, and where it comes from."""
+    options = _options(config)
+    retriever = str(options.get("retriever", "bm25"))
+    corpus = options.get("corpus", config.corpus)
+    if retriever.startswith("http"):
+        return {"retriever": retriever, "origin": "server", "path": None}
+    if corpus is not None:
+        return {"retriever": retriever, "origin": "given", "path": str(corpus)}
+    cached = cache_dir() / CORPORA[WIKI_18].target
+    here = cached.is_file()
+    path = str(cached) if here else None
+    return {"retriever": retriever, "origin": "cache" if here else "sample", "path": path}
+
+
+def _remarks(sources: Mapping[str, Source], passages: Mapping[str, Any]) -> list[str]:
+    """What keeps the figures from being compared with the published ones."""
+
+    def named(origin: Origin) -> str:
+        return ", ".join(suites.SHORT[name] for name, source in sources.items() if source.origin == origin)
+
+    remarks = []
+    if names := named("sample"):
+        remarks.append(
+            f"NOT COMPARABLE with the published figures: {names} asked from the shipped sample of "
+            "12 questions. Fix: at2po data get NAME, or dataset=FOLDER."
+        )
+    if passages["origin"] == "sample":
+        remarks.append(
+            "NOT COMPARABLE with the published figures: the passages are the shipped sample. "
+            f"Fix: at2po data get {WIKI_18}, or corpus=FILE."
+        )
+    elif passages["origin"] == "given":
+        remarks.append(
+            f"The passages are those of {passages['path']}; "
+            "the published figures search wiki-18 (21 M passages)."
+        )
+    if names := named("missing"):
+        remarks.append(f"Missing: {names}; an average marked * leaves them out.")
+    other = [name for name, source in sources.items() if source.split != suites.published_split(name)]
+    if other:
+        remarks.append(
+            "Another split than the published one: "
+            + ", ".join(f"{suites.SHORT[name]} ({sources[name].split})" for name in other)
+        )
+    return remarks
+
+
+def _write(file: Path, results: Mapping[str, Any]) -> None:
+    with disk_refusals(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

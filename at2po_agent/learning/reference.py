@@ -1,0 +1,89 @@
+"""The frozen reference: the policy as it was before training, for KL terms in the loss or in the reward.
+
+Its weights lie in the run's folder, so that a resumed run measures from the same point.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from at2po_agent.learning.learner import Learner
+from at2po_agent.losses.kl import Estimator, token_kl
+from at2po_agent.packing.rows import Batch, pack_rows
+from at2po_agent.packing.trees import PackedBatch
+from at2po_agent.runs.checkpoint import CheckpointError
+from at2po_agent.tree import Tree
+
+FILE = "reference.safetensors"
+
+
+def reference_learner(learner: Learner, folder: Path, *, started: bool) -> Learner:
+    """The learner with a frozen copy of its model as it was before training.
+
+    Args:
+        learner: Holds the model that is trained.
+        folder: The run's folder; the reference's weights are written there at the beginning of a run.
+        started: Whether steps were done already; then the weights must be there.
+
+    Raises:
+        CheckpointError: They are not, or do not fit the model.
+    """
+    model = copy.deepcopy(learner.model)
+    file = folder / FILE
+    if not started:
+        save_model(model, str(file))
+    else:
+        _load(model, file)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return replace(learner, model=model.eval())
+
+
+def with_kl_in_reward(
+    trees: Sequence[Tree],
+    reference: Learner,
+    *,
+    weight: float,
+    estimator: Estimator = "k3",
+    pack: Callable[..., Batch | PackedBatch] = pack_rows,
+) -> list[Tree]:
+    """Take the KL to the reference from the rewards: `R <- R - weight * sum_t KL_t` over a branch.
+
+    Args:
+        trees: Trees with leaves.
+        reference: Scores the sampled tokens.
+        weight: Weight of the KL.
+        estimator: `k1`, `k2` or `k3`, from the log-probs as sampled.
+        pack: `pack_rows`, or `pack_trees`, by which the reference sees shared tokens once.
+
+    Returns:
+        The same trees with other rewards; nothing is copied.
+    """
+    if not trees:
+        return []
+    batch = pack(trees, [np.zeros(len(tree.leaves())) for tree in trees])
+    log_probs = reference.log_probs(batch).cpu()
+    kl = token_kl(batch.sampled_log_probs, log_probs, batch.turn_ids, estimator=estimator)
+    sums = kl.double().sum(dim=1).numpy()
+    shaped, first = [], 0
+    for tree in trees:
+        rewards = tree.leaf_reward[tree.is_leaf]
+        shaped.append(tree.with_leaf_rewards(rewards - weight * sums[first : first + len(rewards)]))
+        first += len(rewards)
+    return shaped
+
+
+def _load(model: nn.Module, file: Path) -> None:
+    try:
+        load_model(model, file)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file}: the policy before training, from which the KL is measured, cannot be read ({error}); "
+            "restore the file, or start a new run"
+        ) from error

@@ -1,0 +1,270 @@
+"""Attention of a packed batch over arenas: one row of N tokens from many sequences.
+
+The batch holds prompt tokens first and then the newest token of every seat, in seat order. A `Plan` says
+where each token's KV are written (to several places, where sequences of one step share a prompt) and who
+attends to whom: one call for the newest tokens of each arena, one for each group of prompt pieces.
+
+The same sequence gets the same numbers whatever it shares a batch with, bit for bit in float32 on the CPUs
+that were tried: how many positions a query reads depends on its own position alone, and the number of rows of
+every matrix is a multiple of four, at least sixteen (fewer rows take other code in the matrix library).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from at2po_agent.policies.hf.slots import LayerViews, Seat, Slots
+from at2po_agent.types import IntArray
+
+_NEVER = float("-inf")
+_LONGEST_PIECE = 128
+_FEWEST_ROWS = 16
+# Two query heads to a KV head would need two rows only. But two take other code than prompts do, with other
+# rounding: what was evicted and computed again would decide results.
+_ROWS_MULTIPLE = 4
+
+
+class Write(NamedTuple):
+    """A token's KV also go to another seat: index in the packed batch, seat, position."""
+
+    source: int
+    seat: Seat
+    position: int
+
+
+class Piece(NamedTuple):
+    """Consecutive prompt tokens of a seat: position and packed index of the first, and how many."""
+
+    seat: Seat
+    position: int
+    first: int
+    length: int
+
+
+class _Span(NamedTuple):
+    """Seats first..last-1 sit in one arena; attention reads `reach` positions, all of its room."""
+
+    arena: int
+    first: int
+    last: int
+    reach: int
+
+
+class _Group(NamedTuple):
+    """P pieces of at most Q tokens in one arena.
+
+    Attributes:
+        arena: Number of the arena.
+        places: The pieces' places there.
+        queries: int64[P, Q], packed index of each query, padded with 0.
+        positions: int64[P, Q], of the queries.
+        source: Which of the P * Q queries are real.
+        target: Their packed index.
+        reach: Positions that attention reads: the room of a sequence that ends at any of the queries.
+    """
+
+    arena: int
+    places: slice | Tensor
+    queries: Tensor
+    positions: Tensor
+    source: Tensor
+    target: Tensor
+    reach: int
+
+
+class Plan:
+    """Where the tokens of one packed batch go, and what they attend to.
+
+    Args:
+        slots: The storage.
+        order: All seats; the newest token of each stands at its length.
+        pieces: The prompt tokens.
+        writes: Further places of their KV.
+    """
+
+    def __init__(
+        self, slots: Slots, order: Sequence[Seat], pieces: Sequence[Piece], writes: Sequence[Write]
+    ) -> None:
+        self._device = slots.device
+        prompts, live = sum(piece.length for piece in pieces), len(order)
+        self.before = rows_for(prompts + live) - live
+        self._padding = slice(prompts, self.before)
+        self.live = live
+        lengths = np.array([seat.length for seat in order], dtype=np.int64)
+        parts = [np.arange(piece.position, piece.position + piece.length) for piece in pieces]
+        self.positions: IntArray = np.concatenate(
+            [*parts, np.zeros(self.before - prompts, np.int64), lengths]
+        )
+        owners = [np.full(piece.length, piece.seat.number) for piece in pieces]
+        numbers = np.concatenate([*owners, np.full(self.before - prompts, live), np.arange(live)])
+        written = self.positions
+        self._source: Tensor | None = None
+        if writes:
+            numbers = np.concatenate([numbers, [write.seat.number for write in writes]])
+            written = np.concatenate([written, [write.position for write in writes]])
+            further = np.array([write.source for write in writes], dtype=np.int64)
+            self._source = self._tensor(np.concatenate([np.arange(len(self.positions)), further]))
+        places = np.array([*((seat.first, seat.room) for seat in order), slots.spare], dtype=np.int64)
+        self._first_rows = self._tensor(np.column_stack([places[numbers], written]))
+        self._rows: dict[int, Tensor] = {}
+        self._last = self._tensor(lengths)
+        self._spans = _spans(order, slots)
+        self._groups = _groups(pieces, slots)
+        self._biases: dict[tuple[int | None, int], tuple[list[Tensor], list[Tensor]]] = {}
+
+    def write(self, states: Tensor, storage: Tensor) -> None:
+        """Store one layer's keys or values.
+
+        Args:
+            states: float[N, heads, width].
+            storage: float[tokens * heads, width], written in place.
+        """
+        if self._source is not None:
+            states = states[self._source]
+        heads, width = states.shape[1:]
+        if heads not in self._rows:
+            first, room, position = self._first_rows.unbind(1)
+            lanes = torch.arange(heads, device=self._device) * room[:, None]
+            self._rows[heads] = (lanes + (first * heads + position)[:, None]).flatten()
+        storage.index_copy_(0, self._rows[heads], states.reshape(-1, width))
+
+    def attend(
+        self, queries: Tensor, layer: LayerViews, *, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
+        """Attention of all tokens; their KV must have been written.
+
+        Args:
+            queries: float[N, heads, width].
+            layer: The layer's storage.
+            scale: Factor of the scores; None means 1 / sqrt(width).
+            window: How many positions back a query sees, itself included; None for all.
+
+        Returns:
+            float[N, heads, width of the values].
+        """
+        heads, kv_heads = queries.shape[1], layer.arena_keys[0].shape[1]
+        repeats, width = heads // kv_heads, layer.arena_values[0].shape[3]
+        live_biases, group_biases = self._bias(window, repeats, queries.dtype)
+        out = queries.new_empty((queries.shape[0], heads, width))
+        if self._padding.start < self._padding.stop:
+            out[self._padding] = 0
+        # The query heads of one KV head become its queries: no key or value is repeated.
+        newest = queries[self.before :].reshape(self.live, kv_heads, repeats, -1)
+        newest = F.pad(newest, (0, 0, 0, -repeats % _ROWS_MULTIPLE))
+        attended = out[self.before :].view(self.live, kv_heads, repeats, width)
+        for span, bias in zip(self._spans, live_biases, strict=True):
+            result = F.scaled_dot_product_attention(
+                newest[span.first : span.last],
+                layer.arena_keys[span.arena][: span.last - span.first],
+                layer.arena_values[span.arena][: span.last - span.first],
+                attn_mask=bias,
+                scale=scale,
+            )
+            attended[span.first : span.last] = result[:, :, :repeats]
+        for group, bias in zip(self._groups, group_biases, strict=True):
+            count, length = group.queries.shape
+            grouped = queries[group.queries].view(count, length, kv_heads, repeats, -1)
+            result = F.scaled_dot_product_attention(
+                grouped.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, repeats * length, -1),
+                layer.arena_keys[group.arena][:, :, : group.reach][group.places],
+                layer.arena_values[group.arena][:, :, : group.reach][group.places],
+                attn_mask=bias,
+                scale=scale,
+            )
+            result = result.view(count, kv_heads, repeats, length, width).permute(0, 3, 1, 2, 4)
+            out[group.target] = result.reshape(count * length, heads, width)[group.source]
+        return out
+
+    def _bias(
+        self, window: int | None, repeats: int, dtype: torch.dtype
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Added to scores: float[seats, 1, 1, reach] per span, float[P, 1, repeats * Q, reach] per group."""
+        key = (window, repeats)
+        if key not in self._biases:
+            spans = [(self._last[span.first : span.last, None], span.reach) for span in self._spans]
+            groups = [(group.positions.repeat(1, repeats), group.reach) for group in self._groups]
+            self._biases[key] = (
+                [_bias(positions, reach, window, dtype)[:, None] for positions, reach in spans],
+                [_bias(positions, reach, window, dtype)[:, None] for positions, reach in groups],
+            )
+        return self._biases[key]
+
+    def _tensor(self, values: IntArray) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+def _bias(positions: Tensor, reach: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    keys = torch.arange(reach, device=positions.device)
+    hidden = keys > positions.unsqueeze(-1)
+    if window is not None:
+        hidden |= keys <= positions.unsqueeze(-1) - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, _NEVER)
+
+
+def rows_for(rows: int) -> int:
+    """How many rows a matrix gets that needs so many."""
+    return max(-(-rows // _ROWS_MULTIPLE) * _ROWS_MULTIPLE, _FEWEST_ROWS)
+
+
+def _spans(order: Sequence[Seat], slots: Slots) -> list[_Span]:
+    spans, first = [], 0
+    while first < len(order):
+        last, arena = first, order[first].arena
+        while last < len(order) and order[last].arena == arena:
+            last += 1
+        spans.append(_Span(arena, first, last, slots.arenas[arena].room))
+        first = last
+    return spans
+
+
+def _groups(pieces: Sequence[Piece], slots: Slots) -> list[_Group]:
+    """Pieces of similar length that sit in one arena and read equally far, together."""
+    cuts = sorted(
+        ((cut.seat.arena, slots.room_for(cut.position + 1), -cut.length, cut.seat.index, cut.position), cut)
+        for piece in pieces
+        for cut in _cut(piece, slots)
+    )
+    groups, first = [], 0
+    while first < len(cuts):
+        last = first
+        (arena, reach, longest, *_), _ = cuts[first]
+        while last < len(cuts) and cuts[last][0][:2] == (arena, reach) and 2 * cuts[last][0][2] <= longest:
+            last += 1
+        together = sorted((cut for _, cut in cuts[first:last]), key=lambda cut: cut.seat.index)
+        groups.append(_group(together, reach, slots.device))
+        first = last
+    return groups
+
+
+def _cut(piece: Piece, slots: Slots) -> Iterator[Piece]:
+    """Cut a piece where its queries begin to read further, and where it is long."""
+    seat, position, first, length = piece
+    while length:
+        size = min(length, slots.room_for(position + 1) - position, _LONGEST_PIECE)
+        yield Piece(seat, position, first, size)
+        position, first, length = position + size, first + size, length - size
+
+
+def _group(cuts: Sequence[Piece], reach: int, device: torch.device) -> _Group:
+    count, longest = len(cuts), max(cut.length for cut in cuts)
+    steps = np.arange(-(-longest // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
+    sizes = np.array([cut.length for cut in cuts])[:, None]
+    queries = np.where(steps < sizes, np.array([cut.first for cut in cuts])[:, None] + steps, 0)
+    real = (steps < sizes).flatten()
+    places = [cut.seat.index for cut in cuts]
+    consecutive = places == list(range(places[0], places[0] + count))
+    return _Group(
+        arena=cuts[0].seat.arena,
+        places=slice(places[0], places[0] + count) if consecutive else torch.tensor(places, device=device),
+        queries=torch.from_numpy(queries).to(device),
+        positions=torch.from_numpy(np.array([cut.position for cut in cuts])[:, None] + steps).to(device),
+        source=torch.from_numpy(np.flatnonzero(real)).to(device),
+        target=torch.from_numpy(queries.flatten()[real]).to(device),
+        reach=reach,
+    )

@@ -1,0 +1,347 @@
+"""Continuous batching: rows come and go, every step is one forward pass over a packed batch.
+
+A step feeds the newest token of every live row and the uncached part of every admitted prefix. Prefixes are
+looked up in the prefix tree; where rows admitted in the same step share an uncached prefix, its tokens are
+fed once and their KV written to each. A row whose whole prefix is known takes its seat after the forward pass
+and is sampled from the stored logits. What a step does depends on the requests and their order, never on the
+clock.
+
+Knows seats and the tree; no text, no model class.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from at2po_agent.policies.hf.attention import Piece, Plan, Write, rows_for
+from at2po_agent.policies.hf.prefix_cache import Node, PrefixCache
+from at2po_agent.policies.hf.rows import Row
+from at2po_agent.policies.hf.slots import Seat, Slots
+from at2po_env.errors import PolicyError
+
+_PATIENCE = 4  # steps that a request waits for company: one forward pass for several prefixes costs less
+_COMPANY = 8  # ... unless so many wait: one eighth of the live rows
+
+
+@dataclass
+class PolicyStats:
+    """What a policy computed since it was made.
+
+    Attributes:
+        prefill_tokens: Prefix tokens that went through the model.
+        cached_tokens: Prefix tokens whose KV were found or shared instead.
+        decoded_tokens: Tokens generated.
+        steps: Forward passes.
+    """
+
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    decoded_tokens: int = 0
+    steps: int = 0
+
+
+class Decoder(Protocol):
+    """What runs a packed batch."""
+
+    def forward(self, tokens: Tensor, positions: Tensor, plan: Plan, slots: Slots) -> Tensor:
+        """Logits [n, V] after each seat's newest token."""
+        ...
+
+
+@dataclass
+class _Packing:
+    """The prompt part of a packed batch while it is put together.
+
+    Attributes:
+        tokens: Prompt ids but the last of each prefix, which is fed as its row's newest token.
+        pieces: Whose they are.
+        shared: (packed index, seat, position): KV that another row's tokens bring too; an index -1 - i is the
+            newest token of admitted row i.
+        admitted: Rows that get their prefix computed.
+        known: Rows whose whole prefix is, or after this step will be, known.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    shared: list[Write] = field(default_factory=list)
+    admitted: list[Row] = field(default_factory=list)
+    known: list[Row] = field(default_factory=list)
+
+
+class Batcher:
+    """Rows, their seats, the queue and the prefix tree.
+
+    Args:
+        decoder: Runs the model.
+        slots: Seats and their storage.
+        cache: The prefix tree.
+        max_rows: Rows that are live at the same time.
+        max_prefill: Prefix tokens of one step, beyond which rows wait (one row always goes in).
+    """
+
+    def __init__(
+        self, decoder: Decoder, slots: Slots, cache: PrefixCache, *, max_rows: int, max_prefill: int
+    ) -> None:
+        self.stats = PolicyStats()
+        self.version = 0
+        self._decoder = decoder
+        self._slots = slots
+        self._cache = cache
+        self._max_rows = max_rows
+        self._max_prefill = max_prefill
+        self._queue: deque[Row] = deque()
+        self._live: dict[int, Row] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing is live."""
+        return not self._queue and not self._live
+
+    def submit(self, row: Row) -> None:
+        """Queue a row."""
+        self._queue.append(row)
+
+    def remove(self, ticket: int) -> Row | None:
+        """Take a row out, wherever it is; None when it is not here."""
+        row = self._live.get(ticket)
+        if row is not None:
+            self.leave(row)
+            return row
+        row = next((row for row in self._queue if row.ticket == ticket), None)
+        if row is not None:
+            self._queue.remove(row)
+        return row
+
+    def restart(self) -> None:
+        """The weights have changed: forget all KV; live rows wait until theirs is computed afresh."""
+        self._cache.clear()
+        for row in self._live.values():
+            assert row.seat is not None
+            self._slots.leave(row.seat)
+            row.rewind()
+        self._requeue(self._live.values())
+        self._live.clear()
+
+    def rewind(self) -> None:
+        """Let all live rows wait; they go on from the tree. For a step whose tokens could not be chosen."""
+        rows = list(self._live.values())
+        for row in rows:
+            self.leave(row)
+            row.rewind()
+        self._requeue(rows)
+
+    def reset(self) -> None:
+        """Forget every row and all KV."""
+        self._queue.clear()
+        self._live.clear()
+        self._cache.clear()
+        self._slots.clear()
+
+    def step(self) -> tuple[list[Row], Tensor | None]:
+        """One forward pass.
+
+        Returns:
+            The rows that now need a token appended to their ids, and the logits [rows, V] to draw it from. An
+            exception leaves the rows as they were, and the step can be repeated.
+        """
+        self._cache.evict()
+        self._make_room()
+        packing = self._admit()
+        if self._queue and not self._live and not packing.known:
+            raise PolicyError("the KV buffers hold no row; raise kv_tokens")
+        self._slots.compact()
+        order = self._slots.order()
+        rows = [self._live[seat.ticket] for seat in order]
+        parts: list[Tensor] = []
+        try:
+            if order:
+                parts.append(self._forward(packing, order, rows))
+        except BaseException:
+            self._undo(packing)
+            raise
+        for row in packing.admitted:
+            assert row.seat is not None
+            self._record(row, row.seat, parts[0][row.seat.number])
+        for number, row in enumerate(packing.known):
+            stored = self._seat_known(row)
+            if stored is None:
+                self._requeue(packing.known[number:])
+                break
+            rows.append(row)
+            parts.append(stored[None])
+        return rows, torch.cat(parts) if parts else None
+
+    def leave(self, row: Row) -> None:
+        """End a live row; the tree keeps the KV of what it generated."""
+        seat, node = row.seat, row.node
+        assert seat is not None
+        assert node is not None
+        first = len(row.context) - len(row.request.prefix_ids)
+        fed = row.ids[first : first + seat.length - len(row.context)]
+        path = self._cache.match(fed, below=node)
+        known = sum(length for _, length in path)
+        if known < len(fed):
+            end = self._cache.extend(path, fed[known:], below=node)
+            self._cache.fill(end, self._slots.read(seat, end.start, end.end))
+        node.pins -= 1
+        self._slots.leave(seat)
+        del self._live[row.ticket]
+        row.seat = row.node = None
+
+    def _make_room(self) -> None:
+        """Let every live row grow by a position; where the storage is full, the youngest wait again."""
+        while not self._slots.grow():
+            youngest = self._live[max(self._live)]
+            self.leave(youngest)
+            youngest.rewind()
+            self._requeue([youngest])
+
+    def _requeue(self, rows: Iterable[Row]) -> None:
+        for row in sorted(rows, key=lambda row: row.ticket, reverse=True):
+            self._queue.appendleft(row)
+
+    def _admit(self) -> _Packing:
+        """Seat waiting rows, and list what has to be fed for them."""
+        packing = _Packing()
+        if not self._queue or not self._worth_admitting():
+            return packing
+        ends: set[Node] = set()
+        while self._queue and len(self._live) + len(packing.known) < self._max_rows:
+            row = self._queue[0]
+            path = self._cache.match(row.context)
+            matched = sum(length for _, length in path)
+            if matched == len(row.context) and _ends_here(path, ends):
+                packing.known.append(self._queue.popleft())
+                continue
+            uncached = max(len(row.context) - matched, 1)
+            if packing.admitted and len(packing.tokens) + uncached > self._max_prefill:
+                break
+            seat = self._slots.seat(row.ticket, len(row.context))
+            if seat is None:
+                break
+            self._queue.popleft()
+            self._enter(row, seat)
+            self._load(seat, path, packing)
+            ends.add(self._plan_prefill(row, seat, path, packing))
+        return packing
+
+    def _enter(self, row: Row, seat: Seat) -> None:
+        row.seat = seat
+        self._live[row.ticket] = row
+        if not row.ids:
+            row.version = self.version
+
+    def _worth_admitting(self) -> bool:
+        waiting, first = len(self._queue), self._queue[0]
+        first.waited += 1
+        return (
+            first.waited > _PATIENCE
+            or _COMPANY * waiting >= len(self._live)
+            or waiting + len(self._live) <= 1
+        )
+
+    def _load(self, seat: Seat, path: list[tuple[Node, int]], packing: _Packing) -> None:
+        """Copy the known KV of a prefix; what this step computes for another row will be written here too."""
+        for node, length in path:
+            if node.segment is not None:
+                self._slots.write(seat, node.start, node.segment, length)
+                continue
+            assert node.packed is not None
+            packing.shared += [Write(node.packed[i], seat, node.start + i) for i in range(length)]
+
+    def _plan_prefill(self, row: Row, seat: Seat, path: list[tuple[Node, int]], packing: _Packing) -> Node:
+        """Feed what is not known of a row's context, at least its last id; returns the node where it ends."""
+        matched = sum(length for _, length in path)
+        known = min(matched, len(row.context) - 1)
+        first, inner = len(packing.tokens), len(row.context) - 1 - known
+        packing.tokens += row.context[known:-1]
+        if inner:
+            packing.pieces.append(Piece(seat, known, first, inner))
+        node = self._cache.extend(path, row.context[matched:])
+        if matched == known:
+            node.packed = [*range(first, first + inner), -1 - len(packing.admitted)]
+        node.pins += 1
+        row.node = node
+        seat.length = len(row.context) - 1
+        packing.admitted.append(row)
+        self.stats.cached_tokens += known
+        self.stats.prefill_tokens += inner + 1
+        return node
+
+    def _forward(self, packing: _Packing, order: list[Seat], rows: list[Row]) -> Tensor:
+        prompts = len(packing.tokens)
+        before = rows_for(prompts + len(rows)) - len(rows)
+        writes = []
+        for write in packing.shared:
+            source = write.source
+            if source < 0:
+                owner = packing.admitted[-1 - source].seat
+                assert owner is not None
+                source = before + owner.number
+            writes.append(Write(source, write.seat, write.position))
+        plan = Plan(self._slots, order, packing.pieces, writes)
+        newest = [row.ids[-1] if row.ids else row.context[-1] for row in rows]
+        padding = [0] * (before - prompts)
+        tokens = torch.tensor(packing.tokens + padding + newest, device=self._slots.device)
+        positions = torch.from_numpy(plan.positions).to(self._slots.device)
+        logits = self._decoder.forward(tokens, positions, plan, self._slots)
+        for seat in order:
+            seat.length += 1
+        self.stats.steps += 1
+        return logits
+
+    def _record(self, row: Row, seat: Seat, logits: Tensor) -> None:
+        """Give the tree what the forward pass computed for an admitted row."""
+        node = row.node
+        assert node is not None
+        node.logits = logits.clone()
+        above: Node | None = node
+        while above is not None and above.packed is not None:
+            self._cache.fill(above, self._slots.read(seat, above.start, above.end))
+            above = above.parent
+
+    def _seat_known(self, row: Row) -> Tensor | None:
+        """Seat a row whose whole prefix the tree holds; returns the logits after it, None without room."""
+        seat = self._slots.seat(row.ticket, len(row.context))
+        if seat is None:
+            return None
+        path = self._cache.match(row.context)
+        self._load(seat, path, _Packing())
+        node = path[-1][0]
+        node.pins += 1
+        self._enter(row, seat)
+        row.node = node
+        seat.length = len(row.context)
+        self.stats.cached_tokens += len(row.context)
+        assert node.logits is not None
+        return node.logits
+
+    def _undo(self, packing: _Packing) -> None:
+        """Put the rows of a failed step back into the queue and drop their pending nodes."""
+        for row in packing.admitted:
+            assert row.seat is not None
+            assert row.node is not None
+            self._slots.leave(row.seat)
+            row.node.pins -= 1
+        for row in packing.admitted:
+            node = row.node
+            while node is not None and node.packed is not None and not node.children:
+                self._cache.drop(node)
+                node = node.parent
+            row.seat = row.node = None
+            del self._live[row.ticket]
+        self._requeue([*packing.admitted, *packing.known])
+
+
+def _ends_here(path: list[tuple[Node, int]], ends: set[Node]) -> bool:
+    """Whether the logits that follow a fully matched path are known, or will be after this step."""
+    if not path:
+        return False
+    node, length = path[-1]
+    return length == len(node.tokens) and (node.logits is not None or node in ends)

@@ -1,0 +1,175 @@
+"""Inside the engine: a logits processor of vLLM's V1 sampler that draws by our rule, and intervenes.
+
+vLLM samples with one generator for the whole batch (seeds of requests are not honoured on every platform,
+and its log-probs do not follow the contract of `Generation` at other temperatures). So requests reach it as
+greedy ones, and this processor decides: it takes the model's logits, asks the request's intervention, draws
+uniform t of Philox(seed) from the distribution at the request's temperature and top-p, as `HFPolicy` does,
+and leaves one finite logit, at the drawn token, whose value is the token's log-prob. The engine's argmax
+then is that token, and `logprobs_mode="processed_logits"` returns that value.
+
+The engine must make each prompt's first token in one step (no chunked prefill), or an intervention would see
+distributions of half a prompt. Loaded by name in the engine's process; importing it needs vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
+
+from at2po_agent.policies.base import Draws, Intervention, Request, Step
+from at2po_agent.policies.choosing import draw_tokens
+from at2po_agent.policies.hf.rows import Row
+from at2po_env.errors import PolicyError
+
+ARGUMENT = "at2po"
+"""Key of the request's `extra_args` that holds an `Order`."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the processor has to know of a request.
+
+    Attributes:
+        key: Unique within the engine's process.
+        request: The request; its prefix is not needed here.
+    """
+
+    key: int
+    request: Request
+
+
+@dataclass
+class Report:
+    """What the rule of a request did in the worker: a value that can travel between processes.
+
+    Attributes:
+        forced: Places of the generated ids that were forced.
+        rule: The intervention, with whatever state it has gathered.
+        error: What it raised.
+    """
+
+    forced: list[int]
+    rule: Any
+    error: Exception | None = None
+
+
+class Guard:
+    """An intervention whose failure is kept instead of breaking the step of everybody else.
+
+    Attributes:
+        rule: The intervention.
+        error: What it raised; it is not asked again.
+    """
+
+    def __init__(self, rule: Intervention, vocabulary: int) -> None:
+        self.rule = rule
+        self.top_log_probs = rule.top_log_probs
+        self.error: Exception | None = None
+        self._vocabulary = vocabulary
+
+    def __call__(self, step: Step) -> Sequence[int]:
+        """Ids to force; none once it has failed."""
+        if self.error is not None:
+            return ()
+        try:
+            forced = list(self.rule(step))
+        except Exception as error:  # noqa: BLE001  foreign code; the policy raises what it raised
+            self.error = error
+            return ()
+        if any(not 0 <= token < self._vocabulary for token in forced):
+            self.error = PolicyError(f"an intervention forced {forced}; ids lie in 0..{self._vocabulary - 1}")
+            return ()
+        return forced
+
+
+_watched: dict[int, Row] = {}
+
+
+class SeededSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there when types are checked
+    """Draws the token of every row that carries an `Order`."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        del device, is_pin_memory
+        self._rows: dict[int, Row] = {}
+        self._vocabulary = int(vllm_config.model_config.get_vocab_size())
+
+    def is_argmax_invariant(self) -> bool:
+        """It decides what the argmax is."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Follow the rows of the engine's batch."""
+        process_dict_updates(self._rows, batch_update, self._row)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Draw, and leave the drawn token's log-prob as the only finite logit of its row."""
+        if not self._rows:
+            return logits
+        places = sorted(self._rows)
+        rows = [self._rows[place] for place in places]
+        for row in rows:
+            while len(row.draws) <= len(row.ids):
+                row.draws.more()
+        index = torch.tensor(places, device=logits.device)
+        whole = len(places) == len(logits)
+        drawn, forced = draw_tokens(rows, logits if whole else logits[index])
+        if forced is not None:
+            for row, token in zip(rows, forced, strict=True):
+                if token >= 0:
+                    row.forced.append(len(row.ids))
+        if whole:
+            logits.fill_(-torch.inf)
+        else:
+            logits.index_fill_(0, index, -torch.inf)
+        logits[index, drawn.tokens] = drawn.log_probs
+        return logits
+
+    def _row(self, params: Any, prompt_ids: list[int] | None, output_ids: list[int]) -> Row | None:
+        """The row of a request that enters the batch, perhaps again after it was put back."""
+        del prompt_ids
+        order: Order | None = (params.extra_args or {}).get(ARGUMENT)
+        if order is None:
+            return None
+        row = _watched.get(order.key) or self._new_row(order)
+        row.ids = output_ids  # the engine's own list: it grows as tokens are accepted
+        return row
+
+    def _new_row(self, order: Order) -> Row:
+        request = order.request
+        watched = request.intervention is not None
+        if request.intervention is not None:
+            request = replace(request, intervention=Guard(request.intervention, self._vocabulary))
+        row = Row(
+            ticket=order.key,
+            request=request,
+            stop=0,
+            draws=Draws(request.seed),
+            plain=request.temperature == request.top_p == 1.0 and not watched,
+            version=0,
+            context=(),
+        )
+        if watched:
+            _watched[order.key] = row
+        return row
+
+
+def take_reports(worker: Any, ended: Sequence[int]) -> dict[int, Report]:
+    """What the rules of ended and of failed requests did; forgets them. The engine runs it in its workers."""
+    del worker
+    failed = [key for key, row in _watched.items() if _guard(row).error is not None]
+    reports = {}
+    for key in {*ended, *failed} & _watched.keys():
+        row = _watched.pop(key)
+        reports[key] = Report(row.forced, _guard(row).rule, _guard(row).error)
+    return reports
+
+
+def _guard(row: Row) -> Guard:
+    guard = row.request.intervention
+    assert isinstance(guard, Guard)
+    return guard

@@ -1,0 +1,204 @@
+"""The folder of a run: who may write into it, and the files it holds."""
+
+import contextlib
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from at2po_agent.config.loading import CONFIG_FILE, flatten, load_config, save_config
+from at2po_agent.config.sections import Config
+from at2po_env.errors import At2poError, ConfigError
+
+METRICS_FILE, SUMMARY_FILE, LOCK_FILE = "metrics.jsonl", "summary.json", ".lock"
+CHECKPOINTS, TREES, TENSORBOARD = "checkpoints", "trees", "tensorboard"
+RUNS = Path("runs")
+MAY_CHANGE = (
+    *("train.steps", "train.save_", "train.keep_", "train.micro_batch_tokens", "eval."),
+    *("run.dir", "run.name", "run.threads", "run.dry_run"),
+)
+"""Settings that a resumed run may change; the others would make it another run."""
+
+
+class RunFolder:
+    """Paths and writing; made by `open_run`, which holds the lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def tensorboard(self) -> Path:
+        """Where TensorBoard's event files are."""
+        return self.path / TENSORBOARD
+
+    @property
+    def resume_command(self) -> str:
+        """What a person types to go on."""
+        return f"at2po train {self.path} --resume"
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        line = json.dumps(record, allow_nan=False) + "\n"
+        with (
+            disk_refusals(self.path / METRICS_FILE),
+            (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream,
+        ):
+            stream.write(line)
+
+    def rewind_metrics(self, step: int) -> None:
+        """Move the lines of steps after `step`, which will be done again, into a file of their own."""
+        file = self.path / METRICS_FILE
+        if not file.exists():
+            return
+        kept: list[str] = []
+        dropped: list[str] = []
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            (kept if _is_up_to(line, step) else dropped).append(line)
+        if not dropped:
+            return
+        with (self.path / f"metrics.after_step_{step:06d}.jsonl").open("a", encoding="utf-8") as stream:
+            stream.writelines(dropped)
+        replace_text(file, "".join(kept))
+
+    def write_trees(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Keep trees of a step, one JSON object per line."""
+        folder = self.path / TREES
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        with disk_refusals(folder):
+            folder.mkdir(exist_ok=True)
+            replace_text(folder / f"step_{step:06d}.jsonl", "".join(lines))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        with disk_refusals(self.path / SUMMARY_FILE):
+            replace_text(self.path / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+class RunFolderError(At2poError):
+    """The folder of a run cannot be written."""
+
+
+@contextlib.contextmanager
+def disk_refusals(path: Path) -> Iterator[None]:
+    """Say in one message which file could not be written and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
+            "another run.dir, then go on with --resume from the newest checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
+def open_run(config: Config, *, resume: bool = False) -> Iterator[tuple[RunFolder, Config]]:
+    """Take a folder for a run, and hold its lock until the end of the block.
+
+    Args:
+        config: `run.dir` names the folder; none takes a free one for a new run, and the newest for a resumed
+            one.
+        resume: Whether the folder holds a run to go on with.
+
+    Yields:
+        The folder, and the configuration with `run.dir` filled in.
+
+    Raises:
+        ConfigError: Another process uses the folder; a new run would meet an old one; a resumed run has no
+            folder or was started with other settings.
+    """
+    path = _choose_folder(config, resume=resume)
+    with disk_refusals(path):
+        path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(path / LOCK_FILE))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"{path}: another run is using this folder; wait for it, stop it, or choose another run.dir"
+        ) from error
+    try:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(path)})})
+        if resume:
+            _check_same_run(path, config)
+        elif (path / METRICS_FILE).exists() or (path / CHECKPOINTS).exists():
+            raise ConfigError(
+                f"{path}: holds a run already; add --resume to go on with it, or choose another run.dir"
+            )
+        save_config(config, path / CONFIG_FILE)
+        yield RunFolder(path), config
+    finally:
+        lock.release()
+
+
+def newest_run(name: str) -> Path | None:
+    """The folder of runs/NAME, runs/NAME-2 ... with the highest number; None when there is none."""
+    number = _highest_number(name)
+    return _numbered(name, number) if number else None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _choose_folder(config: Config, *, resume: bool) -> Path:
+    if config.run.dir is not None:
+        path = Path(config.run.dir)
+        if resume and not (path / CONFIG_FILE).is_file():
+            raise ConfigError(
+                f"{path}: no run to resume there (no {CONFIG_FILE}); leave --resume out to start one"
+            )
+        return path
+    if not resume:
+        return _numbered(config.run.name, _highest_number(config.run.name) + 1)
+    newest = newest_run(config.run.name)
+    if newest is None:
+        raise ConfigError(f"runs/{config.run.name}: no run to resume; leave --resume out, or name its folder")
+    return newest
+
+
+def _numbered(name: str, number: int) -> Path:
+    return RUNS / (name if number == 1 else f"{name}-{number}")
+
+
+def _highest_number(name: str) -> int:
+    """0 when there is no run of this name."""
+    rests = [path.name.removeprefix(name) for path in RUNS.glob(f"{glob.escape(name)}*") if path.is_dir()]
+    numbers = [1 if not rest else int(rest[1:]) for rest in rests if not rest or re.fullmatch(r"-\d+", rest)]
+    return max(numbers, default=0)
+
+
+def _check_same_run(path: Path, config: Config) -> None:
+    before = dict(flatten(load_config(path).model_dump(mode="json")))
+    now = dict(flatten(config.model_dump(mode="json")))
+    changed = [
+        f"  {key}: was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{path}: cannot be resumed with other settings; start a new run in another run.dir, or undo:\n"
+            + "\n".join(changed)
+        )
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    """Whether a line is whole and of a step up to `step`; a last line cut short is not."""
+    try:
+        record = json.loads(line)
+        return bool(record["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False

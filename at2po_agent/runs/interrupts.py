@@ -1,0 +1,104 @@
+"""Ctrl-C and SIGTERM as a wish to stop at the next safe place; a second one stops at once."""
+
+import signal
+import threading
+from collections.abc import Mapping
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from at2po_agent.runs.progress import Progress
+from at2po_agent.runs.folder import RunFolder
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """The run stopped on a signal; the message says what was saved and how to go on.
+
+    Attributes:
+        folder: The run's folder.
+        resume_command: What goes on with it.
+    """
+
+    def __init__(self, message: str, folder: RunFolder) -> None:
+        super().__init__(message)
+        self.folder = folder.path
+        self.resume_command = folder.resume_command
+
+
+class StopRequested(Exception):
+    """Raised where work can be given up without loss."""
+
+
+class Interrupts:
+    """While open, signals set `requested`; outside the main thread signals stay as they are.
+
+    Args:
+        folder: Of the run that is to stop.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.requested = False
+        self._folder = folder
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def check(self) -> None:
+        """Give up here if a stop was requested.
+
+        Raises:
+            StopRequested: It was.
+        """
+        if self.requested:
+            raise StopRequested
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.requested:
+            raise TrainingInterrupted(
+                "stopped at once; the checkpoint before this step is the newest. "
+                f"Go on with: {self._folder.resume_command}",
+                self._folder,
+            )
+        self.requested = True
+
+
+class InterruptibleProgress:
+    """Passes reports on, and lets a requested stop happen at each of them."""
+
+    def __init__(self, progress: Progress, interrupts: Interrupts) -> None:
+        self._progress = progress
+        self._interrupts = interrupts
+
+    def start(self, phase: str, total: int) -> None:
+        """Pass on the beginning of a phase."""
+        self._progress.start(phase, total)
+
+    def advance(self, phase: str, amount: int = 1, **values: float) -> None:
+        """Pass on progress, then stop if that was requested."""
+        self._progress.advance(phase, amount, **values)
+        self._interrupts.check()
+
+    def finish(self, phase: str) -> None:
+        """Pass on the end of a phase."""
+        self._progress.finish(phase)
+
+    def step(self, record: Mapping[str, object]) -> None:
+        """Pass on a step's record."""
+        self._progress.step(record)
+
+    def message(self, text: str) -> None:
+        """Pass on a message."""
+        self._progress.message(text)

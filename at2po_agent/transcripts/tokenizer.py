@@ -1,0 +1,88 @@
+"""What a tokenizer is, and a Hugging Face fast tokenizer as one.
+
+Encoding adds no special tokens and decoding is verbatim, so pieces can be concatenated as ids and the text of
+a sampled turn is exactly what the model wrote. This module knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
+
+from at2po_env.errors import PolicyError, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to ids and back. `decode` is verbatim: special tokens show, nothing is cleaned up."""
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a sequence."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens added."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, verbatim."""
+        ...
+
+
+class HFTokenizer:
+    """Adapter for `transformers.PreTrainedTokenizerFast`.
+
+    Args:
+        tokenizer: The wrapped tokenizer; it must have an end-of-sequence token.
+
+    Raises:
+        PolicyError: The tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        if tokenizer.eos_token_id is None:
+            raise PolicyError("the tokenizer has no eos token; set tokenizer.eos_token before wrapping it")
+        self.hf = tokenizer
+        self._eos_id = int(tokenizer.eos_token_id)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Load from a checkpoint folder (or a name that the local hub cache holds)."""
+        transformers = require("transformers", "agent")
+        try:
+            return cls(transformers.AutoTokenizer.from_pretrained(str(path)))
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"no tokenizer can be loaded from {str(path)!r}: {error}") from error
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the tokenizer's files into a folder."""
+        self.hf.save_pretrained(str(save_directory))
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a sequence."""
+        return self._eos_id
+
+    def __len__(self) -> int:
+        return len(self.hf)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens added; special tokens written in the text are parsed."""
+        ids: list[int] = self.hf.encode(text, add_special_tokens=False)
+        return ids
+
+    def pieces(self, count: int) -> list[str]:
+        """The text of each id below `count` by itself; empty where there is no such id."""
+        known = [[token] for token in range(min(count, len(self.hf)))]
+        texts: list[str] = self.hf.backend_tokenizer.decode_batch(known, skip_special_tokens=False)
+        return texts + [""] * (count - len(texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, verbatim."""
+        text: str = self.hf.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text

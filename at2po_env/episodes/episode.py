@@ -1,0 +1,156 @@
+"""The immutable state of one episode: its task, the turns so far, the budgets used.
+
+Turns form a linked list from the newest to the oldest, so a fork shares its past instead of copying it and
+costs the same after 100 turns as after one. Everything that walks the list does so in a loop: 10,000 turns
+must not exhaust the interpreter's stack, neither in JSON nor in comparison, copying or pickling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+from at2po_env.data.tasks import Task
+from at2po_env.errors import SnapshotError
+from at2po_env.forking.frozen import EMPTY, FrozenDict, freeze, thaw
+
+
+class TurnLink(NamedTuple):
+    """One turn and, through `previous`, all the turns before it."""
+
+    previous: TurnLink | None
+    action: str
+    observation: str
+    reward: float
+    outcome: str
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TurnLink):
+            return NotImplemented
+        left: TurnLink | None = self
+        right: TurnLink | None = other
+        while left is not right:
+            if left is None or right is None or left[1:] != right[1:]:
+                return False
+            left, right = left.previous, right.previous
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(tuple([link[1:] for link in turns(self)]))
+
+    def __repr__(self) -> str:
+        return f"TurnLink(turn={len(turns(self))}, outcome={self.outcome!r})"
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _link_turns, ([tuple(link[1:]) for link in turns(self)],)
+
+
+class Episode(NamedTuple):
+    """Everything that distinguishes one moment of one episode from another.
+
+    Attributes:
+        task: What the episode is about.
+        prompt: The first observation.
+        last: The newest turn; `None` before the first.
+        turn: Number of turns taken.
+        tool_calls: Number of tool calls made, failed ones included.
+        tool_states: Per tool name, what the tool remembers: frozen JSON values (`frozen.freeze`).
+        seed: Seed of the episode; generators are derived from (seed, turn), never stored.
+        ended: Why the episode is over; "" while it runs.
+    """
+
+    task: Task
+    prompt: str
+    last: TurnLink | None = None
+    turn: int = 0
+    tool_calls: int = 0
+    tool_states: Mapping[str, Any] = EMPTY
+    seed: int = 0
+    ended: str = ""
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    @property
+    def turns(self) -> list[TurnLink]:
+        """The turns so far, oldest first."""
+        return turns(self.last)
+
+
+def turns(last: TurnLink | None) -> list[TurnLink]:
+    """Return the linked turns that end in `last`, oldest first."""
+    found = []
+    while last is not None:
+        found.append(last)
+        last = last.previous
+    found.reverse()
+    return found
+
+
+def dump_episode(episode: Episode) -> dict[str, Any]:
+    """Return the episode as one flat JSON object; `load_episode` is its inverse."""
+    task = episode.task
+    return {
+        "task": {
+            "id": task.id,
+            "question": task.question,
+            "golden_answers": list(task.golden_answers),
+            "metadata": thaw(task.metadata),
+        },
+        "prompt": episode.prompt,
+        "turns": [list(link[1:]) for link in episode.turns],
+        "turn": episode.turn,
+        "tool_calls": episode.tool_calls,
+        "tool_states": thaw(episode.tool_states),
+        "seed": episode.seed,
+        "ended": episode.ended,
+    }
+
+
+def load_episode(data: Mapping[str, Any]) -> Episode:
+    """Read what `dump_episode` wrote.
+
+    Raises:
+        SnapshotError: If a field is missing or has another shape.
+    """
+    try:
+        task = data["task"]
+        return Episode(
+            task=Task(
+                id=task["id"],
+                question=task["question"],
+                golden_answers=tuple(task["golden_answers"]),
+                metadata=FrozenDict(task["metadata"]),
+            ),
+            prompt=data["prompt"],
+            last=_link_turns(data["turns"]),
+            turn=data["turn"],
+            tool_calls=data["tool_calls"],
+            tool_states=freeze(data["tool_states"]),
+            seed=data["seed"],
+            ended=data["ended"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise SnapshotError(
+            f"This is not an episode: {type(error).__name__}: {error}. Expected what dump_episode writes"
+        ) from error
+
+
+def _link_turns(rows: list[Any]) -> TurnLink | None:
+    """Link (action, observation, reward, outcome) rows, oldest first."""
+    last = None
+    for action, observation, reward, outcome in rows:
+        last = TurnLink(last, action, observation, reward, outcome)
+    return last

@@ -1,0 +1,13 @@
+"""What makes any environment forkable.
+
+Read in this order: `base` (the class to inherit, and `snapshot`, `restore`, `fork` for any stack of
+wrappers), `snapshots` (where an environment stands, as one frozen value with a digest), `layers` and
+`capture` (what a wrapper holds), the two JSON modules, `random_state` (generators as values) and
+`frozen` (immutable JSON values).
+"""
+
+from at2po_env.forking.base import ForkableEnv, fork, restore, snapshot
+from at2po_env.forking.frozen import EMPTY, FrozenDict, freeze, thaw
+from at2po_env.forking.snapshots import Snapshot
+
+__all__ = ["EMPTY", "ForkableEnv", "FrozenDict", "Snapshot", "fork", "freeze", "restore", "snapshot", "thaw"]

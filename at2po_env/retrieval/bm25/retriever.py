@@ -1,0 +1,159 @@
+"""BM25 search in this process: exact, deterministic, thread safe, no Java and no compiler.
+
+Equal scores rank by row number. Terms are lower-case runs of letters and digits without Lucene's English
+stop words; a term that a query repeats counts as often. k1 and b default to 0.9 and 0.4, the settings of
+Pyserini's wiki-18 indexes.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from at2po_env.data.corpus import Corpus
+from at2po_env.data.passages import Passage
+from at2po_env.errors import DataError, RetrievalError
+from at2po_env.retrieval.bm25.build import Postings, Settings, build
+from at2po_env.retrieval.bm25.index import build_index, open_index, settings_digest
+from at2po_env.retrieval.bm25.rank import Ranker
+from at2po_env.retrieval.bm25.store import MemoryStore
+from at2po_env.retrieval.tokens import STOP_WORDS, tokenize
+
+QUERY_CHARS = 8192
+
+
+class Bm25Retriever:
+    """BM25 over a corpus file, or over passages given in memory (`from_passages`).
+
+    Immutable, so copies of an environment share it: `copy.deepcopy` returns the same retriever, and a
+    pickle holds the corpus path only.
+    """
+
+    def __init__(
+        self,
+        corpus: str | Path,
+        *,
+        k1: float = 0.9,
+        b: float = 0.4,
+        stop_words: Iterable[str] = STOP_WORDS,
+        index: str | Path | None = None,
+    ) -> None:
+        """Open the index of `corpus`; the first opening builds it.
+
+        Args:
+            corpus: JSON lines in wiki-18 form.
+            k1: How slowly repeated terms saturate.
+            b: How much long passages are discounted, 0 to 1.
+            stop_words: Terms that are not indexed.
+            index: Folder of an index made before; the default is the one beside the corpus or in the cache.
+
+        Raises:
+            DataError: the corpus is unreadable or has a bad line.
+            RetrievalError: the index is damaged, or belongs to another corpus or other settings.
+        """
+        settings = bm25_settings(k1, b, stop_words)
+        self._arguments: dict[str, Any] = {
+            "k1": k1,
+            "b": b,
+            "stop_words": settings.stop_words,
+            "index": index,
+        }
+        self._passages: Sequence[Passage] | Corpus = (opened := Corpus(corpus))
+        self._corpus_digest = opened.digest
+        home = build_index(opened, settings) if index is None else Path(index)
+        self._start(open_index(home, opened, settings), settings)
+
+    @classmethod
+    def from_passages(
+        cls,
+        passages: Iterable[Passage],
+        *,
+        k1: float = 0.9,
+        b: float = 0.4,
+        stop_words: Iterable[str] = STOP_WORDS,
+    ) -> "Bm25Retriever":
+        """Index `passages` in memory; row numbers are their order."""
+        self = cls.__new__(cls)
+        settings = bm25_settings(k1, b, stop_words)
+        self._arguments = {"k1": k1, "b": b, "stop_words": settings.stop_words}
+        self._passages = tuple(passages)
+        text = json.dumps([passage[:3] for passage in self._passages])
+        self._corpus_digest = hashlib.sha256(text.encode()).hexdigest()
+        self._start(build(self._passages, settings, MemoryStore()), settings)
+        return self
+
+    def _start(self, postings: Postings, settings: Settings) -> None:
+        self._ranker = Ranker(postings, len(self._passages))
+        # Nothing is read from the disk but passages, which the system has in memory where the index is small.
+        self.computes_only = not isinstance(postings.rows.base, np.memmap)
+        self._stop_words = settings.stop_words
+        self.digest = hashlib.sha256(
+            f"bm25 {self._corpus_digest} {settings_digest(settings)}".encode()
+        ).hexdigest()
+
+    def __repr__(self) -> str:
+        corpus = (
+            self._passages.path if isinstance(self._passages, Corpus) else f"{len(self)} passages in memory"
+        )
+        return f"Bm25Retriever({str(corpus)!r})"
+
+    def __len__(self) -> int:
+        """Return the number of passages."""
+        return len(self._passages)
+
+    def __deepcopy__(self, memo: object) -> "Bm25Retriever":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if isinstance(self._passages, Corpus):
+            return _reopen, (self._passages.path, self._arguments)
+        return _rebuild, (self._passages, self._arguments)
+
+    def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
+        """Return for each query at most `topk` passages with a positive score, best first.
+
+        A query longer than `QUERY_CHARS` is cut there; one without a known term gives an empty list.
+
+        Raises:
+            RetrievalError: the corpus or the index was damaged while it was open.
+        """
+        if isinstance(queries, str) or topk < 1:
+            raise RetrievalError(
+                f"search needs a list of queries and topk >= 1, got {queries!r:.80} and {topk!r}."
+            )
+        found = {query: self._search(query, topk) for query in dict.fromkeys(queries)}
+        return [list(found[query]) for query in queries]
+
+    def _search(self, query: str, topk: int) -> list[Passage]:
+        counts = Counter(tokenize(query[:QUERY_CHARS], self._stop_words))
+        try:
+            ranked, passages = self._ranker.rank(counts, topk), self._passages
+            return [Passage(*passages[row][:3], score) for row, score in ranked]
+        except (DataError, IndexError) as error:
+            what = f"the corpus or its index was damaged while in use ({error})"
+            raise RetrievalError(
+                f"{self!r}: {what}. Fix: get the corpus again and delete its index."
+            ) from error
+
+
+def bm25_settings(k1: float = 0.9, b: float = 0.4, stop_words: Iterable[str] = STOP_WORDS) -> Settings:
+    """Check and collect what an index depends on beside the corpus.
+
+    Raises:
+        RetrievalError: k1 or b is impossible.
+    """
+    if not (k1 >= 0 and 0 <= b <= 1):
+        raise RetrievalError(f"BM25 needs k1 >= 0 and b in [0, 1], got k1={k1}, b={b}.")
+    return Settings(float(k1), float(b), frozenset(stop_words))
+
+
+def _reopen(corpus: Path, arguments: dict[str, Any]) -> Bm25Retriever:
+    return Bm25Retriever(corpus, **arguments)
+
+
+def _rebuild(passages: tuple[Passage, ...], arguments: dict[str, Any]) -> Bm25Retriever:
+    return Bm25Retriever.from_passages(passages, **arguments)

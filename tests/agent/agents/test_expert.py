@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from at2po_agent.agents.expert import ExpertConfig, demonstrate, plan
+from at2po_env.data.tasks import Task
+from at2po_env.errors import DataError
+
+TWO_HOPS = Task(
+    "t", "Where was the director of Ab Cd born?", ("Ij Kl",),
+    {"path": ["Ab Cd", "Ef Gh", "Ij Kl"], "chain": ["director", "birthplace"]},
+)  # fmt: skip
+FLAWLESS = {"early_stop": 0.0, "half_query": 0.0, "page_title": 0.0}
+
+
+def play(page: str = "The film Mn Op was made by Qr St.", **faults: float) -> list[str]:
+    config = ExpertConfig(**{**FLAWLESS, **faults})
+    script = demonstrate(TWO_HOPS, config=config, rng=np.random.default_rng(0))
+    actions = [next(script)]
+    try:
+        while True:
+            actions.append(script.send(page))
+    except StopIteration:
+        return actions
+
+
+def test_a_flawless_expert_walks_the_path_and_answers():
+    assert play() == [
+        "<think> director</think><search> Ab Cd</search>",
+        "<think> birthplace</think><search> Ef Gh</search>",
+        "<think> answer</think><answer>\\boxed{ Ij Kl}</answer>",
+    ]
+
+
+def test_an_expert_that_stops_early_answers_what_the_first_page_says():
+    actions = play(early_stop=1.0)
+    assert len(actions) == 2
+    assert "\\boxed{ Ef Gh}" in actions[-1]
+
+
+def test_an_expert_that_halves_a_query_answers_a_name_of_the_page_it_gets():
+    actions = play(half_query=1.0)
+    assert actions[-2].count(" Ab</search>") + actions[-2].count(" Ef</search>") == 1
+    assert "\\boxed{ Mn Op}" in actions[-1] or "\\boxed{ Qr St}" in actions[-1]
+
+
+def test_a_page_without_names_leaves_the_query_as_the_answer():
+    actions = play(page="nothing", half_query=1.0)
+    assert "\\boxed{ Ab Cd}" in actions[-1] or "\\boxed{ Ef Gh}" in actions[-1]
+
+
+def test_an_expert_may_answer_the_title_of_the_last_page():
+    assert "\\boxed{ Ef Gh}" in play(page_title=1.0)[-1]
+
+
+def test_faults_come_as_often_as_configured():
+    config = ExpertConfig(early_stop=0.6, half_query=0.0, page_title=0.0)
+    rng = np.random.default_rng(0)
+    early = 0
+    for _ in range(1000):
+        script = demonstrate(TWO_HOPS, config=config, rng=rng)
+        next(script)
+        early += "answer" in script.send("page")
+    assert 550 < early < 650  # 0.6 * 1000, standard deviation 15.5
+
+
+def test_multi_hop_data_sets_are_demonstrated_by_their_supporting_titles():
+    task = Task("t", "q?", ("gold",), {"supporting_facts": {"title": ["A", "A", "B"], "sent_id": [0, 1, 0]}})
+    assert plan(task).queries == ("A", "B")
+    assert plan(task).findings == ("B", "gold")
+
+
+def test_a_task_that_tells_no_way_is_refused():
+    with pytest.raises(DataError, match="task 't'"):
+        plan(Task("t", "q?", ("gold",), {}))

@@ -1,0 +1,186 @@
+import ast
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+import at2po_agent
+from at2po_agent.config.loading import find_config, flatten, load_config, save_config, shipped_configs
+from at2po_agent.config.sections import Config
+from at2po_env.errors import ConfigError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def sections(parent: type[BaseModel] = Config, prefix: str = "") -> dict[str, type[BaseModel]]:
+    """Groups of settings by dotted name, groups within groups included."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in parent.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= {f"{prefix}{name}": field.annotation}
+            found |= sections(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def test_groups_within_groups_are_found():
+    assert {"model", "model.chat", "rollout", "rollout.thinking"} <= sections().keys()
+
+
+def test_every_field_has_a_help_text():
+    for section in [Config, *sections().values()]:
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
+            assert field.description.endswith((".", ")")), f"{section.__name__}.{name}"
+
+
+def test_every_field_is_read_somewhere():
+    read: set[str] = set()
+    for path in Path(at2po_agent.__file__).parent.rglob("*.py"):
+        if path.name == "settings.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+    unread = [
+        f"{name}.{field}"
+        for name, section in sections().items()
+        for field in section.model_fields
+        if field not in read
+    ]
+    assert unread == []
+    assert "no_such_field" not in read
+
+
+@pytest.mark.parametrize("name", ["quickstart", "hotpotqa-tiny", "qwen3-4b-multihop", "qwen3-4b-singlehop"])
+def test_shipped_configurations_are_valid(name):
+    assert name in shipped_configs()
+    assert load_config(name).run.name == name
+
+
+def test_the_published_settings_are_the_published_ones():
+    config = load_config("qwen3-4b-multihop")
+    assert (config.rollout.chains, config.rollout.forks, config.rollout.rounds) == (10, 6, 2)
+    assert config.algorithm.loss_options == {"clip_low": 3e-3, "clip_high": 4e-3}
+    assert config.algorithm.credit_options == {"value_mode": "child_softmax", "advantage_mode": "node_value"}
+    assert (config.train.questions, config.train.minibatch_questions, config.train.steps) == (64, 8, 240)
+    assert config.train.old_log_probs == "recompute"
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-6, 0.01)
+    assert (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens) == (2000, 6192)
+
+
+def test_the_command_line_goes_before_the_file(tmp_path):
+    path = write(tmp_path, "train: {steps: 3, questions: 9}\n")
+    config = load_config(path, ["train.steps=5", "run.name=x", "env.kwargs.hops=[1,3]"])
+    assert (config.train.steps, config.train.questions, config.run.name) == (5, 9, "x")
+    assert config.env.kwargs == {"hops": [1, 3]}
+
+
+@pytest.mark.parametrize(
+    "order",
+    [["algorithm=grpo", "algorithm.loss=atpo"], ["algorithm.loss=atpo", "algorithm=grpo"]],
+)
+def test_a_preset_comes_before_single_parts_in_any_order(order):
+    config = load_config("quickstart", order)
+    assert config.algorithm.preset == "grpo"
+    assert config.algorithm.credit == "group"
+    assert config.algorithm.loss == "atpo"
+    assert config.algorithm.loss_options == {}  # GRPO's clip of 0.2 does not become ATPO's
+    assert config.rollout.expansion == "chains"
+
+
+def test_a_preset_brings_its_published_shape_unless_the_file_has_one(tmp_path):
+    assert load_config(write(tmp_path, "algorithm: grpo\n")).rollout.leaves == 16
+    shaped = load_config("quickstart", ["algorithm=grpo"]).rollout
+    assert shaped.leaves == load_config("quickstart").rollout.leaves == 12
+
+
+def test_a_preset_on_the_command_line_replaces_the_parts_of_the_file(tmp_path):
+    path = write(tmp_path, "algorithm: {preset: at2po, loss: sapo}\nrollout: {expansion: random}\n")
+    assert (load_config(path).algorithm.loss, load_config(path).rollout.expansion) == ("sapo", "random")
+    config = load_config(path, ["algorithm=at2po"])
+    assert (config.algorithm.loss, config.rollout.expansion) == ("atpo", "entropy")
+
+
+def test_single_options_keep_the_other_options_of_the_preset():
+    config = load_config("quickstart", ["algorithm.loss_options.clip_high=0.1"])
+    assert config.algorithm.loss_options == {"clip_low": 3e-3, "clip_high": 0.1}
+
+
+def test_all_problems_are_said_at_once(tmp_path):
+    path = write(
+        tmp_path, "optimizer: {lr: -1, learning_rate: 3}\ntrain: {stps: 3}\nalgorithm: {loss: atpoo}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["train.questions=abc", "rollout.expansion=entropi"])
+    text = str(caught.value)
+    assert text.startswith(f"{path}: 6 problems")
+    for part in (
+        "optimizer.lr: got -1, expected",
+        "optimizer.learning_rate: unknown key",
+        "train.stps: unknown key (got 3); did you mean steps",
+        "train.questions (command line): got 'abc', expected",
+        "algorithm.loss: no part named 'atpoo'; did you mean atpo",
+        "rollout.expansion (command line): no part named 'entropi'; did you mean entropy",
+    ):
+        assert part in text
+
+
+def test_values_that_do_not_go_together_are_refused(tmp_path):
+    path = write(tmp_path, "train: {questions: 4, minibatch_questions: 8}\n")
+    with pytest.raises(ConfigError, match=r"train: minibatch_questions \(8\) exceeds questions \(4\)"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("quickstrt", "did you mean quickstart"),
+        ("/no/such/file.yaml", "neither a file"),
+    ],
+)
+def test_an_unknown_configuration_is_named(name, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(name)
+
+
+@pytest.mark.parametrize("text", ["train: [", "- 1\n- 2\n", "run: ${nothing.here}\n"])
+def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train.steps=[1", "algorithm=nonsense"])
+def test_an_override_that_says_nothing_is_named(override):
+    with pytest.raises(ConfigError, match="1 problem"):
+        load_config("quickstart", [override])
+
+
+def test_an_empty_file_means_defaults(tmp_path):
+    assert load_config(write(tmp_path, "")).train == Config().train
+
+
+def test_a_saved_configuration_reads_back_equal(tmp_path):
+    config = load_config(
+        "quickstart", ["algorithm=grpo", "algorithm.loss=gspo", "run.name=ö", "dataset=a b.jsonl"]
+    )
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    in_folder = load_config(tmp_path)
+    assert in_folder.run.dir == str(tmp_path)
+    assert in_folder.run.model_copy(update={"dir": None}) == config.run
+
+
+def test_the_folder_of_a_run_is_a_configuration(tmp_path):
+    save_config(load_config("quickstart"), tmp_path / "config.yaml")
+    assert find_config(tmp_path) == tmp_path / "config.yaml"
+    with pytest.raises(ConfigError, match="no configuration"):
+        find_config(tmp_path / "nothing")
+
+
+def test_flatten_names_every_leaf():
+    assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [2]})) == {"a.b": 1, "a.c": {}, "d": [2]}

@@ -1,0 +1,113 @@
+import pytest
+from helpers.guess_env import CharTokenizer, GuessEnv, GuessingPolicy
+
+from at2po_agent.evaluation.evaluate import evaluate, summarise
+from at2po_agent.evaluation.metrics import sampled_tokens, tree_metrics, wilson_interval
+from at2po_agent.policies.scripted import ScriptedPolicy
+from at2po_agent.rollout import RolloutConfig, rollout
+
+TREES = RolloutConfig(chains=4, forks=2, rounds=1, temperature=0.7)
+TASKS = [{"index": index} for index in range(10)]
+
+
+def test_one_chain_per_question_whatever_the_shape_of_training():
+    policy = GuessingPolicy()
+    figures, trees = evaluate(TASKS, GuessEnv(), policy, TREES, seed=0)
+    assert figures.questions == 10
+    assert all(len(tree.leaves()) == 1 for tree in trees)
+    assert {request.temperature for request in policy.requests} == {0.0}
+
+
+def test_sampled_evaluation_uses_its_own_temperature():
+    policy = GuessingPolicy()
+    evaluate(TASKS[:1], GuessEnv(), policy, TREES, seed=0, temperature=1.0)
+    assert {request.temperature for request in policy.requests} == {1.0}
+
+
+def test_figures_are_means_over_the_questions():
+    # "3!" at every turn: right at once for question 3; the others need four turns of two tokens and are wrong
+    policy = ScriptedPolicy(lambda _: "3!", CharTokenizer())
+    figures, _ = evaluate(TASKS, GuessEnv(), policy, TREES, seed=0)
+    assert figures.em == figures.f1 == figures.reward == pytest.approx(0.1)
+    assert figures.turns == pytest.approx((1 + 9 * 4) / 10)
+    assert figures.tokens == pytest.approx(2 * (1 + 9 * 4) / 10)
+    assert figures.outcomes == {"answer": 1, "limit": 9}
+    assert figures.em_low < 0.1 < figures.em_high
+
+
+def test_the_batch_decides_how_many_run_at_once():
+    seen = []
+
+    class Counts(GuessingPolicy):
+        def generate(self, requests):
+            seen.append(len(requests))
+            return super().generate(requests)
+
+    answered = []
+    evaluate(TASKS, GuessEnv(), Counts(), TREES, seed=0, batch=4, on_question=lambda: answered.append(1))
+    assert max(seen) == 4
+    assert len(answered) == 10
+
+
+def test_a_question_that_was_left_out_counts_as_wrong():
+    policy = ScriptedPolicy(lambda _: "3!", CharTokenizer())
+    short = TREES.model_copy(update={"max_prompt_tokens": 2})
+    figures, _ = evaluate(TASKS[3:4], GuessEnv(), policy, short, seed=0)
+    assert (figures.questions, figures.em, figures.turns) == (1, 0.0, 0.0)
+    one = RolloutConfig(chains=1, rounds=0)
+    skipped = one.model_copy(update={"max_prompt_tokens": 2})
+    both = [rollout(TASKS[3:4], GuessEnv(), policy, shape, seed=0) for shape in (one, skipped)]
+    half = summarise(both[0] + both[1])
+    assert half.em == pytest.approx(0.5)
+
+
+def test_no_questions_give_no_figures():
+    figures, trees = evaluate([], GuessEnv(), GuessingPolicy(), TREES, seed=0)
+    assert (figures.questions, figures.em, figures.tokens, trees) == (0, 0.0, 0.0, [])
+
+
+@pytest.mark.parametrize(
+    ("mean", "count", "low", "high"),
+    [
+        # Wilson's interval by hand for z = 1.96 (z^2 = 3.8416)
+        (0.5, 200, 0.4314, 0.5686),  # centre 0.5; half = 1.96 sqrt(0.00125 + 2.401e-5) / 1.0192 = 0.0686
+        (0.0, 10, 0.0, 0.2775),  # high = z^2/n / (1 + z^2/n) = 0.38416 / 1.38416
+        (1.0, 10, 0.7225, 1.0),
+        (0.0, 0, 0.0, 1.0),
+    ],
+)
+def test_wilson_interval(mean, count, low, high):
+    assert wilson_interval(mean, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_normal_interval_would_be_empty_where_wilsons_is_not():
+    # negative control: mean +- 1.96 sqrt(p(1-p)/n) is a single point when every answer is right
+    low, high = wilson_interval(1.0, 10)
+    assert high - low > 0.2
+
+
+def test_tree_metrics_count_leaves_turns_and_outcomes():
+    policy = ScriptedPolicy(lambda _: "3!", CharTokenizer())
+    shape = RolloutConfig(chains=2, rounds=0)
+    trees = rollout([{"index": 3}, {"index": 5}], GuessEnv(), policy, shape, seed=0)
+    figures = tree_metrics(trees)
+    assert figures["leaves"] == 4
+    assert figures["reward"] == 0.5
+    assert figures["groups_without_signal"] == 1.0
+    assert figures["turns"] == pytest.approx((1 + 1 + 4 + 4) / 4)
+    # question 3: "3!" is 2 tokens; question 5: 4 x 2 tokens and three times "higher\n" of 7
+    assert figures["response_tokens"] == pytest.approx((2 + 2 + 29 + 29) / 4)
+    assert figures["tool_calls"] == 6
+    assert (figures["outcome/answer"], figures["outcome/limit"]) == (2, 2)
+    assert sampled_tokens(trees) == 2 * (1 + 1 + 4 + 4)
+
+
+def test_an_environment_that_scores_nothing_has_no_exact_match():
+    class Unscored(GuessEnv):
+        def step(self, action):
+            observation, reward, terminated, truncated, info = super().step(action)
+            return observation, reward, terminated, truncated, {"outcome": info["outcome"]}
+
+    trees = rollout(TASKS[:2], Unscored(), GuessingPolicy(), TREES, seed=0)
+    assert "em" not in tree_metrics(trees)
+    assert "reward" in tree_metrics(trees)

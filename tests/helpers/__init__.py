@@ -1,0 +1,1 @@
+"""What tests share: small environments, policies, batches and references."""

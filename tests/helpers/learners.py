@@ -1,0 +1,45 @@
+"""A tiny model, a policy that guesses with its tokenizer, and a learner for them."""
+
+from torch import nn
+
+from at2po_agent.agents.model import ModelShape
+from at2po_agent.config.sections import AlgorithmConfig, OptimizerConfig
+from at2po_agent.learning.learner import Learner, make_optimizer
+from at2po_agent.learning.objective import give_credit, objective
+from at2po_agent.packing.rows import Batch, pack_rows
+from at2po_agent.rollout import RolloutConfig, rollout
+from helpers.guess_env import GuessEnv, GuessingPolicy, SmallTokenizer
+
+SHAPE = ModelShape(
+    vocab_size=len(SmallTokenizer.alphabet),
+    hidden_size=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    ffn_size=16,
+)
+
+
+class SmallGuesses(GuessingPolicy):
+    tokenizer = SmallTokenizer()
+
+    def answer(self, request):
+        generation = super().answer(request)
+        text = "".join(map(chr, generation.ids))
+        return type(generation)(tuple(self.tokenizer.encode(text)), generation.log_probs, "stop")
+
+
+def sampled_batch(count: int = 4, advantages: str = "tree") -> Batch:
+    shape = RolloutConfig(chains=4, forks=2, rounds=1)
+    trees = rollout([{"index": i} for i in range(count)], GuessEnv(), SmallGuesses(), shape, seed=1)
+    credit = [give_credit(tree, AlgorithmConfig(credit=advantages)).advantages for tree in trees]
+    return pack_rows(trees, credit)
+
+
+def learner(
+    model: nn.Module, *, budget: int = 10**6, loss: str = "atpo", lr: float = 1e-2, **options
+) -> Learner:
+    settings = OptimizerConfig(lr=lr)
+    chosen = objective(AlgorithmConfig(loss=loss, loss_options=options))
+    return Learner(model, make_optimizer(model, settings), chosen, budget, max_grad_norm=1e9)
