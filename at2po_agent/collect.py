@@ -34,7 +34,7 @@ class Collected:
     policy_seconds: float = 0.0
 
 
-def collect_trees(  # noqa: PLR0913  which questions, who answers where, and who is told
+def collect_trees(
     order: TaskOrder,
     cursor: int,
     env: Env,

@@ -44,7 +44,7 @@ def index(
 
 
 @app.command("serve-retriever")
-def serve_retriever(  # noqa: PLR0913 - the options of a command
+def serve_retriever(
     corpus: _Corpus,
     retriever: Annotated[str, typer.Option(help="bm25, lucene, dense or hybrid.")] = "bm25",
     host: Annotated[str, typer.Option(help="Others than loopback need a token.")] = "127.0.0.1",

@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
         return self._asdict()
 
 
-def evaluate(  # noqa: PLR0913  (what to ask whom, then three figures)
+def evaluate(
     tasks: Sequence[Options],
     env: gymnasium.Env[str, str],
     policy: Policy,

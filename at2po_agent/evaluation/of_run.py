@@ -66,7 +66,7 @@ def evaluate_config(config: Config, progress: Progress, modes: Sequence[str]) ->
         }
 
 
-def evaluate_mode(  # noqa: PLR0913  (what to ask whom, then how)
+def evaluate_mode(
     config: Config,
     mode: str,
     env: Env,

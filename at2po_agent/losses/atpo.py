@@ -10,7 +10,7 @@ from at2po_agent.losses.drift import turn_metrics
 from at2po_agent.losses.segments import TurnSegments
 
 
-def atpo_loss(  # noqa: PLR0913  the common signature
+def atpo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
@@ -52,7 +52,7 @@ def atpo_loss(  # noqa: PLR0913  the common signature
     return _turn_loss((log_probs, old_log_probs, advantages, turn_ids), clip, totals, weights)
 
 
-def atpo_soft_clip_loss(  # noqa: PLR0913  the common signature
+def atpo_soft_clip_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,

@@ -8,7 +8,7 @@ from at2po_agent.losses.base import LossResult, LossTotals, aggregate, prepare, 
 from at2po_agent.losses.clipping import Clip, clip_metrics, clipped_surrogate, k3, ratio_metrics
 
 
-def gspo_loss(  # noqa: PLR0913  the common signature
+def gspo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,

@@ -23,7 +23,7 @@ _NO_SPREAD = 1e-9
 """Standard deviation in nats up to which entropies count as equal: their mean is rounded."""
 
 
-def grpo_loss(  # noqa: PLR0913  the common signature
+def grpo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
@@ -62,7 +62,7 @@ def grpo_loss(  # noqa: PLR0913  the common signature
     return _token_loss(inputs, Clip(clip_low, clip_high, dual_clip), totals, weights)
 
 
-def dapo_loss(  # noqa: PLR0913  the common signature
+def dapo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
@@ -97,7 +97,7 @@ def dapo_loss(  # noqa: PLR0913  the common signature
     return _token_loss(inputs, Clip(clip_low, clip_high, dual_clip), totals, weights)
 
 
-def gppo_loss(  # noqa: PLR0913  the common signature
+def gppo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,

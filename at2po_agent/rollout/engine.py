@@ -40,7 +40,7 @@ class RolloutStats(NamedTuple):
     tool_seconds: float = 0.0
 
 
-def rollout(  # noqa: PLR0913  what is to be grown, from what, and who wants to know
+def rollout(
     tasks: Sequence[Options],
     env: gymnasium.Env[str, str],
     policy: Policy,
@@ -87,7 +87,7 @@ def rollout(  # noqa: PLR0913  what is to be grown, from what, and who wants to 
     return trees
 
 
-def rollout_with_stats(  # noqa: PLR0913  as rollout
+def rollout_with_stats(
     tasks: Sequence[Options],
     env: gymnasium.Env[str, str],
     policy: Policy,

@@ -60,7 +60,7 @@ class Question:
     everything that breaks ties by index, do not depend on which branch finished first.
     """
 
-    def __init__(  # noqa: PLR0913  what a tree is grown from and with
+    def __init__(
         self,
         index: int,
         opening: Opening,

@@ -90,7 +90,7 @@ class ToolEnv(ForkableEnv):
 
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012 - Gymnasium declares it so
 
-    def __init__(  # noqa: PLR0913 - the arguments of an environment, all by keyword
+    def __init__(
         self,
         *,
         tasks: Tasks,

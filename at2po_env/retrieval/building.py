@@ -13,7 +13,7 @@ from at2po_env.retrieval.manifest import FIX, Manifest, verify
 KINDS = ("bm25", "lucene", "flat", "ivf", "hnsw", "ivfpq")
 
 
-def build_index(  # noqa: PLR0913 - keyword-only settings of the kinds
+def build_index(
     corpus: str | Path,
     kind: str,
     *,

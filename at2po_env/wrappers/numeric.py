@@ -59,7 +59,7 @@ class NumericView(gymnasium.Wrapper[Any, Any, str, str]):
 
     fork_config = ("choices", "_encode", "_decode")
 
-    def __init__(  # noqa: PLR0913  (all by keyword)
+    def __init__(
         self,
         env: gymnasium.Env[str, str],
         *,

@@ -47,7 +47,7 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
             config._attn_implementation = before[key]
 
 
-def _attend(  # noqa: PLR0913  transformers' signature
+def _attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -40,7 +40,7 @@ class DenseRetriever:
         max_tokens: Cut longer texts; default: what the encoder's family uses.
     """
 
-    def __init__(  # noqa: PLR0913 - keyword-only settings of one index
+    def __init__(
         self,
         corpus: str | Path,
         *,
