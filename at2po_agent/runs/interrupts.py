@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from at2po_agent.runs.progress import Progress
 from at2po_agent.runs.folder import RunFolder
+from at2po_agent.runs.progress import Progress
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from at2po_agent.agents.model import ModelShape, build_model, train_tokenizer
 from at2po_agent.runs import checkpoint
 from at2po_agent.runs.checkpoint import (
     CheckpointError,
@@ -18,7 +19,6 @@ from at2po_agent.runs.checkpoint import (
     load_newest,
     save_checkpoint,
 )
-from at2po_agent.agents.model import ModelShape, build_model, train_tokenizer
 
 SHAPE = ModelShape(vocab_size=300, hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn_size=16)
 
