@@ -11,8 +11,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import gymnasium
 
-from at2po_agent.rollout.workers import Workers
 from at2po_env import Snapshot, snapshot
+from at2po_env.deadlines import Workers
 
 Env = gymnasium.Env[str, str]
 KeyT = TypeVar("KeyT")
@@ -85,7 +85,7 @@ class Steps(Generic[KeyT]):
 
     def __init__(self, workers: int, deadline_s: float | None) -> None:
         self._workers: Workers[KeyT, Stepped] | None = (
-            Workers(workers, deadline_s=deadline_s) if workers else None
+            Workers(workers, deadline_s=deadline_s, name="at2po-step") if workers else None
         )
         self._deadline_s = deadline_s
         self._done: list[tuple[KeyT, Stepped]] = []

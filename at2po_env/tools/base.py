@@ -21,9 +21,9 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from at2po_env.data.tasks import Task
+from at2po_env.deadlines import DeadlineError, run_with_deadline
 from at2po_env.errors import RetrievalError, ToolError
 from at2po_env.forking.frozen import freeze
-from at2po_env.tools.deadline import DeadlineError, run_with_deadline
 
 MAX_BACKOFF_S = 5.0
 MAX_ERROR_CHARS = 500

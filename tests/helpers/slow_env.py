@@ -93,6 +93,6 @@ def small_policy(slots: int = 64) -> HFPolicy:
     return HFPolicy(model, AsciiTokenizer(), slots=slots)
 
 
-def tool_threads() -> list[threading.Thread]:
-    """The rollout's threads that are alive."""
-    return [thread for thread in threading.enumerate() if thread.name.startswith("at2po-tool")]
+def step_threads() -> list[threading.Thread]:
+    """Return the threads of rollouts that are alive."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("at2po-step")]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gymnasium.wrappers import TimeLimit
 from helpers.guess_env import CharTokenizer, GuessEnv, GuessingPolicy
-from helpers.slow_env import SlowEnv, small_policy, tool_threads
+from helpers.slow_env import SlowEnv, small_policy, step_threads
 from helpers.slow_policy import SlowPolicy, dumps, tasks
 from helpers.watched_policy import WatchedPolicy
 
@@ -22,10 +22,11 @@ from at2po_agent.evaluation.evaluate import evaluate
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.policies.scripted import ScriptedPolicy
-from at2po_agent.rollout import RolloutConfig, rollout, rollout_with_stats, workers
+from at2po_agent.rollout import RolloutConfig, rollout, rollout_with_stats
 from at2po_agent.rollout.requests import Sampler
 from at2po_agent.runs.interrupts import StopRequested
 from at2po_agent.types import Generation
+from at2po_env import deadlines
 from at2po_env.errors import PolicyError, SnapshotError
 
 LIMITS = {"max_turn_tokens": 6, "max_response_tokens": 80}
@@ -55,7 +56,7 @@ def random_wait(seed: int) -> Callable[[str], None]:
 def _nothing_stays_behind() -> Iterator[None]:
     before = threading.active_count()
     yield
-    assert not tool_threads()
+    assert not step_threads()
     assert threading.active_count() <= before
 
 
@@ -288,7 +289,7 @@ class Hangs:
             yield
         finally:
             self.release.set()
-            for thread in [*tool_threads(), *workers._lost]:
+            for thread in [*step_threads(), *deadlines._abandoned]:
                 thread.join(10)
 
 
@@ -334,21 +335,6 @@ def test_an_environment_that_hangs_is_never_used_again():
         rollout(tasks(4), Watched(hangs), GuessingPolicy(), shape, seed=1)
     assert hanging
     assert not reused
-
-
-def test_jobs_without_a_thread_left_are_given_up(monkeypatch):
-    monkeypatch.setattr(workers, "MAX_LOST", 2)
-    hangs = Hangs()
-    pool: workers.Workers[int, None] = workers.Workers(2, deadline_s=0.02)
-    with hangs.released_at_the_end():
-        for key in range(9):
-            pool.submit(key, lambda: hangs("7!"))
-        given_up: list[int] = []
-        while pool.pending:
-            given_up += [key for key, _ in pool.collect(float("inf"))]
-        assert sorted(given_up) == list(range(9))
-        assert hangs.hanging <= 2 + 1  # two lost, and one that was begun when the first was lost
-        pool.close()
 
 
 def test_a_deadline_needs_threads():
@@ -415,7 +401,7 @@ def test_a_failing_policy_leaves_no_request_and_no_thread(policy, error, polls):
         rollout(tasks(3), SlowEnv(random_wait(0)), StopsAt(policy, error, polls), IN_THREADS, seed=0)
     assert caught.value is error
     assert policy.idle
-    assert not tool_threads()
+    assert not step_threads()
 
 
 def test_a_policy_that_has_died_is_not_asked_to_be_tidy():
@@ -444,7 +430,7 @@ def test_a_stop_between_branches_leaves_no_request_and_no_thread(policy, shape):
         rollout(tasks(3), SlowEnv(random_wait(0)), policy, shape, seed=0, on_leaf=on_leaf)
     assert ended == 4
     assert policy.idle
-    assert not tool_threads()
+    assert not step_threads()
     assert len(rollout(tasks(1), SlowEnv(), policy, shape, seed=0)[0].leaves()) == 11  # and goes on working
 
 
@@ -466,7 +452,7 @@ def test_ctrl_c_ends_a_rollout_that_sleeps_until_a_tool_answers(policy):
     finally:
         signal.signal(signal.SIGINT, before)
     assert policy.idle
-    assert not tool_threads()
+    assert not step_threads()
 
 
 def test_giving_up_does_not_wait_for_a_hung_tool(monkeypatch):
@@ -489,7 +475,7 @@ def test_giving_up_does_not_wait_for_a_hung_tool(monkeypatch):
                 changed(IN_THREADS, max_requests=1),
                 seed=0,
             )
-        assert tool_threads()  # they hang still: a thread cannot be stopped, only left
+        assert step_threads()  # they hang still: a thread cannot be stopped, only left
 
 
 # Transcripts ------------------------------------------------------------------------------------------------

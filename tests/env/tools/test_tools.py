@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from at2po_env.data.tasks import Task
+from at2po_env.deadlines import abandoned_calls
 from at2po_env.errors import ConfigError, RetrievalError, ToolError
 from at2po_env.forking.frozen import FrozenDict
 from at2po_env.retrieval.base import Passage
@@ -28,11 +29,9 @@ from at2po_env.tools import (
     ToolResult,
     as_tool,
     call_tool,
-    deadline,
     tool,
 )
 from at2po_env.tools.calculator import evaluate
-from at2po_env.tools.deadline import DeadlineError, abandoned_calls, run_with_deadline
 
 TASK = Task("t", "q?", ("a",))
 
@@ -231,23 +230,6 @@ def test_time_outs_fire() -> None:
     while abandoned_calls() > before and time.monotonic() < limit:
         time.sleep(0.01)
     assert abandoned_calls() <= before
-
-
-def test_a_call_within_its_time_gives_its_value_or_its_error() -> None:
-    assert run_with_deadline(lambda: 3, 10) == 3
-    with pytest.raises(ZeroDivisionError):
-        run_with_deadline(lambda: 1 // 0, 10)
-
-
-def test_calls_that_never_return_cannot_fill_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deadline, "MAX_ABANDONED", 1)
-    monkeypatch.setattr(deadline, "_abandoned", [])
-    release = threading.Event()
-    with pytest.raises(DeadlineError, match="timed out"):
-        run_with_deadline(lambda: release.wait(30), 0.01)
-    with pytest.raises(DeadlineError, match="1 earlier calls that timed out are still running"):
-        run_with_deadline(lambda: 1, 10)
-    release.set()
 
 
 def test_a_tool_that_hangs_does_not_keep_the_process() -> None:

@@ -1,0 +1,58 @@
+"""Deadlines: calls that come back, calls that are given up, and a bound for those that linger."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from at2po_env import deadlines
+from at2po_env.deadlines import DeadlineError, Workers, run_with_deadline
+
+
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    """Released at the end of the test, when no abandoned call may linger."""
+    event = threading.Event()
+    yield event
+    event.set()
+    for thread in list(deadlines._abandoned):
+        thread.join(10)
+    assert deadlines.abandoned_calls() == 0
+
+
+def test_a_call_within_its_time_gives_its_value_or_its_error() -> None:
+    assert run_with_deadline(lambda: 3, 10) == 3
+    assert run_with_deadline(lambda: None, 10) is None
+    with pytest.raises(ZeroDivisionError):
+        run_with_deadline(lambda: 1 // 0, 10)
+
+
+def test_calls_that_never_return_cannot_fill_the_process(
+    monkeypatch: pytest.MonkeyPatch, release: threading.Event
+) -> None:
+    monkeypatch.setattr(deadlines, "MAX_ABANDONED", 1)
+    with pytest.raises(DeadlineError, match="timed out"):
+        run_with_deadline(lambda: release.wait(30), 0.01)
+    with pytest.raises(DeadlineError, match="1 earlier calls that timed out are still running"):
+        run_with_deadline(lambda: 1, 10)
+
+
+def test_jobs_without_a_thread_left_are_given_up(
+    monkeypatch: pytest.MonkeyPatch, release: threading.Event
+) -> None:
+    monkeypatch.setattr(deadlines, "MAX_ABANDONED", 2)
+    hanging: list[int] = []
+    pool: Workers[int, None] = Workers(2, deadline_s=0.02)
+
+    def hang(key: int) -> None:
+        hanging.append(key)
+        release.wait(30)
+
+    for key in range(9):
+        pool.submit(key, lambda key=key: hang(key))
+    given_up: list[int] = []
+    while pool.pending:
+        given_up += [key for key, _ in pool.collect(float("inf"))]
+    assert sorted(given_up) == list(range(9))
+    assert len(hanging) <= 2 + 1  # two lost, and one that was begun when the first was lost
+    pool.close()
