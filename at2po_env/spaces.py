@@ -14,7 +14,6 @@ from gymnasium import Space
 from gymnasium.wrappers.utils import create_zero_array
 
 from at2po_env.errors import EnvError
-from at2po_env.forking.random_state import clone_rng
 
 ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n"
 MAX_SAMPLE = 64
@@ -38,14 +37,6 @@ class Text(Space[str]):
             raise EnvError(f"Text needs max_length >= 0, got {max_length}")
         self.max_length = max_length
         super().__init__(dtype=str, seed=seed)
-
-    def fork(self) -> Text:
-        """Return an equal space whose sampler continues alike and is independent from here on."""
-        twin = Text.__new__(Text)
-        twin.__dict__.update(self.__dict__)
-        if self._np_random is not None:
-            twin._np_random = clone_rng(self._np_random)
-        return twin
 
     @property
     def is_np_flattenable(self) -> bool:

@@ -30,7 +30,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from at2po_env.forking.random_state import clone_random, clone_random_state, clone_rng
+from at2po_env.forking.random_state import clone_rng
 
 Memo = dict[int, Any]
 
@@ -41,7 +41,8 @@ ATOMIC: frozenset[type] = frozenset(
         *(decimal.Decimal, fractions.Fraction, uuid.UUID),
         *(pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath),
         *(np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
-        *(np.float16, np.float32, np.float64, np.complex64, np.complex128, np.str_, np.bytes_, np.dtype),
+        *(np.float16, np.float32, np.float64, np.complex64, np.complex128, np.str_, np.bytes_),
+        *{type(np.dtype(code)) for code in np.typecodes["All"]},
     }
 )
 CONFIG_TYPES = (
@@ -95,12 +96,12 @@ def clone_space(space: Any) -> Any:
 
     Bounds and other arrays are shared: they are never written.
     """
-    fork = getattr(space, "fork", None)
-    if fork is not None:
-        return fork()
     twin: Any = object.__new__(type(space))
-    attributes = {name: _clone_subspaces(value) for name, value in vars(space).items()}
-    twin.__dict__.update(attributes)
+    attributes = twin.__dict__
+    attributes.update(space.__dict__)
+    for name, value in attributes.items():
+        if type(value) not in ATOMIC:  # a sampler, bounds, or spaces inside
+            attributes[name] = _clone_subspaces(value)
     return twin
 
 
@@ -207,12 +208,15 @@ def _copy_space(value: Any, memo: Memo) -> Any:
 
 
 def _copy_rng(value: Any, memo: Memo) -> Any:
-    clone: Callable[[Any], Any]
     if isinstance(value, np.random.Generator):
-        clone = clone_rng
+        twin: Any = clone_rng(value)
+    elif isinstance(value, random.Random):
+        twin = type(value).__new__(type(value))
+        twin.setstate(value.getstate())
     else:
-        clone = clone_random if isinstance(value, random.Random) else clone_random_state
-    return memo.setdefault(id(value), clone(value))
+        twin = np.random.RandomState(0)
+        twin.set_state(value.get_state(legacy=False))
+    return memo.setdefault(id(value), twin)
 
 
 def _copy_object(value: Any, memo: Memo) -> Any:
