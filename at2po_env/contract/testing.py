@@ -171,7 +171,10 @@ class PigEnv(ForkableEnv):
 
     def load_state(self, data: Any) -> PigState:
         """Inverse of `dump_state`."""
-        return PigState(*data)
+        points, turn, over = data
+        if not (type(points) is int and type(turn) is int and type(over) is bool):
+            raise ValueError(f"a game is [points, turn, over], got {data!r:.80}")
+        return PigState(points, turn, over)
 
     def example_actions(self) -> list[str]:
         """Some rolls, a slip of the tongue, and the end."""

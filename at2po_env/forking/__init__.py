@@ -1,9 +1,9 @@
-"""What makes any environment forkable.
+"""Makes any environment forkable.
 
 Read in this order: `base` (the class to inherit, and `snapshot`, `restore`, `fork` for any stack of
-wrappers), `snapshots` (where an environment stands, as one frozen value with a digest), `layers` and
-`capture` (what a wrapper holds), the two JSON modules, `random_state` (generators as values) and
-`frozen` (immutable JSON values).
+wrappers), `snapshots` (the state of an environment as one frozen value with a digest), `layers` and `capture`
+(wrappers are copied by value), `wrapper_state` (the JSON of known wrappers, and how others say what their
+state is), `random_state` (generators as values) and `frozen` (immutable JSON values).
 """
 
 from at2po_env.forking.base import ForkableEnv, fork, restore, snapshot

@@ -2,9 +2,10 @@
 
 A `ForkableEnv` keeps everything that changes during an episode in one immutable value. `fork` hands that
 value to a twin; `snapshot` keeps it; `restore` puts it back. Around it, the state of each wrapper (time
-limits, statistics, normalisers, your own) is copied by value: see `at2po_env.forking.capture`. Samplers
-of the action and observation spaces are the agent's: a fork gets its own that continues alike, a snapshot
-keeps none.
+limits, statistics, normalisers, your own) is copied by value: see `at2po_env.forking.capture`. JSON is
+written of known wrappers and of those that say what their state is: see `at2po_env.forking.wrapper_state`.
+Samplers of the action and observation spaces are the agent's: a fork gets its own that continues alike, a
+snapshot keeps none.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ from typing import Any, Self, TypeVar
 import gymnasium
 import numpy as np
 from gymnasium.utils import seeding
+from gymnasium.wrappers import PassiveEnvChecker
 
 from at2po_env.errors import SnapshotError
 from at2po_env.forking.capture import clone_space
-from at2po_env.forking.json_writer import name_of
-from at2po_env.forking.layers import CapturedLayer, Layer, capture_layers, fork_layers, restore_layers
-from at2po_env.forking.random_state import RngState, build_rng, capture_rng, entropy
-from at2po_env.forking.snapshots import (
-    BaseState,
-    Part,
-    Snapshot,
-    check_stack,
-    read_base,
-    read_layers,
-    write_base,
-    write_layers,
+from at2po_env.forking.layers import (
+    CapturedLayer,
+    Layer,
+    capture_layers,
+    fork_layers,
+    name_of,
+    restore_layers,
+    settle_checker,
 )
+from at2po_env.forking.random_state import RngState, build_rng, capture_rng, entropy
+from at2po_env.forking.snapshots import BaseState, LazyJson, Snapshot, read_base, write_base
+from at2po_env.forking.wrapper_state import check_stack, give_layers, read_layers, write_layers
 
 EnvT = TypeVar("EnvT", bound=gymnasium.Env[Any, Any])
 
@@ -113,13 +114,17 @@ class ForkableEnv(gymnasium.Env[str, str], ABC):
         self.set_state(base.state)
 
     def _fork(self) -> Self:
+        if self._rng is None and self._rng_source is None:
+            self._seed(entropy())
         twin = object.__new__(type(self))
         attributes = twin.__dict__
         attributes.update(self.__dict__)
+        if self._rng is not None:
+            attributes["_rng"], attributes["_rng_source"] = None, capture_rng(self._rng)
         for name in ("action_space", "observation_space"):
             if name in attributes:
                 attributes[name] = clone_space(attributes[name])
-        twin._set_base(self._get_base())
+        twin.set_state(self.get_state())
         return twin
 
 
@@ -152,7 +157,9 @@ def snapshot(env: gymnasium.Env[Any, Any]) -> Snapshot:
     wrappers, base = _unstack(env)
     captured = capture_layers(wrappers, base) if wrappers else ()
     return Snapshot.of(
-        env_id(base), Part(base._get_base(), write_base(base.dump_state)), Part(captured, write_layers)
+        env_id(base),
+        LazyJson(base._get_base(), write_base(base.dump_state)),
+        LazyJson(captured, write_layers),
     )
 
 
@@ -176,21 +183,33 @@ def restore(env: gymnasium.Env[Any, Any], snap: Snapshot) -> None:
     wrappers, base = _unstack(env)
     if snap.env_id != env_id(base):
         raise SnapshotError(f"The snapshot is of {snap.env_id!r} and the environment is {env_id(base)!r}")
-    layers = _layers_of(snap, wrappers)
-    state = snap.state.live
-    base._set_base(read_base(snap.state.json, base.load_state) if state is None else state)
-    if wrappers:
-        restore_layers(wrappers, base, layers)
-
-
-def _layers_of(snap: Snapshot, wrappers: list[Layer]) -> Sequence[CapturedLayer]:
-    """The captured values of each wrapper, after checking that they belong to this stack."""
-    captured: Sequence[CapturedLayer] | None = snap.wrappers.live
-    if captured is None:
-        return read_layers(snap.wrappers.json, wrappers)
+    if snap.state.live is None:
+        _restore_json(env, snap, wrappers, base)
+        return
+    captured: Sequence[CapturedLayer] = snap.wrappers.live
     if [layer.kind for layer in captured] != [type(wrapper) for wrapper in wrappers]:
         check_stack([name_of(layer.kind) for layer in captured], wrappers)
-    return captured
+    base._set_base(snap.state.live)
+    if wrappers:
+        restore_layers(wrappers, base, captured)
+
+
+def _restore_json(
+    env: gymnasium.Env[Any, Any], snap: Snapshot, wrappers: list[Layer], base: ForkableEnv
+) -> None:
+    """Read everything before anything is changed; where a `set_state` still refuses, put all back."""
+    layers = read_layers(snap.wrappers.json, wrappers)
+    state = read_base(snap.state.json, base.load_state)
+    before = snapshot(env)
+    try:
+        base._set_base(state)
+        give_layers(wrappers, layers)
+    except Exception as error:  # foreign code: whatever it raises, the state does not fit it
+        restore(env, before)
+        raise SnapshotError(f"set_state refused the state: {type(error).__name__}: {error}") from error
+    for wrapper in wrappers:
+        if isinstance(wrapper, PassiveEnvChecker):
+            settle_checker(wrapper)
 
 
 def _unstack(env: gymnasium.Env[Any, Any]) -> tuple[list[Layer], ForkableEnv]:

@@ -1,9 +1,9 @@
-"""The wrappers of a stack, each as named values: copied into a twin, kept in a snapshot, put back.
+"""Copies the wrappers of a stack into a twin, keeps their state, and puts it back.
 
-A wrapper class can say more about its attributes than their types do:
+Each attribute of a wrapper is copied by value (`capture`). A wrapper class can say more about its attributes:
 
-- `fork_config = ("name", ...)`: configuration, shared by forks and left alone by `restore`;
-- `fork_volatile = ("name", ...)`: state that does not count when digests are compared, such as clocks.
+- `fork_config = ("name", ...)` names configuration, which forks share and `restore` leaves alone;
+- with `get_state` and `set_state` it says itself what a snapshot keeps (`wrapper_state`).
 
 Most attributes are scalars, and nothing has to be done for them; the memo that keeps aliases aliases is only
 built for a stack that holds something else.
@@ -12,11 +12,11 @@ built for a stack that holds something else.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
-from gymnasium.wrappers import PassiveEnvChecker, RecordEpisodeStatistics
+from gymnasium.wrappers import PassiveEnvChecker
 
 from at2po_env.errors import SnapshotError
 from at2po_env.forking.capture import ATOMIC, Memo, UncapturableError, clone_space, copy_value
@@ -32,13 +32,12 @@ KNOWN_CONFIG: dict[type, tuple[str, ...]] = {
         "_previous_data",
     ),
 }
-KNOWN_VOLATILE: dict[type, tuple[str, ...]] = {
-    RecordEpisodeStatistics: ("episode_start_time", "time_queue"),
-}
+OWN_STATE = "get_state()"
+"""Stands in the place of an attribute's name where a wrapper says itself what its state is."""
 
 
 class LayerRef:
-    """Stands for the n-th layer of a stack, outermost first, inside captured state."""
+    """Stands for one layer of a stack inside captured state."""
 
     __slots__ = ("index",)
 
@@ -53,8 +52,8 @@ class Rules(NamedTuple):
     """How the attributes of one wrapper class are treated."""
 
     config: frozenset[str]
-    volatile: frozenset[str]
     slots: tuple[str, ...]
+    own_state: bool
 
 
 class CapturedLayer(NamedTuple):
@@ -80,18 +79,20 @@ def rules_of(kind: type) -> Rules:
     """Collect the rules of a wrapper class and its bases, once."""
     rules = _RULES.get(kind)
     if rules is None:
-        config, volatile, slots = set(BASE_CONFIG), set[str](), list[str]()
+        config, slots = set(BASE_CONFIG), list[str]()
         for base in kind.__mro__:
             config.update(KNOWN_CONFIG.get(base, ()), vars(base).get("fork_config", ()))
-            volatile.update(KNOWN_VOLATILE.get(base, ()), vars(base).get("fork_volatile", ()))
-            slots.extend(_slots(vars(base).get("__slots__", ())))
-        rules = _RULES[kind] = Rules(frozenset(config), frozenset(volatile), tuple(slots))
+            declared = vars(base).get("__slots__", ())
+            names = [declared] if isinstance(declared, str) else declared
+            slots.extend([name for name in names if name not in ("__dict__", "__weakref__")])
+        own_state = hasattr(kind, "get_state") and hasattr(kind, "set_state")
+        rules = _RULES[kind] = Rules(frozenset(config), tuple(slots), own_state)
     return rules
 
 
-def _slots(declared: str | Iterable[str]) -> list[str]:
-    names = [declared] if isinstance(declared, str) else list(declared)
-    return [name for name in names if name not in ("__dict__", "__weakref__")]
+def name_of(kind: Any) -> str:
+    """Return `module:qualname` of a class."""
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def fork_layers(wrappers: Sequence[Layer], base: Any, child: Any) -> Any:
@@ -107,8 +108,7 @@ def fork_layers(wrappers: Sequence[Layer], base: Any, child: Any) -> Any:
     twins: list[Any] = [child]
     for wrapper in reversed(wrappers):
         kind = type(wrapper)
-        rules = _RULES.get(kind) or rules_of(kind)
-        config = rules.config
+        config, slots, _ = _RULES.get(kind) or rules_of(kind)
         held = wrapper.__dict__
         twin = kind.__new__(kind)
         attributes = twin.__dict__
@@ -117,22 +117,18 @@ def fork_layers(wrappers: Sequence[Layer], base: Any, child: Any) -> Any:
         for name, value in held.items():
             if type(value) not in ATOMIC and name not in config:
                 pending.append((attributes, name, value, kind))
-        slotted = slotted or rules.slots != ()
+        slotted = slotted or slots != ()
         twins.append(twin)
         child = twin
     if pending or slotted:
-        memo = memo_of([base, *reversed(wrappers)], twins)
+        memo = _memo_of([base, *reversed(wrappers)], twins)
         _copy_pending(pending, memo, spaces=True)
         if slotted:
-            _copy_slots(wrappers, twins[:0:-1], memo)
+            for wrapper, twin in zip(wrappers, twins[:0:-1], strict=True):
+                for name in rules_of(type(wrapper)).slots:
+                    if hasattr(wrapper, name):
+                        setattr(twin, name, _copy(type(wrapper), name, getattr(wrapper, name), memo))
     return child
-
-
-def _copy_slots(wrappers: Sequence[Layer], twins: Sequence[Layer], memo: Memo) -> None:
-    for wrapper, twin in zip(wrappers, twins, strict=True):
-        for name in rules_of(type(wrapper)).slots:
-            if hasattr(wrapper, name):
-                setattr(twin, name, _copy(type(wrapper), name, getattr(wrapper, name), memo))
 
 
 def capture_layers(wrappers: Sequence[Layer], base: Any) -> list[CapturedLayer]:
@@ -141,10 +137,14 @@ def capture_layers(wrappers: Sequence[Layer], base: Any) -> list[CapturedLayer]:
     captured = []
     for wrapper in wrappers:
         kind = type(wrapper)
-        config, _, slots = _RULES.get(kind) or rules_of(kind)
+        config, slots, own_state = _RULES.get(kind) or rules_of(kind)
         held = wrapper.__dict__
-        if slots:
+        size = len(held)
+        if own_state:
+            held, size = {OWN_STATE: wrapper.get_state()}, -1  # type: ignore[attr-defined]
+        elif slots:
             held = {**held, **{name: getattr(wrapper, name) for name in slots if hasattr(wrapper, name)}}
+            size = -1
         values = {}
         names = []
         for name, value in held.items():
@@ -153,42 +153,46 @@ def capture_layers(wrappers: Sequence[Layer], base: Any) -> list[CapturedLayer]:
                 if type(value) not in ATOMIC:
                     names.append(name)
                     pending.append((values, name, value, kind))
-        captured.append(CapturedLayer(kind, values, names, -1 if slots else len(held)))
+        captured.append(CapturedLayer(kind, values, names, size))
     if pending:
-        _copy_pending(pending, memo_of([*wrappers, base], LAYERS))
+        _copy_pending(pending, _memo_of([*wrappers, base], LAYERS))
     return captured
 
 
 def restore_layers(wrappers: Sequence[Layer], base: Any, captured: Sequence[CapturedLayer]) -> None:
-    """Give every wrapper exactly its captured attributes; what it has gained since is dropped."""
+    """Give every wrapper exactly its captured attributes; attributes gained since are dropped."""
     memo = None
     for wrapper, (kind, values, names, size) in zip(wrappers, captured, strict=True):
         if names:
-            memo = memo_of(LAYERS, [*wrappers, base]) if memo is None else memo
+            memo = _memo_of(LAYERS, [*wrappers, base]) if memo is None else memo
             values = dict(values)
             _copy_pending([(values, name, values[name], kind) for name in names], memo)
+        config, slots, own_state = _RULES[kind]
+        if own_state:
+            wrapper.set_state(values[OWN_STATE])  # type: ignore[attr-defined]
+            continue
         attributes = wrapper.__dict__
         before = len(attributes)
         attributes.update(values)
         if before != size or len(attributes) != size:
-            _drop_gained(wrapper, values)
-        if kind is PassiveEnvChecker and attributes.get("_previous_data", ()) is None:
-            attributes["_previous_data"] = (None, {})  # never reset: its first step compares with this
+            for name in [*attributes]:
+                if name in slots:
+                    del attributes[name]
+                    setattr(wrapper, name, values[name])
+                elif name not in values and name not in config and name not in SPACES:
+                    del attributes[name]
+        if kind is PassiveEnvChecker:
+            settle_checker(wrapper)
 
 
-def _drop_gained(wrapper: Layer, values: dict[str, Any]) -> None:
-    config, _, slots = rules_of(type(wrapper))
-    attributes = wrapper.__dict__
-    for name in [*attributes]:
-        if name in slots:
-            del attributes[name]
-            setattr(wrapper, name, values[name])
-        elif name not in values and name not in config and name not in SPACES:
-            del attributes[name]
+def settle_checker(wrapper: Layer) -> None:
+    """Let Gymnasium's checker step an episode that it has not seen begin."""
+    if wrapper.__dict__.get("_previous_data", ()) is None:
+        wrapper.__dict__["_previous_data"] = (None, {})  # its first step compares with this
 
 
-def memo_of(old: Sequence[Any], new: Sequence[Any]) -> Memo:
-    """A memo that sends each old layer to the new one."""
+def _memo_of(old: Sequence[Any], new: Sequence[Any]) -> Memo:
+    """Return a memo that sends each old layer to the new one."""
     return dict(zip(map(id, old), new, strict=False))
 
 
@@ -208,9 +212,8 @@ def _copy(kind: type, name: str, value: Any, memo: Memo) -> Any:
     try:
         return copy_value(value, memo)
     except UncapturableError as error:
-        held = type(error.value)
         raise SnapshotError(
-            f"{kind.__name__}.{name} holds a {held.__module__}.{held.__qualname__}, which cannot be copied "
+            f"{kind.__name__}.{name} holds a {name_of(type(error.value))}, which cannot be copied "
             f"({error.why}). Fix: keep it out of the wrapper, or let forks share it as configuration: "
             f'class {kind.__name__}: fork_config = ("{name}",)'
         ) from error

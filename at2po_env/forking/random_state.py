@@ -1,13 +1,11 @@
-"""Random generators as values: captured in a microsecond, rebuilt only when somebody draws.
+"""Keeps random generators as values, which are rebuilt at the first draw.
 
 Building a NumPy generator costs 8 microseconds, reading its state one. A fork therefore keeps the state and
-builds the generator at its first use. Generators of NumPy bit generators that are not part of NumPy are
-refused.
+builds the generator at its first use. Only bit generators that are part of NumPy are supported.
 """
 
 from __future__ import annotations
 
-import random
 import secrets
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,8 +20,14 @@ BIT_GENERATORS: dict[str, type[np.random.BitGenerator]] = {
 }
 
 
+MAX_SEED_WORDS = 1024
+MAX_POOL_SIZE = 64
+_LIMITS = {"has_uint32": 2, "uinteger": 2**32, "pos": 625, "buffer_pos": 5}
+"""Exclusive upper bounds of the numbers in a bit generator's state; NumPy reads memory at `pos` unchecked."""
+
+
 class RngState(NamedTuple):
-    """A generator at rest: the state of its bit generator, and where `spawn` stands.
+    """The state of a bit generator, and how many children it has spawned.
 
     Attributes:
         state: What `bit_generator.state` gave; read-only by convention.
@@ -75,18 +79,75 @@ def clone_rng(generator: np.random.Generator) -> np.random.Generator:
     return build_rng(capture_rng(generator))
 
 
-def clone_random(generator: random.Random) -> random.Random:
-    """The same for the standard library's generator."""
-    twin = type(generator).__new__(type(generator))
-    twin.setstate(generator.getstate())
-    return twin
+def write_rng(state: RngState) -> Any:
+    """Return a captured generator as JSON; arrays become lists."""
+    return {"state": _plain(state.state), "seeds": _plain(state.seeds)}
 
 
-def clone_random_state(generator: np.random.RandomState) -> np.random.RandomState:
-    """The same for NumPy's legacy generator."""
-    twin = np.random.RandomState(0)
-    twin.set_state(generator.get_state(legacy=False))
-    return twin
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def read_rng(data: Any) -> RngState:
+    """Return the captured generator that `write_rng` wrote.
+
+    Every number is checked against its range, because the text may come from outside: NumPy itself would read
+    memory out of bounds, allocate any amount, or draw the same number for ever.
+
+    Raises:
+        SnapshotError: If the value is not what `write_rng` writes.
+    """
+    try:
+        if set(data) != {"state", "seeds"}:
+            raise ValueError("expected the keys state and seeds")
+        kind = BIT_GENERATORS.get(data["state"]["bit_generator"])
+        if kind is None:
+            raise ValueError(f"expected a bit generator among {sorted(BIT_GENERATORS)}")
+        state = _like(kind(0).state, data["state"], "state")
+        inner = state["state"]
+        if inner.get("inc", 1) % 2 == 0 or ("pos" in inner and not inner["key"][1:].any()):
+            raise ValueError("this state would repeat one number for ever")
+        return RngState(state, None if data["seeds"] is None else _read_seeds(data["seeds"]))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise SnapshotError(f"This is not a random generator: {type(error).__name__}: {error}") from error
+
+
+def _like(model: Any, value: Any, name: str) -> Any:
+    """Return `value` if it has the keys, lengths and ranges of `model`, a state that NumPy wrote."""
+    if isinstance(model, dict):
+        if set(value) != set(model):
+            raise ValueError(f"{name} needs the keys {sorted(model)}")
+        return {key: _like(item, value[key], key) for key, item in model.items()}
+    if isinstance(model, str):
+        return model  # the name of the bit generator, which chose the model
+    if isinstance(model, np.ndarray):
+        if not isinstance(value, list) or len(value) != model.size:
+            raise ValueError(f"{name} needs a list of {model.size} numbers")
+        return np.array([_natural(item, 1 << 8 * model.itemsize, name) for item in value], model.dtype)
+    return _natural(value, _LIMITS.get(name, 1 << 128), name)
+
+
+def _read_seeds(data: Any) -> tuple[Any, ...]:
+    entropy, spawn_key, pool_size, spawned = data
+    if not _natural(pool_size, MAX_POOL_SIZE + 1, "pool_size") >= 4:
+        raise ValueError("pool_size is below 4")
+    for words in (entropy, spawn_key):
+        listed = words if isinstance(words, list) else [words]
+        if len(listed) > MAX_SEED_WORDS:
+            raise ValueError(f"a seed has {len(listed)} words, at most {MAX_SEED_WORDS} are read")
+        for word in listed:
+            _natural(word, 1 << 1024, "a seed")
+    return entropy, tuple(spawn_key), pool_size, _natural(spawned, 1 << 32, "spawned children")
+
+
+def _natural(value: Any, limit: int, name: str) -> int:
+    if type(value) is not int or not 0 <= value < limit:
+        raise ValueError(f"{name} is no whole number from 0 to {limit - 1}")
+    return value
 
 
 def next_seed(seed: int) -> int:

@@ -1,38 +1,37 @@
-"""A snapshot: where an environment stands, as one frozen, versioned value with a digest.
+"""A snapshot keeps the state of an environment as one frozen, versioned value with a digest.
 
-Taking one keeps references to immutable state; JSON is written only when somebody asks for `to_json` or
-`digest`. Reading one back never unpickles and never imports anything that the text names.
+Taking one keeps references to immutable state; JSON is written when `to_json` or `digest` is first asked for.
+Reading one back never unpickles, imports nothing, and looks up no class that the text names.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple, Self
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
-from at2po_env.errors import SnapshotError
-from at2po_env.forking.capture import ATOMIC
-from at2po_env.forking.json_reader import Decoder, decode_rng
-from at2po_env.forking.json_writer import Encoder, canonical, encode_rng, name_of
-from at2po_env.forking.layers import CapturedLayer, Layer, rules_of
-from at2po_env.forking.random_state import RngState, build_rng, capture_rng
+from at2po_env.errors import At2poError, SnapshotError
+from at2po_env.forking.layers import name_of
+from at2po_env.forking.random_state import RngState, build_rng, capture_rng, read_rng, write_rng
 
 VERSION = 1
+MAX_CHARACTERS = 64 * 2**20
+"""The longest text that is read."""
 
 
 class BaseState(NamedTuple):
-    """What is kept of the environment under the wrappers."""
+    """The state of the environment under the wrappers: its episode, its generator, and that one's seed."""
 
     state: Any
     rng: int | RngState | None
     seed: int | None
 
 
-class Part:
-    """One half of a snapshot: live values until JSON is asked for, or JSON that was read."""
+class LazyJson:
+    """One half of a snapshot: live values, written as JSON when first asked, or JSON that was read."""
 
     __slots__ = ("_json", "_write", "live")
 
@@ -49,18 +48,35 @@ class Part:
         return self._json
 
     def __repr__(self) -> str:
-        return f"Part({'live' if self._json is None else 'json'})"
+        return f"LazyJson({'live' if self._json is None else 'json'})"
 
 
-def _read_part(value: Any) -> Part:
-    return value if isinstance(value, Part) else Part(data=value)
+def _read_base_half(value: Any) -> LazyJson:
+    if isinstance(value, LazyJson):
+        return value
+    if not isinstance(value, dict) or value.keys() != {"episode", "rng", "seed"}:
+        raise ValueError("expected an object with episode, rng and seed")
+    return LazyJson(data=value)
 
 
-AnyPart = Annotated[Part, PlainValidator(_read_part), PlainSerializer(lambda part: part.json)]
+def _read_wrapper_half(value: Any) -> LazyJson:
+    if isinstance(value, LazyJson):
+        return value
+    if not isinstance(value, list) or not all(
+        isinstance(layer, dict)
+        and layer.keys() == {"class", "state", "clocks"}
+        and isinstance(layer["class"], str)
+        for layer in value
+    ):
+        raise ValueError("expected a list of objects with class, state and clocks")
+    return LazyJson(data=value)
+
+
+_AS_JSON = PlainSerializer(lambda half: half.json)
 
 
 class Snapshot(BaseModel):
-    """Where an environment stands.
+    """The state of an environment and its wrappers.
 
     Attributes:
         version: Version of the JSON layout.
@@ -73,11 +89,11 @@ class Snapshot(BaseModel):
 
     version: int = VERSION
     env_id: str
-    state: AnyPart
-    wrappers: AnyPart
+    state: Annotated[LazyJson, PlainValidator(_read_base_half), _AS_JSON]
+    wrappers: Annotated[LazyJson, PlainValidator(_read_wrapper_half), _AS_JSON]
 
     @classmethod
-    def of(cls, env_id: str, state: Part, wrappers: Part) -> Self:
+    def of(cls, env_id: str, state: LazyJson, wrappers: LazyJson) -> Self:
         """Build a snapshot from values known to be right, without validating them again."""
         snap = cls.__new__(cls)
         values = {"version": VERSION, "env_id": env_id, "state": state, "wrappers": wrappers}
@@ -91,32 +107,47 @@ class Snapshot(BaseModel):
         """Write the snapshot as ASCII JSON, lone surrogates in actions included.
 
         Raises:
-            SnapshotError: If the environment's `dump_state` returns something that is not JSON, or a wrapper
-                holds something that has no JSON form; names where.
+            SnapshotError: If `dump_state`, or a wrapper's `get_state`, returns something that is not JSON, or
+                a wrapper has state that only fork and restore can copy; names where.
         """
-        return _to_text(
-            {
-                "version": self.version,
-                "env_id": self.env_id,
-                "state": self.state.json,
-                "wrappers": self.wrappers.json,
-            }
-        )
+        return self._text(self.wrappers.json, sort_keys=False)
+
+    def _text(self, wrappers: Any, *, sort_keys: bool) -> str:
+        data = {
+            "version": self.version,
+            "env_id": self.env_id,
+            "state": self.state.json,
+            "wrappers": wrappers,
+        }
+        try:
+            return json.dumps(data, sort_keys=sort_keys, allow_nan=False, separators=(",", ":"))
+        except (TypeError, ValueError, RecursionError) as error:
+            path, value = _first_bad(data, "snapshot")
+            raise SnapshotError(
+                f"{path} is {value}, which is not JSON ({error}). Fix: dump_state must return only None, "
+                "bool, int, finite float, str, list and dict with str keys, and so must a wrapper's get_state"
+            ) from error
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Read a snapshot that `to_json` wrote.
+        """Read a snapshot that `to_json` wrote; `restore` checks whether it fits an environment.
 
         Raises:
-            SnapshotError: If the text is not one, or of another version.
+            SnapshotError: If the text is not one, of another version, or longer than 64 MiB.
         """
+        if len(text) > MAX_CHARACTERS:
+            raise SnapshotError(
+                f"This text has {len(text)} characters. Snapshots are read up to {MAX_CHARACTERS}"
+            )
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise SnapshotError(f"This is not a snapshot: {error}. Expected what to_json writes") from error
         found = data.get("version") if isinstance(data, dict) else None
         if found != VERSION:
-            raise SnapshotError(f"This snapshot has version {found!r}; this release reads version {VERSION}")
+            raise SnapshotError(
+                f"This snapshot has version {found!r:.80}; this release reads version {VERSION}"
+            )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -124,15 +155,13 @@ class Snapshot(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the state; equal states have equal digests. Clocks of wrappers do not count."""
-        layers = canonical(
-            [{"class": layer["class"], "attributes": _steady(layer)} for layer in self.wrappers.json or ()]
-        )
-        text = _to_text(
-            {"version": self.version, "env_id": self.env_id, "state": self.state.json, "wrappers": layers},
-            sort_keys=True,
-        )
-        return hashlib.sha256(text.encode("ascii")).hexdigest()
+        """SHA-256 of the state; equal states have equal digests. Clocks of wrappers do not count.
+
+        Raises:
+            SnapshotError: If the snapshot cannot be written as JSON, as in `to_json`.
+        """
+        layers = [{"class": layer["class"], "state": layer["state"]} for layer in self.wrappers.json]
+        return hashlib.sha256(self._text(layers, sort_keys=True).encode("ascii")).hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Snapshot) and (self is other or self.digest == other.digest)
@@ -156,19 +185,12 @@ class Snapshot(BaseModel):
 _FIELDS = {"version", "env_id", "state", "wrappers"}
 
 
-def _to_text(data: Any, *, sort_keys: bool = False) -> str:
-    try:
-        return json.dumps(data, sort_keys=sort_keys, allow_nan=False, separators=(",", ":"))
-    except (TypeError, ValueError, RecursionError) as error:
-        path, value = _first_bad(data, "snapshot")
-        raise SnapshotError(
-            f"{path} is {value}, which is not JSON ({error}). Fix: dump_state must return only None, bool, "
-            "int, finite float, str, list and dict with str keys"
-        ) from error
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _first_bad(data: Any, path: str) -> tuple[str, str]:
-    """Find where a value stops being JSON, breadth first."""
+    """Return where a value stops being JSON and what stands there, searching breadth first."""
     queue = [(path, data)]
     for place, value in queue:
         if isinstance(value, dict):
@@ -187,11 +209,6 @@ def _first_bad(data: Any, path: str) -> tuple[str, str]:
     return path, "too deep or circular"
 
 
-def _steady(layer: dict[str, Any]) -> dict[str, Any]:
-    volatile = layer.get("volatile", ())
-    return {name: value for name, value in layer["attributes"].items() if name not in volatile}
-
-
 def write_base(dump: Callable[[Any], Any]) -> Callable[[BaseState], Any]:
     """Return the function that writes the environment's half with its own `dump_state`."""
 
@@ -201,7 +218,7 @@ def write_base(dump: Callable[[Any], Any]) -> Callable[[BaseState], Any]:
             rng = capture_rng(build_rng(rng))
         return {
             "episode": dump(base.state),
-            "rng": None if rng is None else encode_rng(rng),
+            "rng": None if rng is None else write_rng(rng),
             "seed": base.seed,
         }
 
@@ -210,53 +227,13 @@ def write_base(dump: Callable[[Any], Any]) -> Callable[[BaseState], Any]:
 
 def read_base(data: Any, load: Callable[[Any], Any]) -> BaseState:
     """Read what `write_base` wrote, with the environment's own `load_state`."""
-    if not isinstance(data, dict) or set(data) != {"episode", "rng", "seed"}:
-        raise SnapshotError("The snapshot's state is incomplete. Expected episode, rng and seed")
-    rng = None if data["rng"] is None else decode_rng(data["rng"])
+    rng = None if data["rng"] is None else read_rng(data["rng"])
+    seed = data["seed"]
+    if not (seed is None or (type(seed) is int and -1 <= seed < 1 << 1024)):
+        raise SnapshotError(f"The snapshot's seed is {seed!r:.80}. Expected a whole number from -1, or null")
     try:
-        return BaseState(load(data["episode"]), rng, data["seed"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return BaseState(load(data["episode"]), rng, seed)
+    except At2poError:
+        raise
+    except Exception as error:  # an environment's own code: whatever it raises, the state does not fit it
         raise SnapshotError(f"load_state refused the state: {type(error).__name__}: {error}") from error
-
-
-def write_layers(captured: Sequence[CapturedLayer]) -> list[dict[str, Any]]:
-    """Write the state of every wrapper, outermost first."""
-    encoder = Encoder()
-    layers = []
-    for kind, values, _, _ in captured:
-        attributes = {name: encoder.write(value, f"{kind.__name__}.{name}") for name, value in values.items()}
-        volatile = sorted(rules_of(kind).volatile & values.keys())
-        layers.append({"class": name_of(kind), "attributes": attributes, "volatile": volatile})
-    return [{**layer, "attributes": encoder.finish(layer["attributes"])} for layer in layers]
-
-
-def read_layers(data: Any, wrappers: Sequence[Layer]) -> list[CapturedLayer]:
-    """Read what `write_layers` wrote, against the wrappers that will take it.
-
-    Raises:
-        SnapshotError: If the stacks differ or the text is damaged.
-    """
-    if not isinstance(data, list) or not all(isinstance(layer, dict) for layer in data):
-        raise SnapshotError("The snapshot's wrappers are damaged. Expected a list of objects")
-    check_stack([layer.get("class") for layer in data], wrappers)
-    decoder = Decoder(wrappers)
-    captured = []
-    for layer, wrapper in zip(data, wrappers, strict=True):
-        kind = type(wrapper)
-        values = {
-            name: decoder.decode(item, getattr(wrapper, name, None), f"{kind.__name__}.{name}")
-            for name, item in layer["attributes"].items()
-        }
-        complex_names = [name for name, value in values.items() if type(value) not in ATOMIC]
-        captured.append(CapturedLayer(kind, values, complex_names, -1))
-    return captured
-
-
-def check_stack(captured: Sequence[Any], wrappers: Sequence[Layer]) -> None:
-    """Raise unless the wrappers are those that were captured."""
-    present = [name_of(type(wrapper)) for wrapper in wrappers]
-    if list(captured) != present:
-        raise SnapshotError(
-            f"The snapshot was taken through the wrappers {list(captured)} and this environment has "
-            f"{present}, outermost first. Fix: restore into an environment built by the same call"
-        )

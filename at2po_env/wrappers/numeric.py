@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
-from at2po_env.errors import EnvError
+from at2po_env.errors import EnvError, SnapshotError
 
 Choice = str | Callable[[str], str]
 BYTES = 257
@@ -123,3 +123,13 @@ class NumericView(gymnasium.Wrapper[Any, Any, str, str]):
             return self._decode(ids[: ids.index(0)] if 0 in ids else ids)
         choice = self.choices[int(action)]
         return choice if isinstance(choice, str) else choice(self._text)
+
+    def get_state(self) -> str:
+        """The newest observation as text."""
+        return self._text
+
+    def set_state(self, state: str) -> None:
+        """Continue after an observation."""
+        if not isinstance(state, str):
+            raise SnapshotError(f"NumericView continues from a text, got {type(state).__name__}")
+        self._text = state

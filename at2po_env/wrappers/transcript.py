@@ -7,6 +7,7 @@ from typing import Any, SupportsFloat
 import gymnasium
 from gymnasium.utils import RecordConstructorArgs
 
+from at2po_env.errors import SnapshotError
 from at2po_env.spaces import Text
 
 
@@ -53,3 +54,13 @@ class FullTranscript(gymnasium.Wrapper[str, str, str, str], RecordConstructorArg
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._transcript += action + observation
         return self._transcript, reward, terminated, truncated, {**info, "new": observation}
+
+    def get_state(self) -> str:
+        """The transcript."""
+        return self._transcript
+
+    def set_state(self, state: str) -> None:
+        """Continue a transcript."""
+        if not isinstance(state, str):
+            raise SnapshotError(f"FullTranscript continues from a text, got {type(state).__name__}")
+        self._transcript = state
