@@ -1,4 +1,4 @@
-"""Search on a server: `retriever` (`HttpRetriever`) and what it needs."""
+"""Search on a server over HTTP: `HttpRetriever`, in `retriever`."""
 
 from at2po_env.retrieval.client.retriever import HttpRetriever
 

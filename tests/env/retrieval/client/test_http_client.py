@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 import socket
 import ssl
 import threading
@@ -12,8 +13,8 @@ from at2po_env.data.passages import Passage
 from at2po_env.data.tasks import Task
 from at2po_env.episodes.tool_env import ToolEnv
 from at2po_env.errors import ConfigError, RetrievalError
-from at2po_env.retrieval.client.breaker import CircuitBreaker
-from at2po_env.retrieval.client.retriever import HttpRetriever
+from at2po_env.retrieval.client import retriever as module
+from at2po_env.retrieval.client.retriever import CircuitBreaker, HttpRetriever
 from at2po_env.retrieval.counters import counted
 from at2po_env.retrieval.opening import open_retriever
 from at2po_env.tools.base import ToolContext, call_tool
@@ -133,6 +134,48 @@ def test_nothing_takes_longer_than_the_deadline(fault_server: Callable, fault: C
     assert 0.3 < time.monotonic() - start < 1.2
 
 
+@pytest.mark.parametrize("version", ["HTTP/1.0 200 OK", "HTTP/1.1 200 OK\r\nConnection: close"])
+@pytest.mark.parametrize("length", [True, False], ids=["length", "until the end"])
+def test_a_server_may_close_after_each_answer(fault_server: Callable, version: str, length: bool) -> None:
+    def closes(connection: socket.socket, _request: bytes) -> None:
+        body = json.dumps(FOUND).encode()
+        head = f"{version}\r\n" + (f"Content-Length: {len(body)}\r\n" if length else "") + "\r\n"
+        for part in (head.encode(), body[:20], body[20:]):  # arriving one by one
+            connection.sendall(part)
+            time.sleep(0.02)
+
+    server = fault_server(closes)
+    retriever = client(server.url, retries=0)
+    assert [retriever.search(["a"], 3) for _ in range(5)] == [EXPECTED] * 5
+
+
+@pytest.mark.parametrize("size", ["-5", "-0", "x", "f" * 40])
+def test_a_wrong_size_of_a_chunk_is_a_retrieval_error(fault_server: Callable, size: str) -> None:
+    head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    server = fault_server(lambda connection, _: connection.sendall(f"{head}{size}\r\n[]\r\n".encode()))
+    with pytest.raises(RetrievalError):
+        client(server.url, retries=1).search(["a"], 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_opens_connections_of_its_own(fault_server: Callable) -> None:
+    def keeps(connection: socket.socket, request: bytes) -> None:
+        body = json.dumps(FOUND).encode()
+        while request:
+            connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            request = server.receive(connection)
+
+    server = fault_server(keeps)
+    retriever = client(server.url, retries=0)
+    assert retriever.search(["a"], 3) == EXPECTED
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if retriever.search(["a"], 3) == EXPECTED else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert retriever.search(["a"], 3) == EXPECTED
+    assert len(server.seen) == 2  # connections: the parent's goes on, the child had another
+
+
 def test_a_slow_try_is_given_up_and_tried_again(fault_server: Callable) -> None:
     server = fault_server(silent, GOOD)
     assert client(server.url, attempt_s=0.2).search(["a"], 3) == EXPECTED
@@ -141,7 +184,7 @@ def test_a_slow_try_is_given_up_and_tried_again(fault_server: Callable) -> None:
 def test_an_endless_answer_is_not_read(fault_server: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     server = fault_server(says(b" " * 5000))
     retriever = client(server.url)
-    monkeypatch.setattr(retriever._pool, "_max_bytes", 4000)
+    monkeypatch.setattr(module, "MAX_ANSWER_BYTES", 4000)
     with pytest.raises(RetrievalError, match="larger than 4000 bytes"):
         retriever.search(["a"], 3)
 
