@@ -1,8 +1,8 @@
-r"""Answer normalisation, exact match, token F1 and the reward rules.
+r"""Scores answers: normalisation, exact match (EM), token F1 and the reward rules.
 
 A rule scores the whole response of an episode: the policy's actions and the observations between them, in
-order, without the prompt. EM and F1 are always those of the extracted answer, whatever the format made of the
-reward.
+order, without the prompt. EM and F1 are always those of the extracted answer, even where a wrong format
+decides the reward.
 
 References:
     AT²PO (arXiv 2601.04767): `boxed`. Search-R1 (arXiv 2503.09516): `tag`. Tree-GRPO (arXiv 2509.21240):
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from at2po_env.errors import ConfigError
 
@@ -29,12 +30,14 @@ _CLOSED_ANSWERS = frozenset({"yes", "no", "noanswer"})
 _BOX = "\\boxed{"
 _BRACES = re.compile(r"[{}]")
 
+Golds = str | Iterable[str]
+
 
 class ScoredResponse(NamedTuple):
-    """What a response is worth.
+    """The score of a response.
 
     Attributes:
-        reward: What training sees.
+        reward: The reward for training.
         em: Exact match of the extracted answer, 0.0 or 1.0, independent of the format.
         f1: Token F1 of the extracted answer, independent of the format.
         answer: The extracted answer; None when the response has none, which is not the empty answer.
@@ -50,58 +53,41 @@ class ScoredResponse(NamedTuple):
 
 def normalize_answer(s: str) -> str:
     """Lowercase, drop ASCII punctuation, drop the words a, an and the, collapse spaces, in this order."""
-    return _normalize_short(s) if len(s) <= 200 else _normalize(s)
+    return _normalize(s) if len(s) <= 200 else _normalize.__wrapped__(s)  # only short texts are remembered
 
 
+@lru_cache(maxsize=8192)
 def _normalize(s: str) -> str:
     text = s.lower().translate(_DROP_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
-_normalize_short = lru_cache(maxsize=8192)(_normalize)
+def exact_match(prediction: str, golds: Golds) -> float:
+    """Return 1.0 when the normalised prediction equals any normalised gold, else 0.0; 0.0 without golds."""
+    golds = (golds,) if isinstance(golds, str) else golds
+    return 1.0 if normalize_answer(prediction) in map(normalize_answer, golds) else 0.0
 
 
-def _gold_list(golds: str | Iterable[str]) -> Iterable[str]:
-    return (golds,) if isinstance(golds, str) else golds
-
-
-def exact_match(prediction: str, golds: str | Iterable[str]) -> float:
-    """1.0 when the normalised prediction equals any normalised gold, else 0.0; 0.0 without golds."""
-    normal = normalize_answer(prediction)
-    return 1.0 if any(normalize_answer(gold) == normal for gold in _gold_list(golds)) else 0.0
-
-
-def token_f1(prediction: str, golds: str | Iterable[str]) -> float:
-    """Best F1 over the golds of the multisets of normalised tokens; 0.0 without golds.
+def token_f1(prediction: str, golds: Golds) -> float:
+    """Return the best F1 over the golds of the multisets of normalised tokens; 0.0 without golds.
 
     A gold counts 0 when either side is yes, no or noanswer and they differ, and when no token is shared (so
     two sides that normalise to nothing have F1 0, as in HotpotQA's scorer, although they match exactly).
     """
-    normal = normalize_answer(prediction)
-    return max((_f1(normal, normalize_answer(gold)) for gold in _gold_list(golds)), default=0.0)
-
-
-def _f1(prediction: str, gold: str) -> float:
-    if prediction == gold:
-        return 1.0 if gold else 0.0
-    if prediction in _CLOSED_ANSWERS or gold in _CLOSED_ANSWERS:
-        return 0.0
-    ours, theirs = prediction.split(), gold.split()
-    if set(ours).isdisjoint(theirs):
-        return 0.0
-    left: dict[str, int] = {}
-    for token in theirs:
-        left[token] = left.get(token, 0) + 1
-    shared = 0
-    for token in ours:
-        if left.get(token, 0):
-            left[token] -= 1
-            shared += 1
-    return 2.0 * shared / (len(ours) + len(theirs))
+    normal, best = normalize_answer(prediction), 0.0
+    for gold in map(normalize_answer, (golds,) if isinstance(golds, str) else golds):
+        if normal == gold:
+            best = max(best, 1.0 if gold else 0.0)
+        elif normal not in _CLOSED_ANSWERS and gold not in _CLOSED_ANSWERS:
+            ours, theirs = normal.split(), gold.split()
+            if not set(ours).isdisjoint(theirs):
+                shared = (Counter(ours) & Counter(theirs)).total()
+                best = max(best, 2.0 * shared / (len(ours) + len(theirs)))
+    return best
 
 
 def extract_answer(text: str) -> str | None:
-    """The content of the first completed `<answer>...</answer>`, stripped; None when there is none."""
+    """Return the content of the first completed `<answer>...</answer>`, stripped; None without one."""
     start = text.find("<answer>")
     end = text.find("</answer>", start) if start >= 0 else -1
     if end < 0:
@@ -110,7 +96,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}`, stripped; None without one or with unbalanced braces."""
+    r"""Return the content of the last `\boxed{...}`, stripped; None without one or with unbalanced braces."""
     start = text.rfind(_BOX)
     if start < 0:
         return None
@@ -124,26 +110,23 @@ def extract_boxed(text: str) -> str | None:
 
 
 def format_fault(text: str, *, call_tags: Mapping[str, str] = CALL_TAGS) -> str | None:
-    r"""What is wrong with the format of an AT²PO response; None when nothing is.
+    r"""Return what is wrong with the format of an AT²PO response; None when nothing is.
 
-    Right is: `<think>` and `</think>` equally often and at least once; exactly one `<answer>` and one
-    `</answer>`, in this order; every call tag followed in order by its close, its result tag and that tag's
-    close; `\boxed{` and a `}` inside the answer.
+    In a right format, `<think>` and `</think>` occur equally often and at least once; there is exactly one
+    `<answer>` and one `</answer>`, in this order; every call tag is followed in order by its close, its
+    result tag and that tag's close; and the answer holds `\boxed{` and a `}`.
     """
-    tags = text
-    if len(text) > 2000:  # then collecting the tags costs less than counting in the whole text
-        tags = "".join(_tag_pattern("think", "answer", *call_tags, *call_tags.values()).findall(text))
-    opened, closed = tags.count("<think>"), tags.count("</think>")
+    opened, closed = text.count("<think>"), text.count("</think>")
     if opened != closed or opened == 0:
         return f"{opened} <think> and {closed} </think>, expected equally many and at least one"
-    opened, closed = tags.count("<answer>"), tags.count("</answer>")
+    opened, closed = text.count("<answer>"), text.count("</answer>")
     if opened != 1 or closed != 1:
         return f"{opened} <answer> and {closed} </answer>, expected one of each"
-    start, end = text.rfind("<answer>"), text.rfind("</answer>")
+    start, end = text.find("<answer>"), text.find("</answer>")
     if end < start:
         return "</answer> before <answer>"
     for call, result in call_tags.items():
-        fault = _call_fault(tags, call, result)
+        fault = _call_fault(text, call, result)
         if fault is not None:
             return fault
     if text.find(_BOX, start, end) < 0 or text.find("}", start, end) < 0:
@@ -151,105 +134,35 @@ def format_fault(text: str, *, call_tags: Mapping[str, str] = CALL_TAGS) -> str 
     return None
 
 
-@lru_cache(maxsize=64)
-def _tag_pattern(*names: str) -> re.Pattern[str]:
-    """Matches the opening and closing tags of these names."""
-    return re.compile("</?(?:" + "|".join(map(re.escape, dict.fromkeys(names))) + ")>")
-
-
-def _call_fault(tags: str, call: str, result: str) -> str | None:
-    """The first `<call>` that is not followed by `</call>`, `<result>` and `</result>` in this order."""
+def _call_fault(text: str, call: str, result: str) -> str | None:
+    """Name the first `<call>` that is not followed by `</call>`, `<result>` and `</result>` in this order."""
     opening, close, shown, ended = f"<{call}>", f"</{call}>", f"<{result}>", f"</{result}>"
-    number, start = 1, tags.find(opening)
+    number, start = 1, text.find(opening)
     while start >= 0:
-        closed, results = tags.find(close, start), tags.find(shown, start)
+        closed, results = text.find(close, start), text.find(shown, start)
         if results >= 0 and (closed < 0 or results < closed):
             return f"{opening} number {number}: {shown} comes before {close}"
-        end = tags.find(ended, results) if results >= 0 else -1
+        end = text.find(ended, results) if results >= 0 else -1
         if end < 0:
             missing = close if closed < 0 else shown if results < 0 else ended
             return f"{opening} number {number} is not followed by {missing}"
-        number, start = number + 1, tags.find(opening, end)
+        number, start = number + 1, text.find(opening, end)
     return None
 
 
-def _scored(
-    reward: float | None, answer: str | None, golds: str | Iterable[str], reason: str
-) -> ScoredResponse:
-    """EM and F1 of `answer`; a reward of None means the EM."""
-    if answer is None:
-        return ScoredResponse(0.0 if reward is None else reward, 0.0, 0.0, None, reason)
-    normal = normalize_answer(answer)
-    normal_golds = [normalize_answer(gold) for gold in _gold_list(golds)]
-    em = 1.0 if normal in normal_golds else 0.0
-    f1 = max([_f1(normal, gold) for gold in normal_golds], default=0.0)
-    reason = reason or ("correct" if em else "wrong answer")
-    return tuple.__new__(ScoredResponse, (em if reward is None else reward, em, f1, answer, reason))
-
-
-def _score_boxed(text: str, golds: str | Iterable[str], call_tags: Mapping[str, str]) -> ScoredResponse:
-    fault = format_fault(text, call_tags=call_tags)
-    if fault is None:  # then there is one answer block, and it is found faster from the end
-        block: str | None = text[text.rfind("<answer>") + len("<answer>") : text.rfind("</answer>")]
-    else:
-        block = extract_answer(text)
-    answer = None if block is None else extract_boxed(block)
-    if fault is None and answer is None:
-        fault = "the braces of the last \\boxed{ do not balance"
-    if fault is not None:
-        return _scored(WRONG_FORMAT_REWARD, answer, golds, f"bad format: {fault}")
-    return _scored(None, answer, golds, "")
-
-
-def _score_tag(text: str, golds: str | Iterable[str]) -> ScoredResponse:
-    answer = extract_answer(text)
-    return _scored(None, answer, golds, "no answer: no <answer>...</answer>" if answer is None else "")
-
-
-def score_response(
-    text: str,
-    golds: str | Iterable[str],
-    *,
-    answer_format: str = "boxed",
-    call_tags: Mapping[str, str] | None = None,
-) -> ScoredResponse:
-    r"""Score a whole response.
-
-    Args:
-        text: Actions and observations of the episode in order, without the prompt.
-        golds: The golden answers (a single string is one gold).
-        answer_format: "boxed" (AT²PO): -1 for a wrong format, else the EM of the last `\boxed{...}` of the
-            answer block. "tag" (Search-R1): the EM of `<answer> X </answer>`, no format term. "structured"
-            (Tree-GRPO): `score_structured`.
-        call_tags: Call tag -> result tag of the protocol in use. Default: search and python with `<result>`
-            ("structured": search with `<information>`).
-
-    Raises:
-        ConfigError: Unknown answer format.
-    """
-    if answer_format == "boxed":
-        return _score_boxed(text, golds, CALL_TAGS if call_tags is None else call_tags)
-    if answer_format == "tag":
-        return _score_tag(text, golds)
-    if answer_format == "structured":
-        return score_structured(text, golds, call_tags=INFORMATION_TAGS if call_tags is None else call_tags)
-    raise ConfigError(f"unknown answer_format {answer_format!r}: expected 'boxed', 'tag' or 'structured'")
-
-
 def structure_fault(text: str, *, call_tags: Mapping[str, str] = INFORMATION_TAGS) -> str | None:
-    """What keeps `text` from the structure (think, call, result)*, think, answer; None when nothing does.
+    """Return what keeps `text` from the structure (think, call, result)*, think, answer; None when nothing.
 
     Only white space may stand outside the tags.
     """
-    results = dict(call_tags)
-    tag = _tag_pattern("think", "answer", *results, *results.values())
+    names = "|".join(map(re.escape, ("think", "answer", *call_tags, *call_tags.values())))
     allowed, inside, end = ["think"], "", 0
-    for match in tag.finditer(text):
+    for match in re.finditer(f"</?(?:{names})>", text):
         between, found, end = text[end : match.start()], match[0], match.end()
         if inside:
             if found != f"</{inside}>":
                 return f"{found} inside <{inside}>"
-            allowed = ["answer", *results] if inside == "think" else [results.get(inside, "think")]
+            allowed = ["answer", *call_tags] if inside == "think" else [call_tags.get(inside, "think")]
             if inside == "answer":
                 allowed = []
             inside = ""
@@ -264,52 +177,87 @@ def structure_fault(text: str, *, call_tags: Mapping[str, str] = INFORMATION_TAG
     return "text after the answer" if text[end:].strip() else None
 
 
-def score_structured(
-    text: str, golds: str | Iterable[str], *, call_tags: Mapping[str, str] = INFORMATION_TAGS
-) -> ScoredResponse:
+def score_boxed(text: str, golds: Golds, call_tags: Mapping[str, str] | None = None) -> ScoredResponse:
+    r"""AT²PO's reward: -1 for a wrong format, else the EM of the last `\boxed{...}` of the answer block."""
+    fault = format_fault(text, call_tags=CALL_TAGS if call_tags is None else call_tags)
+    block = extract_answer(text)
+    answer = None if block is None else extract_boxed(block)
+    if fault is None and answer is None:
+        fault = "the braces of the last \\boxed{ do not balance"
+    scored = _score_answer(answer, golds)
+    if fault is not None:
+        return scored._replace(reward=WRONG_FORMAT_REWARD, reason=f"bad format: {fault}")
+    return scored
+
+
+def score_tag(text: str, golds: Golds, call_tags: Mapping[str, str] | None = None) -> ScoredResponse:
+    """Search-R1's reward: the EM of `<answer> X </answer>`, without a format term."""
+    del call_tags
+    scored = _score_answer(extract_answer(text), golds)
+    return (
+        scored if scored.answer is not None else scored._replace(reason="no answer: no <answer>...</answer>")
+    )
+
+
+def score_structured(text: str, golds: Golds, call_tags: Mapping[str, str] | None = None) -> ScoredResponse:
     """Tree-GRPO's reward.
 
     EM with structure 1.0, without 0.8; a wrong answer with structure 0.2, without 0.1; no answer (or a blank
     one): 0.2 with structure, else 0.
     """
-    answer = extract_answer(text) or None
-    fault = structure_fault(text, call_tags=call_tags)
-    scored = _scored(None, answer, golds, "no answer" if answer is None else "")
+    scored = _score_answer(extract_answer(text) or None, golds)
+    fault = structure_fault(text, call_tags=INFORMATION_TAGS if call_tags is None else call_tags)
+    if fault is None:
+        return scored._replace(reward=1.0 if scored.em else 0.2)
+    reward = 0.0 if scored.answer is None else 0.8 if scored.em else 0.1
+    return scored._replace(reward=reward, reason=f"{scored.reason}; bad structure: {fault}")
+
+
+def _score_answer(answer: str | None, golds: Golds) -> ScoredResponse:
+    """Score an extracted answer by its EM."""
     if answer is None:
-        reward = 0.2 if fault is None else 0.0
-    elif scored.em:
-        reward = 1.0 if fault is None else 0.8
-    else:
-        reward = 0.2 if fault is None else 0.1
-    reason = scored.reason if fault is None else f"{scored.reason}; bad structure: {fault}"
-    return scored._replace(reward=reward, reason=reason)
+        return ScoredResponse(0.0, 0.0, 0.0, None, "no answer")
+    golds = (golds,) if isinstance(golds, str) else tuple(golds)
+    em = exact_match(answer, golds)
+    return ScoredResponse(em, em, token_f1(answer, golds), answer, "correct" if em else "wrong answer")
 
 
-class RewardRule(Protocol):
-    """Scores a whole response against the golden answers."""
+RewardRule = Callable[..., ScoredResponse]
+"""Scores a whole response: (text, golds, call_tags=None) -> `ScoredResponse`."""
 
-    def __call__(
-        self, text: str, golds: str | Iterable[str], *, call_tags: Mapping[str, str] | None = None
-    ) -> ScoredResponse:
-        """Score `text`; `call_tags` are those of the protocol in use."""
-        ...
+_RULES: Mapping[str, RewardRule] = {"boxed": score_boxed, "tag": score_tag, "structured": score_structured}
+_ALIASES = {"at2po": "boxed", "search_r1": "tag", "tree_grpo": "structured"}
 
 
 def reward_rule(name: str) -> RewardRule:
-    """The rule called `name`: "boxed", "tag" or "structured" (also "at2po", "search_r1", "tree_grpo").
+    """Return the rule called "boxed", "tag" or "structured" (also "at2po", "search_r1", "tree_grpo").
 
     Raises:
         ConfigError: Unknown name.
     """
-    aliases = {"at2po": "boxed", "search_r1": "tag", "tree_grpo": "structured"}
-    answer_format = aliases.get(name, name)
-    if answer_format not in ("boxed", "tag", "structured"):
-        expected = ", ".join(["boxed", "tag", "structured", *aliases])
+    rule = _RULES.get(_ALIASES.get(name, name))
+    if rule is None:
+        expected = ", ".join([*_RULES, *_ALIASES])
         raise ConfigError(f"unknown reward rule {name!r}: expected one of {expected}")
-
-    def rule(
-        text: str, golds: str | Iterable[str], *, call_tags: Mapping[str, str] | None = None
-    ) -> ScoredResponse:
-        return score_response(text, golds, answer_format=answer_format, call_tags=call_tags)
-
     return rule
+
+
+def score_response(
+    text: str, golds: Golds, *, answer_format: str = "boxed", call_tags: Mapping[str, str] | None = None
+) -> ScoredResponse:
+    r"""Score a whole response.
+
+    Args:
+        text: Actions and observations of the episode in order, without the prompt.
+        golds: The golden answers (a single string is one gold).
+        answer_format: "boxed" (AT²PO): `score_boxed`. "tag" (Search-R1): `score_tag`. "structured"
+            (Tree-GRPO): `score_structured`.
+        call_tags: Call tag -> result tag of the protocol in use. Default: search and python with `<result>`
+            ("structured": search with `<information>`).
+
+    Raises:
+        ConfigError: Unknown answer format.
+    """
+    if answer_format not in _RULES:
+        raise ConfigError(f"unknown answer_format {answer_format!r}: expected 'boxed', 'tag' or 'structured'")
+    return _RULES[answer_format](text, golds, call_tags)
