@@ -1,8 +1,8 @@
 """An episode of text and tools: prompt, turns, tool calls, a final answer.
 
-Read `tool_env` first (the environment), then `episode` (its immutable state), `actions` (what the
-policy wrote, read by a protocol), `prompts`, `schemas` (what a prompt says about tools) and `infos`
-(the infos of many environments).
+Read `tool_env` first (the environment), then `episode` (its immutable state), `actions` (protocols, which
+read what the policy wrote), `prompts` (templates, and how they describe tools) and `infos` (the infos of many
+environments).
 """
 
 from at2po_env.episodes.actions import (

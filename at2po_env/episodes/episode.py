@@ -1,8 +1,8 @@
-"""The immutable state of one episode: its task, the turns so far, the budgets used.
+"""Holds one episode in an immutable `Episode`: its task, the turns so far, the budgets used.
 
 Turns form a linked list from the newest to the oldest, so a fork shares its past instead of copying it and
-costs the same after 100 turns as after one. Everything that walks the list does so in a loop: 10,000 turns
-must not exhaust the interpreter's stack, neither in JSON nor in comparison, copying or pickling.
+costs the same after 100 turns as after one. Comparison, hashing, copying, pickling and JSON walk the list in
+loops, never by recursion: 10,000 turns must not exhaust the interpreter's stack.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Self
 from at2po_env.data.tasks import Task
 from at2po_env.errors import SnapshotError
 from at2po_env.forking.frozen import EMPTY, FrozenDict, freeze, thaw
+
+_new = tuple.__new__  # builds a NamedTuple in a third of the time of its constructor; see benchmarks/env.py
 
 
 class TurnLink(NamedTuple):
@@ -65,7 +67,7 @@ class Episode(NamedTuple):
         tool_calls: Number of tool calls made, failed ones included.
         tool_states: Per tool name, what the tool remembers: frozen JSON values (`frozen.freeze`).
         seed: Seed of the episode; generators are derived from (seed, turn), never stored.
-        ended: Why the episode is over; "" while it runs.
+        ended: Why the episode has ended; "" while it runs.
     """
 
     task: Task
@@ -87,6 +89,37 @@ class Episode(NamedTuple):
     def turns(self) -> list[TurnLink]:
         """The turns so far, oldest first."""
         return turns(self.last)
+
+    def after(
+        self,
+        action: str,
+        observation: str,
+        outcome: str,
+        *,
+        calls: int = 0,
+        tool_states: Mapping[str, Any] | None = None,
+    ) -> Episode:
+        """Return the episode one turn later.
+
+        Args:
+            action: What the policy wrote in the turn.
+            observation: What it was shown.
+            outcome: What the turn was: "tool", "answer", ...
+            calls: Number of tool calls that the turn made.
+            tool_states: What the tools remember now; None leaves it as it is.
+        """
+        task, prompt, last, turn, tool_calls, states, seed, ended = self
+        link = _new(TurnLink, (last, action, observation, 0.0, outcome))
+        if tool_states is not None:
+            states = tool_states
+        return _new(Episode, (task, prompt, link, turn + 1, tool_calls + calls, states, seed, ended))
+
+    def ended_with(self, reward: float, why: str) -> Episode:
+        """Return the episode at its end, with the reward in its last turn."""
+        task, prompt, last, turn, tool_calls, states, seed, _ = self
+        assert last is not None, "an episode ends after a turn"
+        link = _new(TurnLink, (last.previous, last.action, last.observation, reward, last.outcome))
+        return _new(Episode, (task, prompt, link, turn, tool_calls, states, seed, why))
 
 
 def turns(last: TurnLink | None) -> list[TurnLink]:

@@ -1,4 +1,4 @@
-"""The infos of many environments as one dict of arrays, in Gymnasium's layout.
+"""Collects the infos of many environments in one dict of arrays, in Gymnasium's layout.
 
 Every key has an array with one element per environment, and `_key` says which of them are set. Unlike
 Gymnasium's own code, environments may give one key values of different types or shapes: the array is then of
@@ -19,7 +19,7 @@ def add_info(infos: Infos, info: Mapping[str, Any], number: int, count: int) -> 
     """Add the info of one environment.
 
     Args:
-        infos: What has been collected; extended in place.
+        infos: The infos so far; extended in place.
         info: The info of one environment.
         number: Its index.
         count: Number of environments.
@@ -65,27 +65,25 @@ def _plain(value: Any) -> Any:
 
 
 def _put(held: Any, value: Any, number: int, count: int, *, as_object: bool) -> Any:
+    """Put a value into the array of its key; an array of objects takes over where types or shapes differ."""
     array = np.asarray(value) if isinstance(value, bool | int | float | np.number | np.ndarray) else None
-    if as_object or array is None or array.dtype.hasobject:
-        held = np.full(count, None, object) if held is None else _objects(held)
-    elif held is None:
-        held = np.zeros((count, *array.shape), array.dtype)
-    elif held.dtype != array.dtype or held.shape != (count, *array.shape):
-        held = _objects(held)
-    held[number] = _plain(value) if held.dtype.hasobject else value
+    if not as_object and array is not None and not array.dtype.hasobject:
+        if held is None:
+            held = np.zeros((count, *array.shape), array.dtype)
+        if held.dtype == array.dtype and held.shape == (count, *array.shape):
+            held[number] = value
+            return held
+    if held is None or not held.dtype.hasobject:
+        items = [None] * count if held is None else [_plain(item) for item in held]
+        held = np.full(count, None, object)
+        for position, item in enumerate(items):
+            held[position] = item
+    held[number] = _plain(value)
     return held
 
 
-def _objects(held: Any) -> Any:
-    if held.dtype.hasobject:
-        return held
-    objects = np.full(len(held), None, object)
-    for position, item in enumerate(held):
-        objects[position] = _plain(item)
-    return objects
-
-
 def _as_objects(held: Infos, mask: Any, count: int) -> Any:
+    """Turn collected dicts back into one array of dicts."""
     objects = np.full(count, None, object)
     for position in np.flatnonzero(mask):
         objects[position] = info_of(held, int(position))

@@ -1,13 +1,17 @@
-r"""Prompt templates.
+r"""Builds prompts: the templates, and the descriptions of tools that they hold.
 
-`{tools}` becomes the protocol's description of the tools, `{question}` the task's question. Templates are raw
-strings, and the two names are replaced as plain text, so braces and backslashes (`\boxed{...}`) mean
-themselves.
+A template's `{tools}` becomes the protocol's description of the tools, its `{question}` the task's question.
+Templates are raw strings, and the names in braces are replaced as plain text, so all other braces and
+backslashes (`\boxed{...}`) mean themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from pydantic import BaseModel
 
 from at2po_env.data.tasks import Task
 from at2po_env.errors import ConfigError
@@ -39,15 +43,15 @@ PROMPTS = {"boxed": BOXED_PROMPT, "tag": TAG_PROMPT, "structured": TAG_PROMPT, "
 
 
 def make_prompt(prompt: Prompt, *, tools: str, calls: int) -> Callable[[Task], str]:
-    """The function from a task to its prompt.
+    """Make the function from a task to its prompt.
 
     Args:
         prompt: A name of `PROMPTS`, a template that holds `{question}`, or the function itself.
-        tools: Text for `{tools}`.
-        calls: Number for `{calls}`.
+        tools: Replaces `{tools}`.
+        calls: Replaces `{calls}`.
 
     Raises:
-        ConfigError: A template without `{question}`.
+        ConfigError: The template has no `{question}`.
     """
     if callable(prompt):
         return prompt
@@ -58,8 +62,65 @@ def make_prompt(prompt: Prompt, *, tools: str, calls: int) -> Callable[[Task], s
             f"prompt {prompt[:60]!r} holds no {{question}}: expected a template with {{question}}, and "
             f"{{tools}} for the tools' description, or one of the names {', '.join(PROMPTS)}"
         )
+    return lambda task: f"{head}{task.question}{tail}"
 
-    def build(task: Task) -> str:
-        return f"{head}{task.question}{tail}"
 
-    return build
+class ToolSpec(Protocol):
+    """The properties of a tool that prompts and protocols read."""
+
+    name: str
+    description: str
+    Arguments: type[BaseModel]
+
+
+def text_field(model: type[BaseModel]) -> str | None:
+    """Return the field that plain text fills: the only one, or the only required one."""
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    if len(fields) == 1:
+        return next(iter(fields))
+    required = [name for name, field in fields.items() if field.is_required()]
+    return required[0] if len(required) == 1 else None
+
+
+def function_schema(tool: ToolSpec) -> dict[str, Any]:
+    """Describe a tool as chat endpoints do: `{"type": "function", "function": {...}}`.
+
+    The JSON schema of the arguments has no titles, which would only cost tokens.
+    """
+    parameters = tool.Arguments.model_json_schema()
+    parameters.pop("title", None)
+    parameters.pop("description", None)
+    for field in parameters.get("properties", {}).values():
+        field.pop("title", None)
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def argument_lines(model: type[BaseModel]) -> dict[str, str]:
+    """Describe each argument: field -> `(type, optional): description`."""
+    schema = model.model_json_schema()
+    required = schema.get("required", [])
+    lines = {}
+    for name, field in schema.get("properties", {}).items():
+        optional = "" if name in required else ", optional"
+        described = f": {field['description']}" if "description" in field else ""
+        lines[name] = f"({_type_name(field)}{optional}){described}"
+    return lines
+
+
+def _type_name(field: Mapping[str, Any]) -> str:
+    if "enum" in field:
+        return " | ".join(json.dumps(value, ensure_ascii=False) for value in field["enum"])
+    if "anyOf" in field:
+        return " | ".join(_type_name(option) for option in field["anyOf"])
+    if field.get("type") == "array" and "items" in field:
+        return f"list of {_type_name(field['items'])}"
+    return str(field.get("type", "object"))
+
+
+def example_arguments(model: type[BaseModel]) -> dict[str, Any]:
+    """Make arguments for a trial call: the required fields, filled by their types."""
+    values = {"string": "example", "integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
+    schema = model.model_json_schema()
+    fields = schema.get("properties", {})
+    return {name: values.get(str(fields[name].get("type")), "example") for name in schema.get("required", [])}

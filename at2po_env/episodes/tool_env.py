@@ -1,9 +1,9 @@
 """ToolEnv: episodes in which a policy calls tools over several turns, then answers.
 
-The error model: a bad rollout is data. Text that is no action, calls of tools that do not exist,
-arguments that do not fit, tools that fail or hang: each becomes an outcome in `info` and, where the
-episode goes on, an observation. Raised is only what the caller did wrong (stepping an ended episode, a
-task id that does not exist) and bugs.
+The error model: a bad rollout is data. Text that is no action, calls of tools that do not exist, arguments
+that do not fit, and tools that fail or hang become outcomes in `info` and, where the episode goes on,
+observations. `ToolEnv` raises only for mistakes of the caller (stepping an ended episode, a task id that does
+not exist) and for bugs.
 
 The whole episode is one immutable `Episode`, replaced at every turn; everything else of the environment is
 configuration, shared by its forks.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn, SupportsIndex
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 from at2po_env.data.sources import Tasks, as_tasks
 from at2po_env.data.tasks import Task, TaskSource
@@ -26,9 +26,8 @@ from at2po_env.episodes.actions import (
     ToolCall,
     make_protocol,
 )
-from at2po_env.episodes.episode import Episode, TurnLink, dump_episode, load_episode, turns
-from at2po_env.episodes.prompts import Prompt, make_prompt
-from at2po_env.episodes.schemas import example_arguments, function_schema
+from at2po_env.episodes.episode import Episode, dump_episode, load_episode
+from at2po_env.episodes.prompts import Prompt, example_arguments, function_schema, make_prompt
 from at2po_env.errors import ConfigError, DataError, EnvError
 from at2po_env.forking.base import ForkableEnv
 from at2po_env.forking.frozen import EMPTY, FrozenDict, freeze
@@ -43,7 +42,7 @@ MALFORMED_NOTICE = "\nThat was neither a tool call nor a final answer ({reason})
 
 
 class Ending(NamedTuple):
-    """What a reward function sees of an ended episode.
+    """An ended episode, as a reward function sees it.
 
     Attributes:
         task: The task, golden answers included.
@@ -61,11 +60,7 @@ class Ending(NamedTuple):
 
 
 Reward = str | Callable[[Ending], float | ScoredResponse]
-Step = tuple[str, float, bool, bool, dict[str, Any]]
-
-_SHOWN = frozenset({"tool", "tool_error"})  # outcomes whose observation is a formatted result
-
-new = tuple.__new__  # builds a NamedTuple in a third of the time of its constructor; see benchmarks/env.py
+StepResult = tuple[str, float, bool, bool, dict[str, Any]]
 
 
 class ToolEnv(ForkableEnv):
@@ -85,7 +80,7 @@ class ToolEnv(ForkableEnv):
         render_mode: "ansi" makes `render` return the transcript.
 
     Raises:
-        ConfigError, ToolError, DataError: Arguments that make no environment.
+        ConfigError, ToolError, DataError: The arguments do not make an environment.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012 - Gymnasium declares it so
@@ -102,9 +97,23 @@ class ToolEnv(ForkableEnv):
         on_malformed: Literal["end", "notice"] = "end",
         render_mode: str | None = None,
     ) -> None:
-        _check_limits(max_turns, on_malformed, render_mode)
+        problems = []
+        if max_turns < 1:
+            problems.append(f"max_turns={max_turns}: expected at least 1")
+        if on_malformed not in ("end", "notice"):
+            problems.append(f"on_malformed={on_malformed!r}: expected 'end' or 'notice'")
+        if render_mode not in (None, "ansi"):
+            problems.append(f"render_mode={render_mode!r}: expected None or 'ansi'")
+        if not tools:
+            problems.append("tools is empty: expected at least one tool or typed function")
+        if problems:
+            raise ConfigError("; ".join(problems))
         self.tasks: TaskSource = as_tasks(tasks)
-        self.tools: Mapping[str, Tool] = _by_name(tools)
+        self.tools: dict[str, Tool] = {}
+        for tool in map(as_tool, tools):
+            if tool.name in self.tools:
+                raise ConfigError(f"two tools are called {tool.name!r}: names have to differ")
+            self.tools[tool.name] = tool
         self.protocol = make_protocol(protocol, list(self.tools.values()))
         self.max_turns = max_turns
         self.on_malformed = on_malformed
@@ -115,12 +124,11 @@ class ToolEnv(ForkableEnv):
             prompt = "boxed" if reward in ("boxed", "at2po") else "tag"
         described = self.protocol.describe(list(self.tools.values()))
         self._prompt = make_prompt(prompt, tools=described, calls=max_turns - 1)
-        self._reward = _reward_function(reward, self.protocol.call_tags)
-        defused = isinstance(reward, str) and type(self.protocol) in (TaggedProtocol, HermesProtocol)
-        self._blank_result = self.protocol.format_result("") if defused else None
+        self._score = _score_function(reward, self.protocol.call_tags)
+        shipped = type(self.protocol) in (TaggedProtocol, HermesProtocol)
+        self._blank_result = self.protocol.format_result("") if shipped and isinstance(reward, str) else None
         self._parse = getattr(self.protocol, "parse_call", self.protocol.parse)
-        self._format_result = self.protocol.format_result
-        self._starts = any(type(tool).start is not Tool.start for tool in self.tools.values())
+        self._with_state = any(type(tool).start is not Tool.start for tool in self.tools.values())
         self._episode: Episode | None = None
 
     def reset(
@@ -144,13 +152,13 @@ class ToolEnv(ForkableEnv):
         # generator for it would cost more than the rest. It picks the task; the bias is below 1e-12.
         before = self._episode
         drawn = next_seed(self.np_random_seed if seed is not None or before is None else before.seed)
-        task = self._find(options) if options else self.tasks[drawn % len(self.tasks)]
+        task = self._find_task(options) if options else self.tasks[drawn % len(self.tasks)]
         prompt = self._prompt(task)
         states = EMPTY
-        if self._starts:
+        if self._with_state:
             started = {name: freeze(tool.start(task)) for name, tool in self.tools.items()}
             states = FrozenDict({name: state for name, state in started.items() if state is not None})
-        self._episode = new(Episode, (task, prompt, None, 0, 0, states, drawn, ""))
+        self._episode = Episode(task, prompt, None, 0, 0, states, drawn)
         return prompt, {
             "task_id": task.id,
             "question": task.question,
@@ -159,7 +167,21 @@ class ToolEnv(ForkableEnv):
             "turn": 0,
         }
 
-    def step(self, action: str) -> Step:
+    def _find_task(self, options: Mapping[str, Any]) -> Task:
+        unknown = set(options) - {"task_id", "index"}
+        if unknown or len(options) != 1:
+            raise EnvError(f"options {dict(options)!r}: expected {{'task_id': ...}} or {{'index': ...}}")
+        if "index" in options:
+            index = options["index"]
+            if not isinstance(index, SupportsIndex) or not 0 <= operator.index(index) < len(self.tasks):
+                raise EnvError(f"task index {index!r}: expected 0 to {len(self.tasks) - 1}")
+            return self.tasks[operator.index(index)]
+        try:
+            return self.tasks.by_id(options["task_id"])
+        except (KeyError, DataError) as error:
+            raise EnvError(f"no task {options['task_id']!r}: {error.args[0]}") from error
+
+    def step(self, action: str) -> StepResult:
         """Take one turn.
 
         Args:
@@ -175,100 +197,99 @@ class ToolEnv(ForkableEnv):
             EnvError: No episode is running.
         """
         episode = self._episode
-        if episode is None or episode.ended:
-            _refuse_step(episode)
+        if episode is None:
+            raise EnvError("step before the first reset. Fix: call reset first")
+        if episode.ended:
+            raise EnvError(
+                f"the episode ended after turn {episode.turn} ({episode.ended}). Fix: call reset first"
+            )
         if not isinstance(action, str):
-            action = _decoded(action)
+            if not isinstance(action, bytes | bytearray):
+                raise EnvError(f"an action is the text of one turn (str), got {type(action).__name__}")
+            action = action.decode("utf-8", "surrogateescape")
         parsed = self._parse(action)
         if isinstance(parsed, FinalAnswer):
-            return self._end(episode, action, "answer", "", parsed.text)
-        last = episode.turn + 1 >= self.max_turns
+            return self._end(episode.after(action, "", "answer"), "answer", answer=parsed.text)
+        if isinstance(parsed, Malformed) and self.on_malformed == "end":
+            return self._end(episode.after(action, "", "malformed"), "malformed", reason=parsed.reason)
+        if episode.turn + 1 >= self.max_turns:
+            return self._end(episode.after(action, "", "limit"), "max_turns", reason="max_turns")
         if isinstance(parsed, ToolCall):
-            return (
-                self._end(episode, action, "limit", "max_turns")
-                if last
-                else self._call(episode, action, parsed)
-            )
-        if self.on_malformed == "end":
-            return self._end(episode, action, "malformed", parsed.reason)
-        if last:
-            return self._end(episode, action, "limit", "max_turns")
-        return self._notice(episode, action, parsed)
+            return self._call(episode, action, parsed)
+        # The reason stands in the transcript without the tags that the format rules count.
+        reason = parsed.reason.replace("<", "").replace(">", "")
+        observation = MALFORMED_NOTICE.format(reason=reason)
+        if episode.turn + 1 == self.max_turns - 1:
+            observation += LIMIT_NOTICE.lstrip() + "\n"
+        self._episode = episode = episode.after(action, observation, "malformed")
+        info = {"turn": episode.turn, "outcome": "malformed", "reason": parsed.reason}
+        return observation, 0.0, False, False, info
 
-    def _call(self, episode: Episode, action: str, call: ToolCall) -> Step:
-        task, prompt, last, turn, calls, states, seed, _ = episode
-        name = call.name
+    def _call(self, episode: Episode, action: str, call: ToolCall) -> StepResult:
+        """Take a turn that calls a tool."""
+        name, states = call.name, episode.tool_states
         tool = self.tools.get(name)
         if tool is None:
             result = ToolResult(f"there is no tool {name[:80]!r}; tools: {', '.join(self.tools)}", ok=False)
         else:
-            context = ToolContext(task, states.get(name), seed, turn)
+            context = ToolContext(episode.task, states.get(name), episode.seed, episode.turn)
             result = call_tool(tool, call.arguments, context)
         text, state, ok, ends = result
         if state is not UNCHANGED:
             states = FrozenDict({**states, name: state})
-        turn += 1
         shown = text if ok else f"Error: {text}"
-        if turn == self.max_turns - 1 and not ends:
+        if episode.turn + 1 == self.max_turns - 1 and not ends:
             shown += LIMIT_NOTICE
-        observation = self._format_result(shown)
+        observation = self.protocol.format_result(shown)
         outcome = "tool" if ok else "tool_error"
-        info = {"turn": turn, "outcome": outcome, "reason": "" if ok else text, "tool": name}
-        link = new(TurnLink, (last, action, observation, 0.0, outcome))
-        self._episode = episode = new(Episode, (task, prompt, link, turn, calls + 1, states, seed, ""))
-        return self._close(episode, info, "tool", None) if ends else (observation, 0.0, False, False, info)
-
-    def _notice(self, episode: Episode, action: str, parsed: Malformed) -> Step:
-        turn = episode.turn + 1
-        observation = MALFORMED_NOTICE.format(reason=_tagless(parsed.reason))
-        if turn == self.max_turns - 1:
-            observation += LIMIT_NOTICE.lstrip() + "\n"
-        link = TurnLink(episode.last, action, observation, 0.0, "malformed")
-        self._episode = episode._replace(last=link, turn=turn)
-        return observation, 0.0, False, False, {"turn": turn, "outcome": "malformed", "reason": parsed.reason}
+        episode = episode.after(action, observation, outcome, calls=1, tool_states=states)
+        reason = "" if ok else text
+        if ends:
+            return self._end(episode, "tool", reason=reason, tool=name)
+        self._episode = episode
+        info = {"turn": episode.turn, "outcome": outcome, "reason": reason, "tool": name}
+        return observation, 0.0, False, False, info
 
     def _end(
-        self, episode: Episode, action: str, outcome: str, reason: str, answer: str | None = None
-    ) -> Step:
-        task, prompt, last, turn, calls, states, seed, _ = episode
-        link = new(TurnLink, (last, action, "", 0.0, outcome))
-        episode = new(Episode, (task, prompt, link, turn + 1, calls, states, seed, ""))
-        info = {"turn": turn + 1, "outcome": outcome, "reason": reason}
-        return self._close(episode, info, "max_turns" if outcome == "limit" else outcome, answer)
-
-    def _close(self, episode: Episode, info: dict[str, Any], why: str, answer: str | None) -> Step:
-        """Score the episode and end it."""
-        task, prompt, last, turn, calls, states, seed, _ = episode
+        self, episode: Episode, why: str, *, reason: str = "", answer: str | None = None, **more: str
+    ) -> StepResult:
+        """Score an episode whose last turn is taken, and end it."""
+        last = episode.last
         assert last is not None
-        response = self._response(last)
-        reward, em, f1, extracted, score_reason = self._reward(
-            new(Ending, (task, answer, response, states, why))
-        )
-        link = new(TurnLink, (*last[:3], reward, last.outcome))
-        self._episode = new(Episode, (task, prompt, link, turn, calls, states, seed, why))
-        if not info["reason"]:
-            info["reason"] = score_reason
-        info["em"], info["f1"], info["answer"] = em, f1, extracted
-        info["score_reason"], info["task_id"] = score_reason, task.id
+        ending = Ending(episode.task, answer, self._response(episode), episode.tool_states, why)
+        reward, em, f1, extracted, score_reason = self._score(ending)
+        self._episode = episode.ended_with(reward, why)
+        info = {
+            "turn": episode.turn,
+            "outcome": last.outcome,
+            "reason": reason or score_reason,
+            **more,
+            "em": em,
+            "f1": f1,
+            "answer": extracted,
+            "score_reason": score_reason,
+            "task_id": episode.task.id,
+        }
         truncated = why == "max_turns"
         return last.observation, reward, not truncated, truncated, info
 
-    def _response(self, last: TurnLink) -> str:
-        """All actions and observations in order; for the shipped rules without the results' content.
+    def _response(self, episode: Episode) -> str:
+        """Join all actions and observations; for the shipped rules without the results' content.
 
         The rules look at the tags, and the shipped protocols defuse every tag in a result, so its content
         cannot matter unless an answer is open around it; leaving it out makes scoring independent of the
         length of the passages.
         """
-        links, blank = turns(last), self._blank_result
+        links, blank = episode.turns, self._blank_result
         if blank is not None:
-            response = "".join([link[1] + (blank if link[4] in _SHOWN else link[2]) for link in links])
-            if response.find("<answer>", 0, -len(last.action) or None) < 0:
+            shown = ("tool", "tool_error")
+            response = "".join([link[1] + (blank if link[4] in shown else link[2]) for link in links])
+            if response.find("<answer>", 0, -len(links[-1].action) or None) < 0:
                 return response
         return "".join([link.action + link.observation for link in links])
 
     def render(self) -> str | None:
-        """The transcript so far in mode "ansi", else None."""
+        """Return the transcript so far in mode "ansi", else None."""
         if self.render_mode != "ansi":
             return None
         episode = self._episode
@@ -283,7 +304,7 @@ class ToolEnv(ForkableEnv):
         return "\n".join(parts)
 
     def example_actions(self) -> Sequence[str]:
-        """A call of each tool, an answer."""
+        """Return a call of each tool, and an answer."""
         tools = self.tools.values()
         calls = [ToolCall(tool.name, example_arguments(tool.Arguments), "why") for tool in tools]
         return [*map(self.protocol.format_call, calls), "<think>why</think><answer>none</answer>"]
@@ -294,7 +315,7 @@ class ToolEnv(ForkableEnv):
         return [function_schema(tool) for tool in self.tools.values()]
 
     def get_state(self) -> Episode | None:
-        """The episode; None before the first reset."""
+        """Return the episode; None before the first reset."""
         return self._episode
 
     def set_state(self, state: Episode | None) -> None:
@@ -302,76 +323,22 @@ class ToolEnv(ForkableEnv):
         self._episode = state
 
     def dump_state(self, state: Episode | None) -> Any:
-        """The episode as JSON."""
+        """Return the episode as JSON."""
         return None if state is None else dump_episode(state)
 
     def load_state(self, data: Any) -> Episode | None:
-        """The episode that `dump_state` wrote."""
+        """Return the episode that `dump_state` wrote."""
         return None if data is None else load_episode(data)
 
-    def _find(self, options: Mapping[str, Any]) -> Task:
-        unknown = set(options) - {"task_id", "index"}
-        if unknown or len(options) != 1:
-            raise EnvError(f"options {dict(options)!r}: expected {{'task_id': ...}} or {{'index': ...}}")
-        if "index" in options:
-            index = options["index"]
-            if not isinstance(index, SupportsIndex) or not 0 <= operator.index(index) < len(self.tasks):
-                raise EnvError(f"task index {index!r}: expected 0 to {len(self.tasks) - 1}")
-            return self.tasks[operator.index(index)]
-        try:
-            return self.tasks.by_id(options["task_id"])
-        except (KeyError, DataError) as error:
-            raise EnvError(f"no task {options['task_id']!r}: {error.args[0]}") from error
 
-
-def _refuse_step(episode: Episode | None) -> NoReturn:
-    if episode is None:
-        raise EnvError("step before the first reset. Fix: call reset first")
-    raise EnvError(f"the episode ended after turn {episode.turn} ({episode.ended}). Fix: call reset first")
-
-
-def _decoded(action: object) -> str:
-    if isinstance(action, bytes | bytearray):
-        return action.decode("utf-8", "surrogateescape")
-    raise EnvError(f"an action is the text of one turn (str), got {type(action).__name__}")
-
-
-def _tagless(reason: str) -> str:
-    """A reason that may stand in a transcript: without the tags that the format rules count."""
-    return reason.replace("<", "").replace(">", "")
-
-
-def _check_limits(max_turns: int, on_malformed: str, render_mode: str | None) -> None:
-    problems = []
-    if max_turns < 1:
-        problems.append(f"max_turns={max_turns}: expected at least 1")
-    if on_malformed not in ("end", "notice"):
-        problems.append(f"on_malformed={on_malformed!r}: expected 'end' or 'notice'")
-    if render_mode not in (None, "ansi"):
-        problems.append(f"render_mode={render_mode!r}: expected None or 'ansi'")
-    if problems:
-        raise ConfigError("; ".join(problems))
-
-
-def _by_name(tools: Sequence[Tool | Callable[..., Any]]) -> Mapping[str, Tool]:
-    found: dict[str, Tool] = {}
-    for tool in map(as_tool, tools):
-        if tool.name in found:
-            raise ConfigError(f"two tools are called {tool.name!r}: names have to differ")
-        found[tool.name] = tool
-    if not found:
-        raise ConfigError("tools is empty: expected at least one tool or typed function")
-    return found
-
-
-def _reward_function(reward: Reward, call_tags: Mapping[str, str]) -> Callable[[Ending], ScoredResponse]:
+def _score_function(reward: Reward, call_tags: Mapping[str, str]) -> Callable[[Ending], ScoredResponse]:
+    """Return the function that scores an ending, by a rule's name or by the user's own function."""
     if isinstance(reward, str):
         rule = reward_rule(reward)
         return lambda ending: rule(ending.response, ending.task.golden_answers, call_tags=call_tags)
-    own = reward
 
     def score(ending: Ending) -> ScoredResponse:
-        value = own(ending)
+        value = reward(ending)
         if isinstance(value, ScoredResponse):
             return value
         golds, answer = ending.task.golden_answers, ending.answer
