@@ -1,4 +1,8 @@
-"""Tools an agent can call."""
+"""Tools that an agent can call.
+
+Read `base` first (a tool and how it is called), then `function` (tools from typed functions), `search`,
+`calculator` and `python`.
+"""
 
 from at2po_env.tools.base import UNCHANGED, Tool, ToolContext, ToolResult, call_tool
 from at2po_env.tools.calculator import CalculatorTool

@@ -1,12 +1,11 @@
-"""What a tool is, and how it is called: validated, within its time, retried a bounded number of times.
+"""Defines tools and calls them: with valid arguments, within their time, retried a bounded number of times.
 
 The error model: a tool that fails is data. Arguments that do not fit, a time-out and every exception in
-`Tool.failures` become a `ToolResult` with `ok=False` whose text says why; the episode goes on. Anything else
-raises, because it is a bug in our own code.
+`Tool.failures` become a `ToolResult` with `ok=False` whose text says why; the episode goes on. Any other
+exception is a bug and raises.
 
-A tool keeps nothing between calls. What an episode has to remember is its *state*: an immutable JSON value
-that is handed in with the context and given back with the result, so that a forked episode shares and never
-disturbs it.
+A tool keeps nothing between calls. An episode's memory of it is its *state*: an immutable JSON value that
+comes with the context and goes back with the result, so that a forked episode shares and never disturbs it.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -41,10 +41,10 @@ UNCHANGED: Any = _Unchanged()
 
 
 class ToolResult(NamedTuple):
-    """What a call shows and leaves behind.
+    """The result of a call.
 
     Attributes:
-        text: What the policy sees.
+        text: The text that the policy sees.
         state: The tool's new per-episode state; `UNCHANGED` keeps the old one.
         ok: False when the call failed; `text` then says why.
         ends: True when this call is the end of the episode (an order placed, a game won).
@@ -57,7 +57,7 @@ class ToolResult(NamedTuple):
 
 
 class ToolContext:
-    """What a call may know of its episode.
+    """The part of an episode that a call may know.
 
     Attributes:
         task: The episode's task.
@@ -81,10 +81,6 @@ class ToolContext:
         if self._rng is None:
             self._rng = np.random.default_rng([self.seed, self.turn])
         return self._rng
-
-    def again(self) -> ToolContext:
-        """The same context with its generator at the start, for another attempt."""
-        return ToolContext(self.task, self.state, seed=self.seed, turn=self.turn)
 
 
 class Tool(ABC):
@@ -117,7 +113,7 @@ class Tool(ABC):
             cls.failures = (*cls.failures, DeadlineError)
 
     def start(self, task: Task) -> Any:
-        """The tool's state at the start of an episode about `task`: a JSON value."""
+        """Return the tool's state at the start of an episode about `task`: a JSON value."""
         del task
         return None
 
@@ -139,7 +135,7 @@ class Tool(ABC):
 
 
 def call_tool(tool: Tool, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-    """Call a tool; what fails is a result, never an exception.
+    """Call a tool; a failure is a result, never an exception.
 
     Args:
         tool: The tool.
@@ -152,50 +148,49 @@ def call_tool(tool: Tool, arguments: Mapping[str, Any], context: ToolContext) ->
     try:
         checked = tool.validate(arguments)
     except ValidationError as error:
-        return _failure(f"wrong arguments for {tool.name}: {_explain(error)}")
-    try:
-        result = tool.run(checked, context) if tool.timeout_s is None else _attempt(tool, checked, context)
-    except tool.failures as error:
-        return _retry(tool, checked, context, error)
+        # One line per wrong field, without echoing the input.
+        faults = error.errors(include_url=False, include_context=False, include_input=False)[:5]
+        places = [".".join(str(part)[:80] for part in fault["loc"]) for fault in faults]
+        lines = [
+            f"{place}: {f['msg']}" if place else f["msg"] for place, f in zip(places, faults, strict=True)
+        ]
+        return _failure(f"wrong arguments for {tool.name}: {'; '.join(lines)}")
+    attempt = 0
+    while True:
+        try:
+            if tool.timeout_s is None:
+                result = tool.run(checked, context)
+            else:
+                call = partial(tool.run, checked, context)
+                result = run_with_deadline(call, tool.timeout_s, name=tool.name)
+            break
+        except tool.failures as error:
+            if attempt == tool.retries:
+                tries = f" ({tool.retries + 1} attempts)" if tool.retries else ""
+                return _failure(f"{tool.name} failed{tries}: {_message(error)}")
+        time.sleep(min(tool.backoff_s * 2**attempt, MAX_BACKOFF_S))
+        attempt += 1
+        context = ToolContext(context.task, context.state, context.seed, context.turn)  # a fresh generator
     if type(result) is str and result.isascii() and len(result) <= tool.max_chars:
         return tuple.__new__(ToolResult, (result, UNCHANGED, True, False))  # as its constructor, faster
-    return _shown(result, tool.max_chars)
-
-
-def _attempt(tool: Tool, checked: Any, context: ToolContext) -> Any:
-    if tool.timeout_s is None:
-        return tool.run(checked, context)
-    return run_with_deadline(lambda: tool.run(checked, context), tool.timeout_s, name=tool.name)
-
-
-def _retry(tool: Tool, checked: Any, context: ToolContext, error: Exception) -> ToolResult:
-    for retry in range(tool.retries):
-        time.sleep(min(tool.backoff_s * 2**retry, MAX_BACKOFF_S))
-        try:
-            result = _attempt(tool, checked, context.again())
-        except tool.failures as another:
-            error = another
-        else:
-            return _shown(result, tool.max_chars)
-    tries = f" ({tool.retries + 1} attempts)" if tool.retries else ""
-    return _failure(f"{tool.name} failed{tries}: {_message(error)}")
-
-
-def _shown(result: Any, max_chars: int) -> ToolResult:
     if not isinstance(result, ToolResult):
-        result = ToolResult(_text(result))
+        if result is None:
+            result = ""
+        elif not isinstance(result, str):
+            result = json.dumps(result, ensure_ascii=False, default=str)
+        result = ToolResult(result)
     text, state, ok, ends = result
-    if len(text) > max_chars:
-        text = f"{text[:max_chars]}\n[cut: {len(text):,} characters in all]"
-    if not text.isascii():
-        text = encodable(text)
+    if len(text) > tool.max_chars:
+        text = f"{text[: tool.max_chars]}\n[cut: {len(text):,} characters in all]"
     if state is not UNCHANGED:
         state = freeze(state)
-    return ToolResult(text, state, ok, ends)
+    return ToolResult(encodable(text), state, ok, ends)
 
 
 def encodable(text: str) -> str:
-    """`text` with lone surrogates, which no tokenizer takes, replaced by '?'."""
+    """Replace lone surrogates, which no tokenizer takes, by '?'."""
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -203,18 +198,12 @@ def encodable(text: str) -> str:
     return text
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
-
-
 def _failure(reason: str) -> ToolResult:
     return ToolResult(encodable(reason[:MAX_ERROR_CHARS]), UNCHANGED, ok=False)
 
 
 def _message(error: Exception) -> str:
-    """What went wrong; the class is named unless the message was written for the reader."""
+    """Say what went wrong; the class is named unless the message was written for the reader."""
     try:
         text = str(error)
     except Exception:  # noqa: BLE001 - a user's exception may fail to describe itself
@@ -222,14 +211,3 @@ def _message(error: Exception) -> str:
     if isinstance(error, ToolError | RetrievalError | TimeoutError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _explain(error: ValidationError) -> str:
-    """One line per wrong field, without echoing the input."""
-    faults = error.errors(include_url=False, include_context=False, include_input=False)
-    return "; ".join(
-        ".".join(str(part)[:80] for part in fault["loc"]) + ": " + fault["msg"]
-        if fault["loc"]
-        else fault["msg"]
-        for fault in faults[:5]
-    )

@@ -1,4 +1,4 @@
-"""Tools from plain typed functions."""
+"""Makes tools from plain typed functions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from at2po_env.data.tasks import Task
 from at2po_env.errors import ToolError
 from at2po_env.tools.base import Tool, ToolContext
 
-_PREFIX = (
-    "argument_"  # so that an argument may be called `json`, `copy` or `_x`, which pydantic fields may not
-)
+_PREFIX = "argument_"  # lets an argument be called `json`, `copy` or `_x`, which pydantic fields may not be
 
 
 class FunctionTool(Tool):
@@ -40,7 +38,7 @@ class FunctionTool(Tool):
         self.function = function
         self.name = name or label
         doc = inspect.getdoc(function) or ""
-        self.description = description or _first_paragraph(doc)
+        self.description = description or " ".join(doc.strip().split("\n\n")[0].split())
         if not self.description:
             raise ToolError(f"tool {self.name!r} has no description: write a docstring or pass description=")
         self.timeout_s, self.retries = timeout_s, retries
@@ -48,7 +46,7 @@ class FunctionTool(Tool):
         self._context_name, self._names, self.Arguments = _model(self.name, function, doc)
 
     def start(self, task: Task) -> Any:
-        """The declared initial state, or what it returns for this task."""
+        """Return the declared initial state, or call it with the task where it is a function."""
         return self._state(task) if callable(self._state) else self._state
 
     def run(self, arguments: Any, context: ToolContext) -> Any:
@@ -59,7 +57,7 @@ class FunctionTool(Tool):
         return self.function(**values)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The function itself, so that a decorated function stays callable."""
+        """Call the function itself, so that a decorated function stays callable."""
         return self.function(*args, **kwargs)
 
 
@@ -82,7 +80,7 @@ def tool(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Make a tool from a typed function: the signature is the schema, the docstring the description.
 
     A parameter called `context`, or annotated with `ToolContext`, gets the call's context and is no argument.
-    Whatever exception the function raises is a failure of the tool: recorded and shown, never raised.
+    Any exception that the function raises is a failure of the tool: recorded and shown, never raised.
 
     Args:
         function: The function; every parameter needs a type.
@@ -106,7 +104,7 @@ def tool(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
 
 def as_tool(value: Tool | Callable[..., Any]) -> Tool:
-    """`value` if it is a tool, else the tool made from the function.
+    """Return `value` if it is a tool, else the tool made from the function.
 
     Raises:
         ToolError: Neither, or not usable as a tool.
@@ -121,7 +119,7 @@ def as_tool(value: Tool | Callable[..., Any]) -> Tool:
 def _model(
     name: str, function: Callable[..., Any], doc: str
 ) -> tuple[str | None, tuple[str, ...], type[BaseModel]]:
-    """(name of the context parameter, names of the arguments, model of the arguments)."""
+    """Return the context parameter's name, the arguments' names, and the model of the arguments."""
     try:
         parameters = inspect.signature(function, eval_str=True).parameters
     except (NameError, TypeError, ValueError) as error:
@@ -133,7 +131,12 @@ def _model(
         if parameter.annotation is ToolContext or parameter.name == "context":
             context_name = parameter.name
             continue
-        _check_parameter(name, parameter)
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ToolError(f"tool {name!r}: parameter {parameter} must be an ordinary, named one")
+        if parameter.annotation is parameter.empty:
+            raise ToolError(
+                f"tool {name!r}: parameter {parameter.name!r} needs a type, e.g. {parameter.name}: str"
+            )
         default = ... if parameter.default is parameter.empty else parameter.default
         field = Field(default, alias=parameter.name, description=described.get(parameter.name))
         fields[_PREFIX + parameter.name] = (parameter.annotation, field)
@@ -145,21 +148,8 @@ def _model(
     return context_name, tuple(key.removeprefix(_PREFIX) for key in fields), model
 
 
-def _check_parameter(name: str, parameter: inspect.Parameter) -> None:
-    if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-        raise ToolError(f"tool {name!r}: parameter {parameter} must be an ordinary, named one")
-    if parameter.annotation is parameter.empty:
-        raise ToolError(
-            f"tool {name!r}: parameter {parameter.name!r} needs a type, e.g. {parameter.name}: str"
-        )
-
-
-def _first_paragraph(doc: str) -> str:
-    return " ".join(doc.strip().split("\n\n")[0].split())
-
-
 def _described_arguments(doc: str) -> Mapping[str, str]:
-    """Argument -> description, from the Args section of a Google-style docstring."""
+    """Read each argument's description from the Args section of a Google-style docstring."""
     _, _, section = doc.partition("\nArgs:\n")
     described: dict[str, str] = {}
     last = ""

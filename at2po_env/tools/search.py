@@ -1,4 +1,4 @@
-"""Search over a retriever: the top passages, each cut to a length."""
+"""Searches a retriever and shows the top passages, each cut to a length."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ class SearchTool(Tool):
         self.max_chars = topk * (max_chars + 1000)  # the passages are cut one by one; this only bounds titles
 
     def validate(self, arguments: Mapping[str, Any]) -> Any:
-        """The query; a lone string needs no model to be checked."""
+        """Return the query; a lone string is right without the model."""
         query = arguments.get("query")
         if type(query) is str and len(arguments) == 1:
             return query
         return SearchArguments.model_validate(arguments).query
 
     def retriever_for(self, task: Task) -> Retriever:
-        """The retriever of this task's corpus: the same for all, unless a subclass says otherwise."""
+        """Return the retriever of this task's corpus; a subclass may have one per task."""
         del task
         return self.retriever
 
@@ -89,9 +89,7 @@ class SearchTool(Tool):
             raise ToolError(
                 f"query of {len(query):,} characters, at most {self.max_query_chars:,} are searched for"
             )
-        if not query.isascii():
-            query = encodable(query)
-        passages = self.retriever_for(context.task).search([query], self.topk)[0]
+        passages = self.retriever_for(context.task).search([encodable(query)], self.topk)[0]
         cut = self.passage_chars
         lines = [f"Doc {i}(Title: {p.title}) {p.text[:cut]}" for i, p in enumerate(passages, 1)]
         return "\n".join(lines) if lines else NO_RESULTS

@@ -1,4 +1,8 @@
-"""Other views of a text environment: the whole transcript, and numbers for value-based and SB3 agents."""
+"""Other views of a text environment.
+
+`transcript` shows the whole transcript at every turn; `numeric` shows numbers, for value-based and
+Stable-Baselines3 agents.
+"""
 
 from at2po_env.wrappers.numeric import NumericView
 from at2po_env.wrappers.transcript import FullTranscript

@@ -1,4 +1,4 @@
-"""Numbers instead of text: what value-based agents and Stable-Baselines3 can read and write."""
+"""Shows numbers instead of text, for value-based agents and Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ BYTES = 257
 
 
 def encode_bytes(text: str) -> list[int]:
-    """UTF-8 bytes plus one, so that 0 is free for padding; lone surrogates are kept."""
+    """Return the UTF-8 bytes plus one, so that 0 is free for padding; lone surrogates are kept."""
     return [byte + 1 for byte in text.encode("utf-8", "surrogatepass")]
 
 
 def decode_bytes(ids: Sequence[int]) -> str:
-    """Inverse of `encode_bytes`; what is not UTF-8 becomes U+FFFD."""
+    """Invert `encode_bytes`; bytes that are not UTF-8 become U+FFFD."""
     return bytes([number - 1 for number in ids]).decode("utf-8", "replace")
 
 
@@ -36,7 +36,7 @@ class NumericView(gymnasium.Wrapper[Any, Any, str, str]):
     Args:
         env: A text environment.
         length: Ids per observation.
-        choices: What the agent can say: texts, or functions from the newest observation text to a text.
+        choices: The actions to choose from: texts, or functions from the newest observation text to a text.
         action_length: Ids per action; used without choices.
         encode: Text to ids from 1 to `vocabulary - 1`. Default: UTF-8 bytes plus one.
         decode: Ids to text.
@@ -100,7 +100,7 @@ class NumericView(gymnasium.Wrapper[Any, Any, str, str]):
         return self.observe(self._text), info
 
     def step(self, action: Any) -> tuple[npt.NDArray[Any], SupportsFloat, bool, bool, dict[str, Any]]:
-        """Take one turn; `info["action"]` is the text that was written."""
+        """Take one turn; `info["action"]` is the text of the action."""
         written = self.write(action)
         self._text, reward, terminated, truncated, info = self.env.step(written)
         return self.observe(self._text), reward, terminated, truncated, {**info, "action": written}

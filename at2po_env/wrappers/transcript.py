@@ -14,7 +14,7 @@ from at2po_env.spaces import Text
 class FullTranscript(gymnasium.Wrapper[str, str, str, str], RecordConstructorArgs):
     r"""The observation is everything so far: the prompt, then actions and observations in order.
 
-    What is new stands in `info["new"]`. The transcript is state: a fork continues its own.
+    The new part stands in `info["new"]`. The transcript is state: a fork continues its own.
 
     Args:
         env: A text environment.
@@ -50,7 +50,7 @@ class FullTranscript(gymnasium.Wrapper[str, str, str, str], RecordConstructorArg
         return self._transcript, {**info, "new": self._transcript}
 
     def step(self, action: str) -> tuple[str, SupportsFloat, bool, bool, dict[str, Any]]:
-        """Take one turn; the transcript grows by the action and by what is newly shown."""
+        """Take one turn; the transcript grows by the action and the observation."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._transcript += action + observation
         return self._transcript, reward, terminated, truncated, {**info, "new": observation}

@@ -12,7 +12,7 @@ from typing import Any
 import gymnasium
 import pytest
 from at2po_envs.search_qa import making
-from at2po_envs.search_qa.questions import normalize_question
+from at2po_envs.search_qa.making import normalize_question
 from helpers.paths import REAL_DATA
 
 import at2po_env

@@ -1,6 +1,6 @@
-"""Entry points of the search-QA ids: from keyword arguments to an environment.
+"""Makes the search-QA environments from the keyword arguments of `gymnasium.make`.
 
-Nothing here reaches the network: data comes from the paths given, else from the cache that `at2po data get`
+Nothing here reaches the network: data comes from the given paths, else from the cache that `at2po data get`
 fills, else from the sample that ships with the package, with a warning.
 """
 
@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from at2po_env import SearchTool, TextVectorEnv, ToolEnv, vector
-from at2po_env.data import load_qa, resolve_corpus, resolve_dataset
+from at2po_env.data import Task, TaskSource, load_qa, resolve_corpus, resolve_dataset
 from at2po_env.episodes.actions import ActionProtocol
 from at2po_env.episodes.prompts import Prompt
 from at2po_env.retrieval import Retriever, open_retriever
 from at2po_envs.search_qa.miniwiki import make_miniwiki
-from at2po_envs.search_qa.questions import Questions
 
 
 def make(*, name: str, **options: Any) -> ToolEnv:
@@ -63,7 +62,7 @@ def make_qa(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
         protocol: "tagged" (AT²PO), "search_r1" (results in `<information>`) or "hermes" (JSON tool calls).
         answer_format: The reward: "boxed" (AT²PO: -1 for a wrong format, else the EM of `\boxed{}`), "tag"
             (Search-R1: the EM of `<answer>`) or "structured" (Tree-GRPO).
-        on_malformed: "end" (AT²PO) or "notice" (Search-R1): what a turn without call and answer leads to.
+        on_malformed: A turn without call and answer leads to the "end" (AT²PO) or to a "notice" (Search-R1).
         prompt: Another prompt: a template, a name, or a function of the task.
         tool_timeout_s: Seconds a search may take. Default: no limit, for retrievers within the process.
         tool_retries: Further attempts of a failed search.
@@ -71,7 +70,8 @@ def make_qa(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
     """
     tasks = Questions(load_qa(resolve_dataset(name, split, dataset)))
     if isinstance(retriever, str):
-        path = None if _is_remote(retriever) else resolve_corpus(name, corpus)
+        remote = retriever == "http" or retriever.startswith(("http://", "https://"))
+        path = None if remote else resolve_corpus(name, corpus)
         retriever = open_retriever(retriever, path, **(retriever_options or {}))
     tool = SearchTool(retriever, topk=topk, timeout_s=tool_timeout_s, retries=tool_retries)
     return ToolEnv(
@@ -86,5 +86,31 @@ def make_qa(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
     )
 
 
-def _is_remote(retriever: str) -> bool:
-    return retriever == "http" or retriever.startswith(("http://", "https://"))
+class Questions:
+    """A source of tasks whose questions are as the benchmarks put them: stripped, with a question mark."""
+
+    def __init__(self, source: TaskSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        """Return the number of tasks."""
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Task:
+        """Return the task at `index`."""
+        return _normalized(self.source[index])
+
+    def by_id(self, task_id: str) -> Task:
+        """Return the task with this id."""
+        return _normalized(self.source.by_id(task_id))
+
+
+def _normalized(task: Task) -> Task:
+    question = normalize_question(task.question)
+    return task if question == task.question else task._replace(question=question)
+
+
+def normalize_question(question: str) -> str:
+    """Strip, and append "?" if it is missing."""
+    question = question.strip()
+    return question if question.endswith("?") else question + "?"

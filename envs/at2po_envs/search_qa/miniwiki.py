@@ -1,4 +1,4 @@
-"""MiniWiki as an environment: every question is searched for in the passages of its own world."""
+"""Makes the MiniWiki environment: each question is answered from the passages of its own world."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class WorldSearchTool(SearchTool):
         self._namesakes = tasks.namesakes
 
     def retriever_for(self, task: Task) -> Retriever:
-        """The index of the task's world, built when it is first searched."""
+        """Return the index of the task's world, built when it is first searched."""
         return world_retriever(int(task.metadata["world"]), self._split, self._namesakes)
 
 
 @lru_cache(maxsize=512)
 def world_retriever(seed: int, split: Split, namesakes: float = 0.0) -> Retriever:
-    """The index of one world, built once per process."""
+    """Return the index of one world, built once per process."""
     return Bm25Retriever.from_passages(make_world(seed, split, namesakes=namesakes).passages)
 
 
@@ -38,7 +38,7 @@ def world_retriever(seed: int, split: Split, namesakes: float = 0.0) -> Retrieve
 def _tasks(
     split: Split, worlds: int, first_world: int, hops: tuple[int | str, ...], seed: int, namesakes: float
 ) -> MiniWikiTasks:
-    """Immutable, so all environments of a process share them."""
+    """Make the tasks; they are immutable, so all environments of a process share them."""
     return MiniWikiTasks(
         split, worlds=worlds, first_world=first_world, hops=hops, seed=seed, namesakes=namesakes
     )
