@@ -1,8 +1,8 @@
 """The append-only tree of one question: invariants only, no policy.
 
 A node is one turn; the root (index 0, parent -1) is the prompt alone. Parents precede their children,
-so one pass over the indices is a top-down pass and a reversed one is bottom-up. Which nodes are forked
-(`expansion`), what they are worth (`credit`) and how they are trained (`packing`) is not known here.
+so one pass over the indices is a top-down pass and a reversed one is bottom-up. This module does not know
+which nodes are forked (`expansion`), what they are worth (`credit`) or how they are trained (`packing`).
 
 Token in, token out: concatenating the pieces along a path gives exactly the ids that the policy saw and
 sampled. `add` checks it against the ids that were sent to the policy.
@@ -10,16 +10,17 @@ sampled. `add` checks it against the ids that were sent to the policy.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from at2po_agent.types import BoolArray, FloatArray, IntArray, Turn
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 FORMAT_VERSION = 1
 ROOT = 0
@@ -28,6 +29,9 @@ NO_PARENT = -1
 
 class Tree:
     """All turns of one question, as one struct of arrays that only grows.
+
+    The arrays `parent`, `entropy`, `is_leaf` and `leaf_reward` are read-only views of the nodes there are; a
+    view taken earlier keeps its length, and sees a leaf that is closed later.
 
     Attributes:
         prompt_ids: Ids of the root.
@@ -44,12 +48,13 @@ class Tree:
         self.task_id = task_id
         self.turns: list[Turn | None] = [None]
         self.outcomes: list[dict[str, Any] | None] = [None]
-        self._parent: list[int] = [NO_PARENT]
-        self._children: list[list[int]] = [[]]
-        self._rewards: list[float | None] = [None]
+        # Room for more nodes than there are; `add` doubles it when it is full.
+        self._parent = np.full(16, NO_PARENT, dtype=np.int64)
+        self._entropy = np.zeros(16)
+        self._reward = np.full(16, np.nan)
 
     def __len__(self) -> int:
-        return len(self._parent)
+        return len(self.turns)
 
     def __repr__(self) -> str:
         return f"Tree(task_id={self.task_id!r}, nodes={len(self)}, leaves={len(self.leaves())})"
@@ -57,24 +62,22 @@ class Tree:
     @property
     def parent(self) -> IntArray:
         """int64[N]: index of each node's parent, -1 for the root."""
-        return np.array(self._parent, dtype=np.int64)
+        return _read_only(self._parent[: len(self)])
 
     @property
     def entropy(self) -> FloatArray:
         """float64[N]: mean surprisal of each turn's sampled tokens in nats, 0 for the root."""
-        return np.array([0.0 if turn is None else turn.entropy for turn in self.turns], dtype=np.float64)
-
-    @property
-    def is_leaf(self) -> BoolArray:
-        """bool[N]: whether the node's turn ended the episode (an unfinished turn is no leaf)."""
-        return np.array([reward is not None for reward in self._rewards], dtype=np.bool_)
+        return _read_only(self._entropy[: len(self)])
 
     @property
     def leaf_reward(self) -> FloatArray:
         """float64[N]: terminal reward of each leaf, nan elsewhere."""
-        return np.array(
-            [math.nan if reward is None else reward for reward in self._rewards], dtype=np.float64
-        )
+        return _read_only(self._reward[: len(self)])
+
+    @property
+    def is_leaf(self) -> BoolArray:
+        """bool[N]: whether the node's turn ended the episode (an unfinished turn is no leaf)."""
+        return np.logical_not(np.isnan(self._reward[: len(self)]))
 
     def add(self, parent: int, turn: Turn, *, prefix_ids: Sequence[int] | None = None) -> int:
         """Append a turn below a node.
@@ -93,15 +96,17 @@ class Tree:
             ValueError: `parent` is a closed leaf, or the policy saw other ids than this path records.
         """
         self._check_index(parent)
-        if self._rewards[parent] is not None:
+        if not math.isnan(self._reward[parent]):
             raise ValueError(f"node {parent} ended its episode and cannot have children")
         if prefix_ids is not None:
             self._check_prefix(parent, turn, tuple(prefix_ids))
-        node = len(self._parent)
-        self._parent.append(parent)
-        self._children[parent].append(node)
-        self._children.append([])
-        self._rewards.append(None)
+        node = len(self)
+        if node == len(self._parent):
+            self._parent = np.concatenate([self._parent, np.full(node, NO_PARENT)])
+            self._entropy = np.concatenate([self._entropy, np.zeros(node)])
+            self._reward = np.concatenate([self._reward, np.full(node, np.nan)])
+        self._parent[node] = parent
+        self._entropy[node] = turn.entropy
         self.turns.append(turn)
         self.outcomes.append(None)
         return node
@@ -121,11 +126,11 @@ class Tree:
         self._check_index(node)
         if node == ROOT:
             raise ValueError("the root is the prompt, not a turn: it cannot end an episode")
-        if self._rewards[node] is not None or self._children[node]:
+        if not math.isnan(self._reward[node]) or self.children(node):
             raise ValueError(f"node {node} is already closed or has children")
         if not math.isfinite(reward):
             raise ValueError(f"reward of node {node} must be finite, got {reward}")
-        self._rewards[node] = float(reward)
+        self._reward[node] = reward
         self.outcomes[node] = dict(outcome or {})
 
     def with_leaf_rewards(self, rewards: ArrayLike) -> Self:
@@ -142,28 +147,27 @@ class Tree:
         if given.shape != (len(leaves),) or not np.isfinite(given).all():
             raise ValueError(f"need one finite reward for each of {len(leaves)} leaves, got {given}")
         other = type(self)(self.prompt_ids, self.prompt, self.task_id)
-        other.turns, other.outcomes = list(self.turns), copy.copy(self.outcomes)
-        other._parent, other._children = list(self._parent), [list(below) for below in self._children]
-        other._rewards = list(self._rewards)
-        for leaf, reward in zip(leaves, given.tolist(), strict=True):
-            other._rewards[leaf] = reward
+        other.turns, other.outcomes = list(self.turns), list(self.outcomes)
+        other._parent, other._entropy = self._parent.copy(), self._entropy.copy()
+        other._reward = self._reward.copy()
+        other._reward[leaves] = given
         return other
 
     def children(self, node: int) -> tuple[int, ...]:
         """Indices of a node's children in the order of their creation."""
         self._check_index(node)
-        return tuple(self._children[node])
+        return tuple(np.flatnonzero(self._parent[: len(self)] == node).tolist())
 
     def leaves(self) -> list[int]:
         """Indices of the turns that ended an episode, in the order of their creation."""
-        return [node for node, reward in enumerate(self._rewards) if reward is not None]
+        return np.flatnonzero(self.is_leaf).tolist()
 
     def path(self, node: int) -> list[int]:
         """Indices from the root to a node, both included."""
         self._check_index(node)
         indices = [node]
         while indices[-1] != ROOT:
-            indices.append(self._parent[indices[-1]])
+            indices.append(int(self._parent[indices[-1]]))
         return indices[::-1]
 
     def branch_ids(self, node: int) -> list[int]:
@@ -204,7 +208,7 @@ class Tree:
             for entry in body["nodes"]:
                 node = tree.add(entry["parent"], _turn_from_json(entry))
                 if entry["reward"] is not None:
-                    tree._rewards[node] = float(entry["reward"])
+                    tree._reward[node] = float(entry["reward"])
                     tree.outcomes[node] = dict(entry["outcome"])
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"not a complete tree: {type(error).__name__} {error}") from error
@@ -214,7 +218,7 @@ class Tree:
         turn = self.turns[node]
         assert turn is not None
         return {
-            "parent": self._parent[node],
+            "parent": int(self._parent[node]),
             "observation": turn.observation,
             "action": turn.action,
             "observation_ids": list(turn.observation_ids),
@@ -223,7 +227,7 @@ class Tree:
             "sampled": None if turn.sampled is None else turn.sampled.tolist(),
             "entropy": turn.entropy,
             "stop_reason": turn.stop_reason,
-            "reward": self._rewards[node],
+            "reward": None if math.isnan(self._reward[node]) else float(self._reward[node]),
             "outcome": self.outcomes[node],
             **({"version": turn.version} if turn.version else {}),
         }
@@ -241,8 +245,13 @@ class Tree:
         )
 
     def _check_index(self, node: int) -> None:
-        if not 0 <= node < len(self._parent):
+        if not 0 <= node < len(self):
             raise IndexError(f"no node {node}: the tree has nodes 0 to {len(self) - 1}")
+
+
+def _read_only(array: NDArray[Scalar]) -> NDArray[Scalar]:
+    array.flags.writeable = False  # of this view alone
+    return array
 
 
 def _turn_from_json(entry: Mapping[str, Any]) -> Turn:

@@ -1,4 +1,4 @@
-"""What a policy generated and what one turn consists of.
+"""A policy's generation and a turn of an episode.
 
 The shape alphabet of the whole agent: B branches, T tokens, K turns, N nodes, V vocabulary, G branches per
 question. Log-probabilities are natural logarithms (nats) of the distribution that was sampled from.
@@ -26,7 +26,7 @@ STOP_REASONS: frozenset[str] = frozenset(get_args(StopReason))
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """What a policy returned for one request: exactly the sampled token ids, nothing after them.
+    """A policy's answer to one request: exactly the sampled token ids, nothing after them.
 
     Attributes:
         ids: The sampled ids, the token that completed a stop string or the end of sequence included.
@@ -60,7 +60,7 @@ class Turn:
         sampled: bool[T] over `action_ids`, False where a token was forced; None means that all were sampled.
         observation: The observation's text.
         action: The action's text, verbatim.
-        entropy: Mean surprisal of the sampled tokens in nats (algorithms.md section 1); 0 without any.
+        entropy: Mean surprisal of the sampled tokens in nats (AT2PO's entropy of a turn); 0 without any.
         stop_reason: Why sampling stopped.
         version: Version of the weights that sampled, as the policy counts them.
     """

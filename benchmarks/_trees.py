@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from at2po_agent.credit.values import node_advantages, node_values, normalize_leaf_rewards
-from at2po_agent.expansion.rules import select_nodes
+from at2po_agent.expansion import select_nodes
 from at2po_agent.tree import Tree
 from at2po_agent.types import Turn
 

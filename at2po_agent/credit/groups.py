@@ -2,7 +2,7 @@
 
 Pure functions over the branches (G, or E episodes) and turns (S) of one question; they know no tree.
 
-Documented values at the edges: equal rewards have advantage 0; a GRPO group of one keeps its reward; a GiGPO
+At the edges: equal rewards have advantage 0; a GRPO group of one keeps its reward; a GiGPO
 anchor group of one gets 0. Rewards that are not finite are errors.
 """
 

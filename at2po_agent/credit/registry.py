@@ -1,4 +1,4 @@
-"""The registry of credit rules: what a tree's rewards are worth to its turns.
+"""Credit rules by name: each gives the turns of a tree their advantages.
 
 An own rule is one pure function: `register_credit("mine", rule)` with `rule(tree, **options) -> Credit`.
 """
@@ -30,7 +30,7 @@ from at2po_env.errors import ConfigError
 
 
 class Credit(NamedTuple):
-    """What a credit rule gives a tree.
+    """The advantages of one tree.
 
     Attributes:
         advantages: float[N] per node, float[L] per branch (leaves in order), or float[L, N] per node and
@@ -121,7 +121,8 @@ def gigpo_credit(
         discounted_returns([0.0] * (len(path) - 1) + [reward], gamma=gamma)
         for path, reward in zip(paths, rewards, strict=True)
     ]
-    anchors = [_anchor(tree, node, first=node == path[0]) for path in paths for node in path]
+    turns = [(tree.turns[node], node == path[0]) for path in paths for node in path]
+    anchors = [None if first or turn is None else turn.observation for turn, first in turns]
     episodes = np.repeat(np.arange(len(leaves)), [len(path) for path in paths])
     flat = gigpo_advantages(
         rewards,
@@ -141,11 +142,6 @@ def _rewards(tree: Tree) -> FloatArray:
     if not len(rewards):
         raise ValueError("a tree without leaves has no credit to give")
     return np.asarray(rewards)
-
-
-def _anchor(tree: Tree, node: int, *, first: bool) -> str | None:
-    turn = tree.turns[node]
-    return None if first or turn is None else turn.observation
 
 
 register_credit("tree", tree_credit)

@@ -1,12 +1,12 @@
-"""What each turn was worth: pure functions from leaf rewards to node values and advantages.
+"""Carry the rewards of a tree's leaves back to every turn: node values and advantages, as pure functions.
 
 An advantage belongs to a node (float[N]), to a branch (float[L], one per leaf in the tree's order), or to a
-node within one branch (float[L, N]); `packing.pack_rows` takes all three. N nodes; `parent[0] == -1`; parents
-precede their children; rewards of inner nodes are nan; entropies in nats. Rules that know groups of branches
-instead of trees are in `group_credit`.
+node within one branch (float[L, N]); packing takes all three. N nodes; `parent[0] == -1`; parents precede
+their children; rewards of inner nodes are nan; entropies in nats. Rules over groups of branches, which know
+no tree, are in `groups`.
 
-Documented values at the edges: rewards that are all equal are normalised to 0, and so is a tree's only leaf.
-A reward that is not finite and a tree without leaves are errors.
+At the edges: rewards that are all equal are normalised to 0, and so is a tree's only leaf. A reward that is
+not finite and a tree without leaves are errors.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def node_values(
     values = _check_leaf_values(parents, leaf_value)
     levels = list(_levels_bottom_up(parents))
     weights = _child_weights(parents, entropy, values, levels, mode)
+    # Inner nodes start at 0 and are complete once the level below has been added: the deepest level first.
     np.nan_to_num(values, copy=False)
     for nodes in levels:
         np.add.at(values, parents[nodes], weights[nodes] * values[nodes])
@@ -148,11 +149,14 @@ def shared_mean_advantages(parent: ArrayLike, leaf_value: ArrayLike) -> FloatArr
 def _child_weights(
     parents: IntArray, entropy: ArrayLike, leaf_value: FloatArray, levels: list[IntArray], mode: ValueMode
 ) -> FloatArray:
-    """Weight of each node among its siblings; they sum to 1 per parent. The root's is unused."""
+    """Weigh each node among its siblings; weights sum to 1 per parent. The root's is unused.
+
+    Every node gets a mass, and its weight is its share of the mass of all children of its parent.
+    """
     entropies = np.asarray(entropy, dtype=np.float64)
     check_finite(entropies, parents.shape, "entropy")
     mass = np.ones(len(parents))
-    if mode == "child_softmax":
+    if mode == "child_softmax":  # exp(H), after subtracting the largest H among the siblings
         top = np.full(len(parents), -np.inf)
         np.maximum.at(top, parents[1:], entropies[1:])
         mass[1:] = np.exp(entropies[1:] - top[parents[1:]])
@@ -176,10 +180,14 @@ def _per_parent(parents: IntArray, mass: FloatArray) -> FloatArray:
 
 
 def _levels_bottom_up(parents: IntArray) -> Iterator[IntArray]:
-    """Yield the nodes of each depth, the deepest first and the root left out; linear in N."""
+    """Yield the nodes of each depth, the deepest first and the root left out.
+
+    Depths come from pointer doubling: `ancestor` is each node's ancestor 1, 2, 4, ... steps up, and a node's
+    depth grows by that ancestor's, so a chain of any length takes a logarithmic number of array operations.
+    """
     depth = np.where(parents >= 0, 1, 0)
     ancestor = parents.copy()
-    while (ancestor >= 0).any():  # pointer doubling: logarithmic in the depth
+    while (ancestor >= 0).any():
         depth += np.where(ancestor >= 0, depth[ancestor], 0)
         ancestor = np.where(ancestor >= 0, ancestor[ancestor], -1)
     order = np.argsort(depth, kind="stable")

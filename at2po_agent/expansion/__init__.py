@@ -5,23 +5,24 @@ Read `rules` (pure functions over the tree's arrays: AT2PO's entropy score, rand
 register your own).
 """
 
-from at2po_agent.expansion.registry import Expansion, expansion_rules, register_expansion
-from at2po_agent.expansion.rules import (
+from at2po_agent.expansion.adaptive import (
     aepo_branch_probability,
+    aepo_nodes,
     aepo_root_chains,
     arpo_branch_probability,
-    expansion_scores,
-    random_nodes,
-    select_nodes,
+    arpo_nodes,
     top_entropy,
-    tree_grpo_nodes,
 )
+from at2po_agent.expansion.registry import Expansion, expansion_rules, register_expansion
+from at2po_agent.expansion.rules import expansion_scores, random_nodes, select_nodes, tree_grpo_nodes
 
 __all__ = [
     "Expansion",
     "aepo_branch_probability",
+    "aepo_nodes",
     "aepo_root_chains",
     "arpo_branch_probability",
+    "arpo_nodes",
     "expansion_rules",
     "expansion_scores",
     "random_nodes",

@@ -6,14 +6,116 @@ a copy is made of one of their turns changes nothing, since a copy does not touc
 are re-sampled: the copy sees the same tool result.
 
 N nodes; `parent[0] == -1`; `first_entropy` float[N] is the entropy over the first tokens of each turn
-(`expansion.top_entropy`), 0 for the root.
+(`top_entropy`), 0 for the root.
 """
 
-import numpy as np
+import math
 
-from at2po_agent.expansion.rules import aepo_branch_probability, aepo_root_chains, arpo_branch_probability
+import numpy as np
+from numpy.typing import ArrayLike
+
 from at2po_agent.tree import ROOT
 from at2po_agent.types import BoolArray, FloatArray, IntArray
+
+
+def top_entropy(top_log_probs: ArrayLike) -> float:
+    """Mean entropy of some positions, each from the few most probable tokens: `-(1/k) sum_t sum_j p ln p`.
+
+    ARPO measures it over the first 20 tokens after a tool result with the 10 highest log-probs of each. The
+    tail beyond them is left out, not renormalised.
+
+    Args:
+        top_log_probs: float[k, j], nats.
+
+    Returns:
+        Entropy in nats; 0 without any position.
+    """
+    log_probs = np.asarray(top_log_probs, dtype=np.float64)
+    if log_probs.ndim != 2:
+        raise ValueError(f"top_log_probs must be [positions, tokens], got shape {log_probs.shape}")
+    if log_probs.shape[0] == 0:
+        return 0.0
+    probabilities = np.exp(log_probs)
+    surprisal = np.where(probabilities > 0, -log_probs, 0.0)
+    return float((probabilities * surprisal).sum(axis=1).mean())
+
+
+def arpo_branch_probability(
+    entropy: ArrayLike,
+    initial_entropy: ArrayLike,
+    *,
+    vocab_size: int,
+    base: float = 0.5,
+    weight: float = 0.2,
+) -> FloatArray:
+    """Probability that a chain branches after a tool result, elementwise.
+
+    `P = clip(base + weight * (H - H_initial) / ln V, 0, 1)`
+
+    Args:
+        entropy: Entropy after the tool result in nats.
+        initial_entropy: The same chain's first such entropy in nats.
+        vocab_size: V, at least 2.
+        base: Probability when nothing changed.
+        weight: Weight of the normalised change.
+
+    Returns:
+        Probabilities.
+
+    References:
+        ARPO, https://arxiv.org/abs/2507.19849.
+    """
+    if vocab_size < 2:
+        raise ValueError(f"vocab_size must be at least 2, got {vocab_size}")
+    change = np.asarray(entropy, dtype=np.float64) - np.asarray(initial_entropy, dtype=np.float64)
+    if not np.isfinite(change).all():
+        raise ValueError("entropy and initial_entropy must be finite")
+    return np.clip(base + weight * change / math.log(vocab_size), 0.0, 1.0)
+
+
+def aepo_branch_probability(
+    probability: ArrayLike, consecutive: ArrayLike, *, penalty: float = 0.05
+) -> FloatArray:
+    """Lower ARPO's probability for a path that has just branched: `P (1 - penalty * l)`, at least 0.
+
+    Args:
+        probability: ARPO's branch probability.
+        consecutive: l, how many branches in a row the same path has made.
+        penalty: Price of one consecutive branch.
+
+    Returns:
+        Probabilities.
+    """
+    factor = 1.0 - penalty * np.asarray(consecutive, dtype=np.float64)
+    return np.asarray(probability, dtype=np.float64) * np.maximum(factor, 0.0)
+
+
+def aepo_root_chains(
+    budget: int, root_entropy: float, tool_entropies: ArrayLike, *, beta: float = 1.0
+) -> int:
+    """Split a question's budget before the rollout: how many chains start at the root.
+
+    `m = round(budget * sigmoid(beta * (H_root - mean H_tool)))`, kept within 1 and the budget; the other
+    `budget - m` leaves come from branching.
+
+    Args:
+        budget: Leaves of the question.
+        root_entropy: Entropy of the monitoring chain's first tokens in nats.
+        tool_entropies: Its entropies after each tool result in nats; none counts as no difference.
+        beta: Sharpness.
+
+    Returns:
+        m.
+    """
+    if budget < 1:
+        raise ValueError(f"budget must be at least 1, got {budget}")
+    after_tools = np.asarray(tool_entropies, dtype=np.float64)
+    mean = float(after_tools.mean()) if after_tools.size else root_entropy
+    difference = root_entropy - mean
+    if not math.isfinite(difference):
+        raise ValueError(f"entropies must be finite, got {root_entropy} and a mean of {mean}")
+    share = 0.5 * (1.0 + math.tanh(0.5 * beta * difference))
+    return min(budget, max(1, round(budget * share)))
 
 
 def arpo_nodes(  # noqa: PLR0913  the signature of adaptive rules, then the options

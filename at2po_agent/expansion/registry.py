@@ -1,4 +1,4 @@
-"""The registry of expansion rules: which nodes to fork, and where a fork is attached."""
+"""Expansion rules by name: each chooses the nodes to fork, and says where a fork is attached."""
 
 import inspect
 from collections.abc import Callable

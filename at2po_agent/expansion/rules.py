@@ -1,4 +1,4 @@
-"""Which nodes of a tree are forked: pure functions over the tree's arrays.
+"""Choose the nodes of a tree to fork, by pure functions over the tree's arrays.
 
 Everything here is a number or an index; how a fork is carried out (re-sampling the turn as a sibling, as
 AT2PO does, or going on below it, as Tree-GRPO does) belongs to the rollout. N nodes; `parent[0] == -1`;
@@ -46,7 +46,12 @@ def expansion_scores(
         AT2PO, https://arxiv.org/abs/2601.04767, section on entropy-guided tree expansion.
     """
     parents = check_parent(parent)
-    entropies = _check_entropy(entropy, len(parents))
+    entropies = np.asarray(entropy, dtype=np.float64)
+    if entropies.shape != parents.shape:
+        raise ValueError(f"entropy must have shape {parents.shape}, got {entropies.shape}")
+    if not np.isfinite(entropies).all():
+        node = int(np.flatnonzero(~np.isfinite(entropies))[0])
+        raise ValueError(f"entropy must be finite: node {node} has {entropies[node]}")
     if penalty not in ("released", "paper"):
         raise ValueError(f"penalty must be 'released' or 'paper', got {penalty!r}")
     if not (math.isfinite(alpha) and alpha >= 0):
@@ -86,6 +91,7 @@ def select_nodes(
         ValueError: See `expansion_scores`; also a root marked as leaf or a negative k.
     """
     candidates = _candidates(parent, is_leaf, k)
+    # A stable sort keeps the order of creation among equal scores; `resize` cycles through too short a list.
     scores = expansion_scores(parent, entropy, alpha=alpha, penalty=penalty)[candidates]
     ranked = candidates[np.argsort(-scores, kind="stable")]
     return [int(node) for node in np.resize(ranked, k)]
@@ -129,106 +135,6 @@ def tree_grpo_nodes(parent: ArrayLike, is_leaf: ArrayLike, *, n: int, rng: np.ra
     return [int(node) for node in rng.choice(candidates, size=n, replace=True)]
 
 
-def top_entropy(top_log_probs: ArrayLike) -> float:
-    """Mean entropy of some positions, each from the few most probable tokens: `-(1/k) sum_t sum_j p ln p`.
-
-    ARPO measures it over the first 20 tokens after a tool result with the 10 highest log-probs of each. The
-    tail beyond them is left out, not renormalised.
-
-    Args:
-        top_log_probs: float[k, j], nats.
-
-    Returns:
-        Entropy in nats; 0 without any position.
-    """
-    log_probs = np.asarray(top_log_probs, dtype=np.float64)
-    if log_probs.ndim != 2:
-        raise ValueError(f"top_log_probs must be [positions, tokens], got shape {log_probs.shape}")
-    if log_probs.shape[0] == 0:
-        return 0.0
-    probabilities = np.exp(log_probs)
-    surprisal = np.where(probabilities > 0, -log_probs, 0.0)
-    return float((probabilities * surprisal).sum(axis=1).mean())
-
-
-def arpo_branch_probability(
-    entropy: ArrayLike,
-    initial_entropy: ArrayLike,
-    *,
-    vocab_size: int,
-    base: float = 0.5,
-    weight: float = 0.2,
-) -> FloatArray:
-    """Probability that a chain branches after a tool result, elementwise.
-
-    `P = clip(base + weight * (H - H_initial) / ln V, 0, 1)`
-
-    Args:
-        entropy: Entropy after the tool result in nats.
-        initial_entropy: The same chain's first such entropy in nats.
-        vocab_size: V, at least 2.
-        base: Probability when nothing changed.
-        weight: Weight of the normalised change.
-
-    Returns:
-        Probabilities.
-
-    References:
-        ARPO, https://arxiv.org/abs/2507.19849.
-    """
-    if vocab_size < 2:
-        raise ValueError(f"vocab_size must be at least 2, got {vocab_size}")
-    change = np.asarray(entropy, dtype=np.float64) - np.asarray(initial_entropy, dtype=np.float64)
-    if not np.isfinite(change).all():
-        raise ValueError("entropy and initial_entropy must be finite")
-    return np.clip(base + weight * change / math.log(vocab_size), 0.0, 1.0)
-
-
-def aepo_branch_probability(
-    probability: ArrayLike, consecutive: ArrayLike, *, penalty: float = 0.05
-) -> FloatArray:
-    """Lower ARPO's probability for a path that has just branched: `P (1 - penalty * l)`, at least 0.
-
-    Args:
-        probability: ARPO's branch probability.
-        consecutive: l, how many branches in a row the same path has made.
-        penalty: Price of one consecutive branch.
-
-    Returns:
-        Probabilities.
-    """
-    factor = 1.0 - penalty * np.asarray(consecutive, dtype=np.float64)
-    return np.asarray(probability, dtype=np.float64) * np.maximum(factor, 0.0)
-
-
-def aepo_root_chains(
-    budget: int, root_entropy: float, tool_entropies: ArrayLike, *, beta: float = 1.0
-) -> int:
-    """Split a question's budget before the rollout: how many chains start at the root.
-
-    `m = round(budget * sigmoid(beta * (H_root - mean H_tool)))`, kept within 1 and the budget; the other
-    `budget - m` leaves come from branching.
-
-    Args:
-        budget: Leaves of the question.
-        root_entropy: Entropy of the monitoring chain's first tokens in nats.
-        tool_entropies: Its entropies after each tool result in nats; none counts as no difference.
-        beta: Sharpness.
-
-    Returns:
-        m.
-    """
-    if budget < 1:
-        raise ValueError(f"budget must be at least 1, got {budget}")
-    after_tools = np.asarray(tool_entropies, dtype=np.float64)
-    mean = float(after_tools.mean()) if after_tools.size else root_entropy
-    difference = root_entropy - mean
-    if not math.isfinite(difference):
-        raise ValueError(f"entropies must be finite, got {root_entropy} and a mean of {mean}")
-    share = 0.5 * (1.0 + math.tanh(0.5 * beta * difference))
-    return min(budget, max(1, round(budget * share)))
-
-
 def _candidates(parent: ArrayLike, is_leaf: ArrayLike, count: int) -> IntArray:
     parents = check_parent(parent)
     leaf: BoolArray = np.asarray(is_leaf, dtype=np.bool_)
@@ -239,13 +145,3 @@ def _candidates(parent: ArrayLike, is_leaf: ArrayLike, count: int) -> IntArray:
     if count < 0:
         raise ValueError(f"the number of nodes to choose must be at least 0, got {count}")
     return np.flatnonzero(~leaf).astype(np.int64)
-
-
-def _check_entropy(entropy: ArrayLike, nodes: int) -> FloatArray:
-    entropies = np.asarray(entropy, dtype=np.float64)
-    if entropies.shape != (nodes,):
-        raise ValueError(f"entropy must have shape ({nodes},), got {entropies.shape}")
-    if not np.isfinite(entropies).all():
-        node = int(np.flatnonzero(~np.isfinite(entropies))[0])
-        raise ValueError(f"entropy must be finite: node {node} has {entropies[node]}")
-    return entropies

@@ -23,8 +23,8 @@ from torch.nn import functional
 from at2po_agent.config.sections import OptimizerConfig
 from at2po_agent.learning.mismatch import Mismatch
 from at2po_agent.losses.base import LossTotals, RatioLevel
-from at2po_agent.losses.drift import drift_metrics
 from at2po_agent.losses.kl import Estimator, kl_penalty
+from at2po_agent.losses.metrics import drift_metrics
 from at2po_agent.packing.forward import check_model, head_of, logits_at, packed_stats
 from at2po_agent.packing.rows import Batch, move
 from at2po_agent.packing.tree_attention import tree_attention

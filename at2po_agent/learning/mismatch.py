@@ -20,7 +20,6 @@ from at2po_agent.losses.base import (
     check_at_least,
     mask,
     prepare,
-    token_count,
 )
 from at2po_agent.losses.segments import TurnSegments
 
@@ -127,7 +126,7 @@ def importance_weights(
         means = log_ratio.sum(dim=1, keepdim=True) / inputs.lengths.clamp(min=1.0)[:, None]
         log_ratio = mask(means.expand_as(log_ratio), inputs.sampled)
     ratio = log_ratio.clamp(max=LOG_RATIO_LIMIT).exp()
-    weights, tokens = ratio.clamp(max=cap), token_count(inputs, None)
+    weights, tokens = ratio.clamp(max=cap), inputs.tokens
     return weights, {
         "importance/mean": mask(weights, inputs.sampled).sum() / tokens,
         "importance/capped": (ratio > cap).sum() / tokens,

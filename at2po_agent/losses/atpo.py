@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from at2po_agent.losses.base import LossResult, LossTotals, aggregate, prepare, turn_ratio
-from at2po_agent.losses.clipping import Clip, clip_metrics, clipped_surrogate, k3, ratio_metrics
-from at2po_agent.losses.drift import turn_metrics
-from at2po_agent.losses.segments import TurnSegments
+from at2po_agent.losses.base import LossResult, LossTotals, clipped_surrogate, prepare, turn_ratio
+from at2po_agent.losses.metrics import loss_metrics
 
 
 def atpo_loss(
@@ -39,7 +37,7 @@ def atpo_loss(
         weights: float[B, T], replaces the mean over branches (packed trees).
 
     Returns:
-        loss, a scalar; metrics (`ratio_metrics`, `clip_metrics`, `turn_metrics`).
+        loss, a scalar; metrics (`loss_metrics`).
 
     Raises:
         ValueError: Wrong shapes or dtypes, or a negative clip.
@@ -48,8 +46,11 @@ def atpo_loss(
         AT2PO, https://arxiv.org/abs/2601.04767. Turns come from `turn_ids`; the released code infers them
         from runs of the mask, with a Python loop.
     """
-    clip = Clip(clip_low, clip_high)
-    return _turn_loss((log_probs, old_log_probs, advantages, turn_ids), clip, totals, weights)
+    inputs = prepare(log_probs, old_log_probs, advantages, turn_ids, totals, weights)
+    ratio = turn_ratio(inputs)
+    surrogate = clipped_surrogate(ratio, inputs.advantages, low=clip_low, high=clip_high)
+    loss = -inputs.aggregate(surrogate, by="branch")
+    return loss, loss_metrics(inputs, ratio, surrogate)
 
 
 def atpo_soft_clip_loss(
@@ -65,38 +66,15 @@ def atpo_soft_clip_loss(
 ) -> LossResult:
     """Turn-level loss with soft bounds, `(1 -/+ e) / sg(s) * s`: the value is clipped, the gradient is kept.
 
-    Args:
-        log_probs: float[B, T], nats, current policy.
-        old_log_probs: float[B, T], nats, at the start of the update.
-        advantages: float[B, T].
-        turn_ids: int64[B, T], -1 where the policy did not sample the token.
-        clip_low: e_low.
-        clip_high: e_high.
-        totals: Counts of the whole minibatch when this call is a piece of it.
-        weights: float[B, T], replaces the mean over branches (packed trees).
-
-    Returns:
-        loss, a scalar; metrics as `atpo_loss`.
+    Arguments, results and errors are those of `atpo_loss`.
 
     References:
         AT2PO's released code, `gspo_turn_soft_clip`.
     """
-    clip = Clip(clip_low, clip_high, soft_low=True, soft_high=True)
-    return _turn_loss((log_probs, old_log_probs, advantages, turn_ids), clip, totals, weights)
-
-
-def _turn_loss(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    clip: Clip,
-    totals: LossTotals | None,
-    weights: Tensor | None,
-) -> LossResult:
-    inputs = prepare(*tensors)
-    segments = TurnSegments.of(tensors[3], inputs.lengths.dtype)
-    ratio, log_ratio = turn_ratio(inputs, segments)
-    surrogate = clipped_surrogate(ratio, inputs.advantages, clip)
-    loss = -aggregate(surrogate, inputs, totals, weights, by="branch")
-    bounded = log_ratio.clamp(-20.0, 20.0)
-    kl_sum = (segments.counts * k3(bounded, bounded.exp())).sum()
-    metrics = ratio_metrics(inputs, ratio, kl_sum, totals) | clip_metrics(inputs, ratio, surrogate, totals)
-    return loss, metrics | turn_metrics(segments, log_ratio, totals)
+    inputs = prepare(log_probs, old_log_probs, advantages, turn_ids, totals, weights)
+    ratio = turn_ratio(inputs)
+    surrogate = clipped_surrogate(
+        ratio, inputs.advantages, low=clip_low, high=clip_high, soft_low=True, soft_high=True
+    )
+    loss = -inputs.aggregate(surrogate, by="branch")
+    return loss, loss_metrics(inputs, ratio, surrogate)

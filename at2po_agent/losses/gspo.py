@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from at2po_agent.losses.base import LossResult, LossTotals, aggregate, prepare, sequence_ratio
-from at2po_agent.losses.clipping import Clip, clip_metrics, clipped_surrogate, k3, ratio_metrics
+from at2po_agent.losses.base import LossResult, LossTotals, branch_ratio, clipped_surrogate, prepare
+from at2po_agent.losses.metrics import loss_metrics
 
 
 def gspo_loss(
@@ -35,17 +35,13 @@ def gspo_loss(
         weights: float[B, T], replaces the mean over branches.
 
     Returns:
-        loss, a scalar; metrics (`ratio_metrics`, `clip_metrics`).
+        loss, a scalar; metrics (`loss_metrics`).
 
     References:
         GSPO, https://arxiv.org/abs/2507.18071 (the token form, GSPO-token, whose gradient is the same).
     """
-    clip = Clip(clip_low, clip_high)
-    inputs = prepare(log_probs, old_log_probs, advantages, turn_ids)
-    ratio, log_ratio = sequence_ratio(inputs)
-    surrogate = clipped_surrogate(ratio, inputs.advantages, clip)
-    loss = -aggregate(surrogate, inputs, totals, weights, by="branch")
-    bounded = log_ratio.clamp(-20.0, 20.0)
-    kl_sum = (inputs.lengths * k3(bounded, bounded.exp())).sum()
-    metrics = ratio_metrics(inputs, ratio, kl_sum, totals)
-    return loss, metrics | clip_metrics(inputs, ratio, surrogate, totals)
+    inputs = prepare(log_probs, old_log_probs, advantages, turn_ids, totals, weights)
+    ratio = branch_ratio(inputs)
+    surrogate = clipped_surrogate(ratio, inputs.advantages, low=clip_low, high=clip_high)
+    loss = -inputs.aggregate(surrogate, by="branch")
+    return loss, loss_metrics(inputs, ratio, surrogate)

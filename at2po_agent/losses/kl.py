@@ -8,9 +8,9 @@ from torch import Tensor
 
 from at2po_agent.losses.base import (
     LOG_RATIO_LIMIT,
+    Aggregation,
     LossResult,
     LossTotals,
-    aggregate,
     check_tokens,
     check_turn_ids,
     mask,
@@ -18,7 +18,6 @@ from at2po_agent.losses.base import (
 )
 
 Estimator: TypeAlias = Literal["k1", "k2", "k3"]
-Aggregation: TypeAlias = Literal["token", "branch"]
 
 KL_LIMIT = 10.0
 
@@ -84,6 +83,6 @@ def kl_penalty(
     if aggregation not in get_args(Aggregation):
         raise ValueError(f"aggregation must be one of {get_args(Aggregation)}, got {aggregation!r}")
     kl = token_kl(log_probs, ref_log_probs, turn_ids, estimator=estimator)
-    inputs = prepare(log_probs, ref_log_probs, ref_log_probs, turn_ids)
-    term = aggregate(kl, inputs, totals, weights, by=aggregation)
+    inputs = prepare(log_probs, ref_log_probs, ref_log_probs, turn_ids, totals, weights)
+    term = inputs.aggregate(kl, by=aggregation)
     return term, {"ref_kl": term.detach()}

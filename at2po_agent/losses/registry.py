@@ -17,9 +17,10 @@ import torch
 
 from at2po_agent.losses.atpo import atpo_loss, atpo_soft_clip_loss
 from at2po_agent.losses.base import LossResult, RatioLevel
+from at2po_agent.losses.gppo import aepo_loss, gppo_loss
+from at2po_agent.losses.grpo import dapo_loss, grpo_loss
 from at2po_agent.losses.gspo import gspo_loss
 from at2po_agent.losses.sapo import sapo_loss
-from at2po_agent.losses.token import aepo_loss, dapo_loss, gppo_loss, grpo_loss
 
 LossFunction: TypeAlias = Callable[..., LossResult]
 PER_BATCH = frozenset({"totals", "weights"})
@@ -115,11 +116,7 @@ def make_loss(name: str, options: Mapping[str, Any] | None = None) -> LossFuncti
         spec.function(**tensors, **probe, **chosen)
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss {name!r} refuses its options {chosen}: {error}") from error
-    return _bind(spec, chosen)
-
-
-def _bind(spec: LossSpec, options: dict[str, Any]) -> LossFunction:
-    bound = partial(spec.function, **options)
+    bound = partial(spec.function, **chosen)
     if not spec.requires:
         return bound
 
@@ -134,15 +131,11 @@ def _bind(spec: LossSpec, options: dict[str, Any]) -> LossFunction:
     return call
 
 
-_BUILT_IN: tuple[tuple[str, LossFunction, RatioLevel], ...] = (
-    ("atpo", atpo_loss, "turn"),
-    ("atpo_soft_clip", atpo_soft_clip_loss, "turn"),
-    ("dapo", dapo_loss, "token"),
-    ("gppo", gppo_loss, "token"),
-    ("grpo", grpo_loss, "token"),
-    ("gspo", gspo_loss, "branch"),
-    ("sapo", sapo_loss, "token"),
-)
-for _name, _function, _level in _BUILT_IN:
-    register_loss(_name, _function, level=_level)
+register_loss("atpo", atpo_loss, level="turn")
+register_loss("atpo_soft_clip", atpo_soft_clip_loss, level="turn")
+register_loss("gspo", gspo_loss, level="branch")
+register_loss("grpo", grpo_loss)
+register_loss("dapo", dapo_loss)
+register_loss("gppo", gppo_loss)
 register_loss("aepo", aepo_loss, requires=("entropies",))
+register_loss("sapo", sapo_loss)

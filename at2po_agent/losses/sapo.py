@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from at2po_agent.losses.base import LossResult, LossTotals, aggregate, prepare, token_ratio
-from at2po_agent.losses.clipping import k3, ratio_metrics
+from at2po_agent.losses.base import LossResult, LossTotals, prepare, token_ratio
+from at2po_agent.losses.metrics import loss_metrics
 
 
 def sapo_loss(
@@ -35,22 +35,21 @@ def sapo_loss(
         weights: float[B, T], replaces the mean over branches (packed trees).
 
     Returns:
-        loss, a scalar; metrics (`ratio_metrics`; nothing is clipped).
+        loss, a scalar; metrics (`loss_metrics`; nothing is clipped).
 
     References:
         SAPO, https://arxiv.org/abs/2511.20347.
     """
     if not (tau_positive > 0 and tau_negative > 0):
         raise ValueError(f"temperatures must be positive, got {tau_positive} and {tau_negative}")
-    inputs = prepare(log_probs, old_log_probs, advantages, turn_ids)
-    ratio, log_ratio = token_ratio(inputs)
+    inputs = prepare(log_probs, old_log_probs, advantages, turn_ids, totals, weights)
+    ratio = token_ratio(inputs)
     gain, cost = inputs.advantages.clamp(min=0.0), inputs.advantages.clamp(max=0.0)
-    surrogate = gain * gate(ratio, tau_positive) + cost * gate(ratio, tau_negative)
-    loss = -aggregate(surrogate, inputs, totals, weights, by="branch")
-    kl_sum = k3(log_ratio, ratio.detach()).sum()
-    return loss, ratio_metrics(inputs, ratio, kl_sum, totals)
+    surrogate = gain * _gate(ratio.per_token, tau_positive) + cost * _gate(ratio.per_token, tau_negative)
+    loss = -inputs.aggregate(surrogate, by="branch")
+    return loss, loss_metrics(inputs, ratio)
 
 
-def gate(ratio: Tensor, tau: float) -> Tensor:
+def _gate(ratio: Tensor, tau: float) -> Tensor:
     """`(4 / tau) sigmoid(tau (r - 1))`, elementwise; slope 1 at r = 1."""
     return (4.0 / tau) * (tau * (ratio - 1.0)).sigmoid()

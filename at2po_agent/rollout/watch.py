@@ -5,7 +5,7 @@ One object per request. It sees each token's distribution before the token is dr
 
 from collections.abc import Sequence
 
-from at2po_agent.expansion.rules import top_entropy
+from at2po_agent.expansion import top_entropy
 from at2po_agent.policies.base import Policy, Step
 from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.rollout.uncertainty import RunningSignal, has_stalled, is_repetitive, turn_uncertainty

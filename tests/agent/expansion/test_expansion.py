@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from at2po_agent.expansion.rules import (
+from at2po_agent.expansion import (
     aepo_branch_probability,
     aepo_root_chains,
     arpo_branch_probability,

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from at2po_agent.learning.mismatch import Mismatch, importance_weights
 from at2po_agent.losses import LossTotals, get_loss, loss_names, make_loss
-from at2po_agent.losses.base import prepare, sequence_ratio, token_ratio, turn_ratio
-from at2po_agent.losses.segments import TurnSegments
+from at2po_agent.losses.base import branch_ratio, prepare, token_ratio, turn_ratio
 from at2po_agent.packing.rows import pack_rows
 from at2po_agent.packing.trees import pack_trees
 
@@ -121,9 +120,7 @@ def test_equal_log_probs_weigh_exactly_one(level):
 
 def ratio_of(level, log_probs, old, turn_ids):
     inputs = prepare(log_probs, old, torch.zeros_like(old), turn_ids)
-    if level == "turn":
-        return turn_ratio(inputs, TurnSegments.of(turn_ids))[0]
-    return {"token": token_ratio, "branch": sequence_ratio}[level](inputs)[0]
+    return {"token": token_ratio, "turn": turn_ratio, "branch": branch_ratio}[level](inputs).per_token
 
 
 @pytest.mark.parametrize("level", ["token", "turn", "branch"])
