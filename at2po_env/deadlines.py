@@ -1,9 +1,10 @@
 """Deadlines that fire: calls run in daemon threads, and a late call is given up.
 
 Python cannot stop a thread. A call that was given up goes on in the background until it returns by itself;
-its result is dropped, and it cannot keep the process from exiting. At most `MAX_ABANDONED` such calls may
-linger, so that calls which hang for good cannot fill the process with threads; while they do, further calls
-are given up at once. Code that holds the interpreter lock the whole time (a C extension that never yields)
+its result is dropped, and it cannot keep the process from exiting. Each call has an owner, a tool or an
+environment. At most `MAX_ABANDONED` calls of one owner may linger, so that calls which hang for good cannot
+fill the process with threads. While they do, further calls of that owner are given up at once; other owners
+are not affected. Code that holds the interpreter lock the whole time (a C extension that never yields)
 defeats every deadline here: run it in a process, as `tools.python` does.
 """
 
@@ -20,7 +21,7 @@ ResultT = TypeVar("ResultT")
 
 MAX_ABANDONED = 256
 
-_abandoned: list[threading.Thread] = []
+_abandoned: list[tuple[object, threading.Thread]] = []  # an owner is kept for as long as its calls linger
 _abandoned_lock = threading.Lock()
 
 
@@ -28,23 +29,36 @@ class DeadlineError(TimeoutError):
     """A call did not return within its time."""
 
 
-def abandoned_calls() -> int:
-    """Return how many calls that were given up are still running."""
+def abandoned_calls(owner: object) -> int:
+    """Return how many calls of this owner were given up and are still running."""
+    if not _abandoned:
+        return 0
     with _abandoned_lock:
-        _abandoned[:] = [thread for thread in _abandoned if thread.is_alive()]
-        return len(_abandoned)
+        _abandoned[:] = [(other, thread) for other, thread in _abandoned if thread.is_alive()]
+        return sum(other is owner for other, _ in _abandoned)
 
 
-def run_with_deadline(function: Callable[[], ResultT], timeout_s: float, *, name: str = "call") -> ResultT:
+def run_with_deadline(
+    function: Callable[[], ResultT], timeout_s: float, *, owner: object, name: str = "call"
+) -> ResultT:
     """Return `function()`, or give up after `timeout_s` seconds.
 
+    Args:
+        function: The call.
+        timeout_s: Its time.
+        owner: The object, compared by identity, whose lingering calls are bounded together.
+        name: Name of the thread.
+
     Raises:
-        DeadlineError: The time is over, or `MAX_ABANDONED` calls that were given up are still running.
-        BaseException: Whatever `function` raised.
+        DeadlineError: The time is over, or `MAX_ABANDONED` calls of this owner that were given up are still
+            running.
+        BaseException: The exception that `function` raised.
     """
-    if abandoned_calls() >= MAX_ABANDONED:
+    if abandoned_calls(owner) >= MAX_ABANDONED:
         raise DeadlineError(f"no time left: {MAX_ABANDONED} earlier calls that timed out are still running")
-    workers: Workers[None, tuple[ResultT]] = Workers(1, deadline_s=timeout_s, name=f"at2po-{name}")
+    workers: Workers[None, tuple[ResultT]] = Workers(
+        1, deadline_s=timeout_s, owner=owner, name=f"at2po-{name}"
+    )
     workers.submit(None, lambda: (function(),))  # a tuple, since None means that the call was given up
     try:
         ((_, result),) = workers.collect(float("inf"))
@@ -80,10 +94,15 @@ class Workers(Generic[KeyT, ResultT]):
     Args:
         limit: Most jobs that run at the same time, at least 1.
         deadline_s: Seconds from a job's beginning after which it is given up; None waits for ever.
+        owner: The object, compared by identity, whose lingering calls are bounded together. Default: this
+            pool.
         name: Name of the threads.
     """
 
-    def __init__(self, limit: int, *, deadline_s: float | None = None, name: str = "at2po-call") -> None:
+    def __init__(
+        self, limit: int, *, deadline_s: float | None = None, owner: object = None, name: str = "at2po-call"
+    ) -> None:
+        self._owner = self if owner is None else owner
         self._limit = limit
         self._deadline_s = deadline_s
         self._name = name
@@ -156,13 +175,16 @@ class Workers(Generic[KeyT, ResultT]):
             if job.thread is not None:  # else it never began
                 self._threads.remove(job.thread)
                 with _abandoned_lock:
-                    _abandoned.append(job.thread)
+                    _abandoned.append((self._owner, job.thread))
                 self._start_threads()
         return late
 
     def _start_threads(self) -> None:
         """Start as many threads as there is work for."""
-        while len(self._threads) < min(self._limit, len(self._pending)) and abandoned_calls() < MAX_ABANDONED:
+        while (
+            len(self._threads) < min(self._limit, len(self._pending))
+            and abandoned_calls(self._owner) < MAX_ABANDONED
+        ):
             thread = threading.Thread(
                 target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True
             )

@@ -77,15 +77,17 @@ class Steps(Generic[KeyT]):
     Args:
         workers: Most threads; 0 takes every step in the caller's thread.
         deadline_s: Seconds after which a step is given up; None waits for ever.
+        owner: The environment whose forks are stepped: hung steps are bounded for each owner. Default: these
+            steps alone.
 
     Attributes:
         seconds: Time spent in steps, over all threads.
         inline_seconds: The part of it that was spent in the caller's thread.
     """
 
-    def __init__(self, workers: int, deadline_s: float | None) -> None:
+    def __init__(self, workers: int, deadline_s: float | None, *, owner: object = None) -> None:
         self._workers: Workers[KeyT, Stepped] | None = (
-            Workers(workers, deadline_s=deadline_s, name="at2po-step") if workers else None
+            Workers(workers, deadline_s=deadline_s, owner=owner, name="at2po-step") if workers else None
         )
         self._deadline_s = deadline_s
         self._done: list[tuple[KeyT, Stepped]] = []

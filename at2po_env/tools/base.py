@@ -90,7 +90,8 @@ class Tool(ABC):
         name: Name by which the policy calls it.
         description: One sentence for the prompt.
         Arguments: Model of the arguments; the prompt and the validation follow it.
-        timeout_s: Seconds after which an attempt counts as failed; None = no limit (and no thread).
+        timeout_s: Seconds after which an attempt counts as failed; None = no limit (and no thread). A hung
+            attempt goes on in its thread; `deadlines.MAX_ABANDONED` of them may linger for each tool.
         retries: Further attempts after a failed one. Arguments that do not fit are never tried again.
         backoff_s: Pause before the first retry; doubles each time, at most `MAX_BACKOFF_S`.
         max_chars: Longest text shown; the rest is cut, with a note.
@@ -162,7 +163,7 @@ def call_tool(tool: Tool, arguments: Mapping[str, Any], context: ToolContext) ->
                 result = tool.run(checked, context)
             else:
                 call = partial(tool.run, checked, context)
-                result = run_with_deadline(call, tool.timeout_s, name=tool.name)
+                result = run_with_deadline(call, tool.timeout_s, owner=tool, name=tool.name)
             break
         except tool.failures as error:
             if attempt == tool.retries:

@@ -15,26 +15,54 @@ def release() -> Iterator[threading.Event]:
     event = threading.Event()
     yield event
     event.set()
-    for thread in list(deadlines._abandoned):
+    for _, thread in list(deadlines._abandoned):
         thread.join(10)
-    assert deadlines.abandoned_calls() == 0
+    assert not deadlines.abandoned_calls(None)
+    assert not deadlines._abandoned
 
 
 def test_a_call_within_its_time_gives_its_value_or_its_error() -> None:
-    assert run_with_deadline(lambda: 3, 10) == 3
-    assert run_with_deadline(lambda: None, 10) is None
+    assert run_with_deadline(lambda: 3, 10, owner=None) == 3
+    assert run_with_deadline(lambda: None, 10, owner=None) is None
     with pytest.raises(ZeroDivisionError):
-        run_with_deadline(lambda: 1 // 0, 10)
+        run_with_deadline(lambda: 1 // 0, 10, owner=None)
 
 
-def test_calls_that_never_return_cannot_fill_the_process(
+def test_calls_that_never_return_are_bounded_for_each_owner(
     monkeypatch: pytest.MonkeyPatch, release: threading.Event
 ) -> None:
     monkeypatch.setattr(deadlines, "MAX_ABANDONED", 1)
+    hung, sound = object(), object()
     with pytest.raises(DeadlineError, match="timed out"):
-        run_with_deadline(lambda: release.wait(30), 0.01)
+        run_with_deadline(lambda: release.wait(30), 0.01, owner=hung)
     with pytest.raises(DeadlineError, match="1 earlier calls that timed out are still running"):
-        run_with_deadline(lambda: 1, 10)
+        run_with_deadline(lambda: 1, 10, owner=hung)
+    assert run_with_deadline(lambda: 1, 10, owner=sound) == 1
+    assert (deadlines.abandoned_calls(hung), deadlines.abandoned_calls(sound)) == (1, 0)
+
+
+def test_a_pool_works_on_while_calls_of_another_owner_hang(
+    monkeypatch: pytest.MonkeyPatch, release: threading.Event
+) -> None:
+    monkeypatch.setattr(deadlines, "MAX_ABANDONED", 1)
+    with pytest.raises(DeadlineError):
+        run_with_deadline(lambda: release.wait(30), 0.01, owner="another")
+    pool: Workers[str, int] = Workers(1, deadline_s=30, owner="this")
+    pool.submit("key", lambda: 7)
+    assert pool.collect(float("inf")) == [("key", 7)]
+    pool.close(10)
+
+
+def test_an_owner_is_served_again_when_its_calls_have_returned(
+    monkeypatch: pytest.MonkeyPatch, release: threading.Event
+) -> None:
+    monkeypatch.setattr(deadlines, "MAX_ABANDONED", 1)
+    with pytest.raises(DeadlineError):
+        run_with_deadline(lambda: release.wait(30), 0.01, owner="a tool")
+    release.set()
+    for _, thread in list(deadlines._abandoned):
+        thread.join(10)
+    assert run_with_deadline(lambda: 1, 10, owner="a tool") == 1
 
 
 def test_jobs_without_a_thread_left_are_given_up(

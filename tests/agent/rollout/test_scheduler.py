@@ -289,7 +289,7 @@ class Hangs:
             yield
         finally:
             self.release.set()
-            for thread in [*step_threads(), *deadlines._abandoned]:
+            for thread in [*step_threads(), *(thread for _, thread in deadlines._abandoned)]:
                 thread.join(10)
 
 

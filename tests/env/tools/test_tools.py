@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from at2po_env import deadlines
 from at2po_env.data.tasks import Task
 from at2po_env.deadlines import abandoned_calls
 from at2po_env.errors import ConfigError, RetrievalError, ToolError
@@ -219,17 +220,37 @@ def test_time_outs_fire() -> None:
         return "late"
 
     hang.backoff_s = 0.001
-    before = abandoned_calls()
     start = time.monotonic()
     result = call_tool(hang, {}, context())
     assert time.monotonic() - start < 15
     assert result == ToolResult("hang failed (2 attempts): timed out after 0.05 s", UNCHANGED, ok=False)
-    assert abandoned_calls() == before + 2
+    assert abandoned_calls(hang) == 2
     release.set()
     limit = time.monotonic() + 20
-    while abandoned_calls() > before and time.monotonic() < limit:
+    while abandoned_calls(hang) and time.monotonic() < limit:
         time.sleep(0.01)
-    assert abandoned_calls() <= before
+    assert not abandoned_calls(hang)
+
+
+def test_a_tool_that_hangs_does_not_cost_the_others_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadlines, "MAX_ABANDONED", 1)
+    release = threading.Event()
+
+    @tool(timeout_s=0.05)
+    def hang() -> str:
+        """Hang."""
+        release.wait(30)
+        return "late"
+
+    @tool(timeout_s=30)
+    def work() -> str:
+        """Work."""
+        return "done"
+
+    assert "timed out after 0.05 s" in call_tool(hang, {}, context()).text
+    assert "earlier calls that timed out are still running" in call_tool(hang, {}, context()).text
+    assert call_tool(work, {}, context()).text == "done"
+    release.set()
 
 
 def test_a_tool_that_hangs_does_not_keep_the_process() -> None:
