@@ -428,6 +428,54 @@ def test_the_calculator_never_raises_anything_else(expression: str) -> None:
         assert isinstance(evaluate(expression), int | float)
 
 
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "round(1, -10**8)",
+        "round(7, -9**9)",
+        "round(10**999, -10**999)",
+        "round(1.5, 10**8)",
+        "(-2) ** (10**999)",
+        "(10**600) ** (10**600)",
+        "1 ** 10**9",
+        "2.0 ** 10**600",
+        "10**999 * 10**999 // 3",
+        "0x" + "f" * 498 + " ** 3",
+        "-" * 400 + "1",
+        "+".join("1" * 200),
+        "max(" * 60 + "1" + ")" * 60,
+        "abs(" * 124 + "1" + ")" * 124,
+        "1e400 - 1e400",
+    ],
+)
+def test_no_expression_takes_long(expression: str) -> None:
+    start = time.process_time()
+    call_tool(CalculatorTool(), {"expression": expression}, context())
+    assert time.process_time() - start < 0.5
+
+
+_NUMBERS = st.sampled_from(["0", "1", "-1", "7", "2.5", "1e308", "1e999", "9" * 60, "10**8", "10**999", "pi"])
+_EXPRESSIONS = st.recursive(
+    _NUMBERS,
+    lambda inner: st.one_of(
+        st.builds("({} {} {})".format, inner, st.sampled_from(["+", "-", "*", "/", "//", "%", "**"]), inner),
+        st.builds("{}({}, {})".format, st.sampled_from(["round", "max", "log", "min"]), inner, inner),
+        st.builds("{}({})".format, st.sampled_from(["round", "floor", "exp", "sqrt", "abs", "-"]), inner),
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=1000, deadline=None, database=None)
+@given(_EXPRESSIONS)
+def test_arithmetic_of_any_size_is_bounded(expression: str) -> None:
+    start = time.process_time()
+    with contextlib.suppress(ToolError):
+        value = evaluate(expression)
+        assert abs(value) < float("inf") if isinstance(value, float) else value.bit_length() <= 4096
+    assert time.process_time() - start < 0.5
+
+
 def run(code: str, **options: Any) -> ToolResult:
     return call_tool(PythonTool(**{"timeout_s": 20.0, **options}), {"code": code}, context())
 
