@@ -1,11 +1,11 @@
-"""Python code in a child process with limits.
+"""Runs Python code in a child process with limits.
 
-What holds, on POSIX: own process group, killed as a whole on time-out and at the end of every call; limits on
-CPU time, memory, file size and open files, set before the code starts and not raisable by an ordinary user;
-an empty environment and a temporary working directory that is removed; output cut while it is read, so that a
-flood never fills our memory.
+On POSIX the program has a process group of its own, killed as a whole on time-out and at the end of every
+call; limits on CPU time, memory, file size and open files, set before the code starts and not raisable by an
+ordinary user; an empty environment; and a temporary working directory that is removed. Of its output only the
+beginning and the end are kept while it is read, so that a flood never fills our memory.
 
-What does **not** hold: this is no security boundary. The code runs as the same user, sees the file system and
+This is **no** security boundary. The code runs as the same user, sees the file system and
 can reach the network wherever the machine can; run as root it can raise its limits, and a process that leaves
 the group (`setsid`) outlives it. For code of unknown origin put the whole program into a container without
 network.
@@ -50,6 +50,8 @@ exec(compile(code, "code.py", "exec"), {"__name__": "__main__"})
 """
 
 _POLL_S = 0.05
+_END_CHARS = 400
+MAX_READ = 16 << 20
 
 
 class PythonArguments(BaseModel):
@@ -61,10 +63,21 @@ class PythonArguments(BaseModel):
 
 
 class Run(NamedTuple):
-    """What a program did: its output (stdout and stderr together), whether that was cut, and how it ended."""
+    """The output of a program and how it ended.
+
+    Attributes:
+        output: The beginning of stdout and stderr together.
+        cut: Whether there was more.
+        end: The last characters of it.
+        flooded: Whether the program was killed because it wrote more than `MAX_READ` bytes.
+        timed_out: Whether it was killed because its time was over.
+        status: Exit status; negative for a signal.
+    """
 
     output: str
     cut: bool
+    end: str
+    flooded: bool
     timed_out: bool
     status: int
 
@@ -72,12 +85,13 @@ class Run(NamedTuple):
 class PythonTool(Tool):
     """Runs a Python program and shows what it prints; every call starts a fresh process.
 
-    A program that fails (exception, limit, time-out) is a failed call whose text holds the end of its output.
+    A program that fails (exception, limit, time-out, flood of output) is a failed call; its text has the end
+    of the output, where a traceback says why.
 
     Args:
         timeout_s: Seconds of wall-clock time; the process group is killed then.
         memory_mb: Limit of the address space.
-        max_output: Characters of output that are kept.
+        max_output: Characters of output that are shown.
 
     Raises:
         ConfigError: Limits out of range, or a system without process groups (Windows).
@@ -110,9 +124,11 @@ class PythonTool(Tool):
         output = done.output.rstrip() + ("\n[output cut]" if done.cut else "")
         if done.timed_out:
             raise ToolError(f"timed out after {self.run_timeout_s:g} s\n{output}"[:400].rstrip())
-        if done.status != 0 and not done.cut:
+        if done.flooded:
+            raise ToolError(f"stopped after {MAX_READ >> 20} MiB of output\n{output}"[:400].rstrip())
+        if done.status != 0:
             how = f"signal {-done.status}" if done.status < 0 else f"exit status {done.status}"
-            raise ToolError(f"{how}\n{output[-400:]}".rstrip())
+            raise ToolError(f"{how}\n{done.end}".rstrip())
         return output or "[no output]"
 
 
@@ -134,41 +150,44 @@ def run_python(code: str, *, timeout_s: float, memory_mb: int, max_output: int) 
             try:
                 assert process.stdout is not None
                 deadline = time.monotonic() + timeout_s
-                raw = _read(process, process.stdout, limit=max_output * 4 + 1, deadline=deadline)
-                flooded = len(raw) > max_output * 4
-                timed_out = not flooded and not _exits(process, deadline)
+                head, end, size = _read(process, process.stdout, keep=max_output * 4 + 1, deadline=deadline)
+                flooded = size >= MAX_READ
+                timed_out = False
+                if not flooded:
+                    try:  # it may have closed its output and gone on
+                        process.wait(max(deadline - time.monotonic(), 0.0))
+                    except subprocess.TimeoutExpired:
+                        timed_out = True
             finally:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
             status = process.wait()
-    text = raw.decode("utf-8", "replace")
-    return Run(text[:max_output], len(text) > max_output, timed_out, status)
+    text = head.decode("utf-8", "replace")
+    ending = end.decode("utf-8", "replace").rstrip()[-_END_CHARS:]
+    return Run(text[:max_output], len(text) > max_output, ending, flooded, timed_out, status)
 
 
-def _read(process: subprocess.Popen[bytes], stream: IO[bytes], *, limit: int, deadline: float) -> bytes:
-    """Read until the end, the limit, the deadline, or until the program is gone and nothing is left."""
-    parts: list[bytes] = []
-    size = 0
+def _read(
+    process: subprocess.Popen[bytes], stream: IO[bytes], *, keep: int, deadline: float
+) -> tuple[bytes, bytes, int]:
+    """Read until the end, `MAX_READ`, the deadline, or until the program is gone and nothing is left.
+
+    Returns:
+        The first `keep` bytes, the last bytes, and how many were read.
+    """
+    head, end, size = bytearray(), b"", 0
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
-        while size < limit and time.monotonic() < deadline:
+        while size < MAX_READ and time.monotonic() < deadline:
             gone = process.poll() is not None
             if not selector.select(0.0 if gone else min(_POLL_S, max(deadline - time.monotonic(), 0.0))):
                 if gone:  # a process it left behind holds the pipe open
                     break
                 continue
-            part = os.read(stream.fileno(), min(65536, limit - size))
+            part = os.read(stream.fileno(), 65536)
             if not part:
                 break
-            parts.append(part)
+            head += part[: keep - len(head)]
+            end = (end + part)[-4 * _END_CHARS :]
             size += len(part)
-    return b"".join(parts)
-
-
-def _exits(process: subprocess.Popen[bytes], deadline: float) -> bool:
-    """Whether the program ends in time; it may have closed its output and gone on."""
-    try:
-        process.wait(max(deadline - time.monotonic(), 0.0))
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+    return bytes(head), end, size

@@ -508,8 +508,26 @@ def test_a_failing_program_is_a_failed_call(code: str, text: str) -> None:
 def test_a_flood_of_output_is_cut_and_stopped() -> None:
     start = time.monotonic()
     result = run("while True: print('x' * 1000)", max_output=50)
-    assert result.text == "x" * 50 + "\n[output cut]"
+    assert not result.ok
+    shown = "x" * 50 + "\n[output cut]"
+    assert result.text == f"python failed: stopped after 16 MiB of output\n{shown}"
     assert time.monotonic() - start < 20
+
+
+def test_long_output_of_a_program_that_ends_well_is_cut() -> None:
+    assert run("print('x' * 1000)", max_output=50) == ToolResult("x" * 50 + "\n[output cut]")
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [("1 / 0", "ZeroDivisionError: division by zero"), ("raise SystemExit(3)", "exit status 3")],
+)
+def test_a_failure_after_long_output_is_a_failed_call(end: str, reason: str) -> None:
+    for size in (5_000, 500_000):
+        result = run(f"print('x' * {size}, flush=True); {end}")
+        assert not result.ok
+        assert reason in result.text
+        assert result.text.startswith("python failed: exit status ")
 
 
 @pytest.mark.parametrize(
