@@ -3,9 +3,9 @@
 Steps of tool environments wait (for retrieval servers, sandboxes, models), so a thread per episode is what
 helps. Gymnasium's `AsyncVectorEnv` is no choice here: its shared memory silently turns text into garbage.
 
-The error model: an exception in one environment (a bug in a tool, say) ends that episode and no other. It is
-recorded in `infos["error"]` and `infos["traceback"]`, the episode is truncated, and the next reset begins a
-new one. Only a reset in which every environment fails, as with a wrong option, raises.
+The error model: an exception in one environment (a bug in a tool, say, or `sys.exit`) ends that episode and
+no other. It is recorded in `infos["error"]` and `infos["traceback"]`, the episode is truncated, and the next
+reset begins a new one. Only a reset in which every environment fails, as with a wrong option, raises.
 """
 
 from __future__ import annotations
@@ -175,14 +175,14 @@ class TextVectorEnv(VectorEnv[Texts, Sequence[str], npt.NDArray[Any]]):
             return Outcome(
                 observation, float(reward), terminated, truncated, info, ended=bool(terminated or truncated)
             )
-        except Exception as error:  # noqa: BLE001  (the boundary between one episode and the others)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (the boundary between episodes)
             return _failed(error)
 
     def _reset_one(self, number: int, seed: int | None = None, options: Any = None) -> Outcome:
         try:
             observation, info = self.envs[number].reset(seed=seed, options=options)
             return Outcome(observation, info=info)
-        except Exception as error:  # noqa: BLE001  (the boundary between one episode and the others)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (the boundary between episodes)
             return _failed(error)
 
     def _record(self, numbers: Sequence[int], outcomes: Sequence[Outcome]) -> Infos:
@@ -257,7 +257,11 @@ def make_vector(
     return TextVectorEnv([build] * num_envs, max_workers=max_workers, autoreset_mode=autoreset_mode)
 
 
-def _failed(error: Exception) -> Outcome:
+def _failed(error: Exception | SystemExit) -> Outcome:
+    if isinstance(error, SystemExit):
+        exit_code, cause = error.code, error
+        error = EnvError(f"the environment called sys.exit({exit_code!r})")
+        error.__cause__ = cause
     info = {
         "error": f"{type(error).__name__}: {error}",
         "traceback": "".join(traceback.format_exception(error)),

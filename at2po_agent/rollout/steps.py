@@ -53,7 +53,7 @@ def take_step(env: Env, action: str) -> Stepped:
     start = time.perf_counter()
     try:
         observation, reward, terminated, truncated, info = env.step(action)
-    except Exception as error:  # noqa: BLE001  the boundary to foreign environments: a failure is data
+    except (Exception, SystemExit) as error:  # noqa: BLE001  a foreign environment's failure is data
         return Stepped(fault=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - start)
     ended = bool(terminated or truncated)
     state = None if ended else snapshot(env)

@@ -3,7 +3,8 @@
 The error model: a bad rollout is data. Text that is no action, calls of tools that do not exist, arguments
 that do not fit, and tools that fail or hang become outcomes in `info` and, where the episode goes on,
 observations. `ToolEnv` raises only for mistakes of the caller (stepping an ended episode, a task id that does
-not exist) and for bugs.
+not exist) and for bugs. A reward function or a tool's `start` that calls `sys.exit` is a bug: it raises
+`EnvError`, and does not end the process.
 
 The whole episode is one immutable `Episode`, replaced at every turn; everything else of the environment is
 configuration, shared by its forks.
@@ -156,7 +157,10 @@ class ToolEnv(ForkableEnv):
         prompt = self._prompt(task)
         states = EMPTY
         if self._with_state:
-            started = {name: freeze(tool.start(task)) for name, tool in self.tools.items()}
+            try:
+                started = {name: freeze(tool.start(task)) for name, tool in self.tools.items()}
+            except SystemExit as error:
+                raise EnvError(f"a tool's start called sys.exit({error.code!r})") from error
             states = FrozenDict({name: state for name, state in started.items() if state is not None})
         self._episode = Episode(task, prompt, None, 0, 0, states, drawn)
         return prompt, {
@@ -338,7 +342,10 @@ def _score_function(reward: Reward, call_tags: Mapping[str, str]) -> Callable[[E
         return lambda ending: rule(ending.response, ending.task.golden_answers, call_tags=call_tags)
 
     def score(ending: Ending) -> ScoredResponse:
-        value = reward(ending)
+        try:
+            value = reward(ending)
+        except SystemExit as error:
+            raise EnvError(f"the reward function called sys.exit({error.code!r})") from error
         if isinstance(value, ScoredResponse):
             return value
         golds, answer = ending.task.golden_answers, ending.answer

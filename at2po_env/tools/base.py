@@ -1,8 +1,9 @@
 """Defines tools and calls them: with valid arguments, within their time, retried a bounded number of times.
 
 The error model: a tool that fails is data. Arguments that do not fit, a time-out and every exception in
-`Tool.failures` become a `ToolResult` with `ok=False` whose text says why; the episode goes on. Any other
-exception is a bug and raises.
+`Tool.failures` become a `ToolResult` with `ok=False` whose text says why; the episode goes on. `SystemExit`
+is always such a failure: a tool that calls `sys.exit` must not end a training run. Any other exception is a
+bug and raises.
 
 A tool keeps nothing between calls. An episode's memory of it is its *state*: an immutable JSON value that
 comes with the context and goes back with the result, so that a forked episode shares and never disturbs it.
@@ -96,7 +97,7 @@ class Tool(ABC):
         backoff_s: Pause before the first retry; doubles each time, at most `MAX_BACKOFF_S`.
         max_chars: Longest text shown; the rest is cut, with a note.
         failures: Exceptions of `run` that are failures of the tool; any other is a bug and raises. A time-out
-            is always a failure.
+            and `SystemExit` are always failures.
     """
 
     name: str
@@ -165,7 +166,7 @@ def call_tool(tool: Tool, arguments: Mapping[str, Any], context: ToolContext) ->
                 call = partial(tool.run, checked, context)
                 result = run_with_deadline(call, tool.timeout_s, owner=tool, name=tool.name)
             break
-        except tool.failures as error:
+        except (*tool.failures, SystemExit) as error:
             if attempt == tool.retries:
                 tries = f" ({tool.retries + 1} attempts)" if tool.retries else ""
                 return _failure(f"{tool.name} failed{tries}: {_message(error)}")
@@ -203,7 +204,7 @@ def _failure(reason: str) -> ToolResult:
     return ToolResult(encodable(reason[:MAX_ERROR_CHARS]), UNCHANGED, ok=False)
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     """Say what went wrong; the class is named unless the message was written for the reader."""
     try:
         text = str(error)

@@ -30,6 +30,8 @@ class Fragile(PigEnv):
     """Raises on some actions, as a tool with a bug does."""
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        if options and options.get("fail") == "exit":
+            raise SystemExit(0)
         if options and options.get("fail"):
             raise LookupError(options["fail"])
         return super().reset(seed=seed)
@@ -37,6 +39,8 @@ class Fragile(PigEnv):
     def step(self, action: str) -> Any:
         if action.startswith("raise"):
             raise ZeroDivisionError(action)
+        if action == "exit":
+            raise SystemExit(0)
         return super().step(action)
 
 
@@ -141,6 +145,22 @@ def test_with_autoreset_disabled_an_ended_episode_has_to_be_reset() -> None:
     assert observations[1].startswith("You rolled")
     assert infos["_turn"].tolist() == [True, False]
     envs.step(["roll", "roll"])
+
+
+@pytest.mark.parametrize("max_workers", [None, 0])
+def test_an_environment_that_exits_takes_no_neighbour_with_it(max_workers: int | None) -> None:
+    envs = made(max_workers=max_workers)
+    envs.reset(seed=1)
+    observations, _, _, truncated, infos = envs.step(["roll", "exit", "roll"])
+    assert observations[0] == "You rolled 3 and have 3 points."
+    assert observations[1] == ""
+    assert observations[2]
+    assert truncated.tolist() == [False, True, False]
+    assert infos["error"][1] == "EnvError: the environment called sys.exit(0)"
+    assert "SystemExit" in infos["traceback"][1]
+    with pytest.raises(EnvError, match=r"called sys\.exit"):
+        envs.reset(options={"fail": "exit"})
+    envs.close()
 
 
 def test_a_reset_fails_alone_or_raises_when_all_fail() -> None:

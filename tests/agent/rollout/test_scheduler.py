@@ -353,6 +353,18 @@ def test_a_step_that_raises_in_a_thread_is_an_outcome():
     assert "RuntimeError: the server is down" in reasons
 
 
+@pytest.mark.parametrize("shape", [IN_LINE, IN_THREADS])
+def test_an_environment_that_exits_costs_its_own_branch(shape):
+    def leave(action: str) -> None:
+        if action == "7!":
+            raise SystemExit(0)
+
+    trees = rollout(tasks(4), SlowEnv(leave), GuessingPolicy(), shape, seed=1)
+    outcomes = [tree.outcomes[leaf] for tree in trees for leaf in tree.leaves()]
+    assert {outcome["outcome"] for outcome in outcomes} > {"env_error"}
+    assert "SystemExit: 0" in {outcome.get("reason") for outcome in outcomes}
+
+
 class Unforkable(SlowEnv):
     """Its state cannot be taken after a step: a bug of the environment's author, not of a rollout."""
 

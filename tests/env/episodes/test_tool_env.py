@@ -396,6 +396,22 @@ def test_a_reward_function_may_give_the_whole_score() -> None:
     assert (info["em"], info["f1"], info["answer"], info["reason"]) == (0.0, 0.25, "x", "half")
 
 
+def test_a_reward_function_or_a_start_that_exits_raises_an_ordinary_error() -> None:
+    def leave(_: object) -> float:
+        raise SystemExit(0)
+
+    with pytest.raises(EnvError, match=r"the reward function called sys.exit\(0\)"):
+        make(reward=leave).step("<answer>x</answer>")
+
+    @tool(state=leave)
+    def walk() -> str:
+        """Walk."""
+        return ""
+
+    with pytest.raises(EnvError, match=r"a tool's start called sys.exit\(0\)"):
+        make(tools=[walk])
+
+
 def test_prompts() -> None:
     boxed = make().reset(seed=0)[0]
     assert r"\boxed{answer here}" in boxed

@@ -202,6 +202,17 @@ def test_what_is_no_failure_of_the_tool_raises() -> None:
         call_tool(Broken(KeyboardInterrupt(), 1), {}, context())
 
 
+@pytest.mark.parametrize("timeout_s", [None, 20.0])
+def test_a_tool_that_exits_is_a_failed_call(timeout_s: float | None) -> None:
+    leaving = Broken(SystemExit(0), 1)
+    leaving.timeout_s = timeout_s
+    assert call_tool(leaving, {}, context()) == ToolResult(
+        "broken failed: SystemExit: 0", UNCHANGED, ok=False
+    )
+    narrow = SearchTool(Shelf(SystemExit(0)))  # type: ignore[arg-type]
+    assert not call_tool(narrow, {"query": "q"}, context()).ok
+
+
 def test_an_error_that_cannot_describe_itself_is_still_a_failure() -> None:
     class Mute(Exception):
         def __str__(self) -> str:
