@@ -21,9 +21,7 @@ from at2po_env.data.tasks import Task, TaskSource
 from at2po_env.episodes.actions import (
     ActionProtocol,
     FinalAnswer,
-    HermesProtocol,
     Malformed,
-    TaggedProtocol,
     ToolCall,
     make_protocol,
 )
@@ -71,7 +69,8 @@ class ToolEnv(ForkableEnv):
         tasks: A `TaskSource`, a list of tasks or of dicts with `question` and `golden_answers`, or the
             path of a FlashRAG file.
         tools: Tools, or plain typed functions.
-        reward: A rule of `scoring.reward_rule` ("boxed", "tag", "structured"), or a function of an `Ending`.
+        reward: A rule of `scoring.reward_rule` ("boxed", "tag", "structured"), which scores what the policy
+            wrote, or a function of an `Ending`.
         protocol: How calls are written: "tagged", "search_r1", "hermes", or an `ActionProtocol`.
         prompt: A template with `{question}` and `{tools}`, a function of the task, or a name of
             `prompts.PROMPTS`. Default: the one that goes with the reward rule.
@@ -126,8 +125,7 @@ class ToolEnv(ForkableEnv):
         described = self.protocol.describe(list(self.tools.values()))
         self._prompt = make_prompt(prompt, tools=described, calls=max_turns - 1)
         self._score = _score_function(reward, self.protocol.call_tags)
-        shipped = type(self.protocol) in (TaggedProtocol, HermesProtocol)
-        self._blank_result = self.protocol.format_result("") if shipped and isinstance(reward, str) else None
+        self._blank_result = self.protocol.format_result("") if isinstance(reward, str) else None
         self._parse = getattr(self.protocol, "parse_call", self.protocol.parse)
         self._with_state = any(type(tool).start is not Tool.start for tool in self.tools.values())
         self._episode: Episode | None = None
@@ -278,19 +276,17 @@ class ToolEnv(ForkableEnv):
         return last.observation, reward, not truncated, truncated, info
 
     def _response(self, episode: Episode) -> str:
-        """Join all actions and observations; for the shipped rules without the results' content.
+        """Join all actions and observations in order, as the reward function sees them.
 
-        The rules look at the tags, and the shipped protocols defuse every tag in a result, so its content
-        cannot matter unless an answer is open around it; leaving it out makes scoring independent of the
-        length of the passages.
+        The named rules see every tool's result as an empty one. They score what the policy wrote, and the
+        content of a result must neither supply an answer that is open around it (`<answer><search>q</search>`
+        in one turn, `</answer>` in the next) nor complete a tag. A function sees the whole text.
         """
-        links, blank = episode.turns, self._blank_result
-        if blank is not None:
-            shown = ("tool", "tool_error")
-            response = "".join([link[1] + (blank if link[4] in shown else link[2]) for link in links])
-            if response.find("<answer>", 0, -len(links[-1].action) or None) < 0:
-                return response
-        return "".join([link.action + link.observation for link in links])
+        blank = self._blank_result
+        if blank is None:
+            return "".join([link.action + link.observation for link in episode.turns])
+        shown = ("tool", "tool_error")
+        return "".join([link[1] + (blank if link[4] in shown else link[2]) for link in episode.turns])
 
     def render(self) -> str | None:
         """Return the transcript so far in mode "ansi", else None."""

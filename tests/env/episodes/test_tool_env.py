@@ -520,41 +520,75 @@ _PROTOCOL_ACTIONS = {
 }
 
 
+class Hostile:
+    """Returns a page of any text."""
+
+    digest = "hostile"
+
+    def __init__(self, page: str) -> None:
+        self.page = page
+
+    def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
+        del topk
+        return [[Passage("0", self.page, self.page)] for _ in queries]
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_rules_score_the_whole_response_whatever_the_results_contain(data: st.DataObject) -> None:
-    """The rules get the response without the results' content; that must not show in any score."""
+def test_rules_score_what_the_policy_wrote_whatever_the_results_contain(data: st.DataObject) -> None:
+    """A rule's score is that of the actions and empty results, so that no page can change it."""
     protocol = data.draw(st.sampled_from(sorted(_PROTOCOL_ACTIONS)))
     rule = data.draw(st.sampled_from(["boxed", "tag", "structured"]))
     hostile = st.lists(st.sampled_from(_HOSTILE), max_size=3).map("".join)
     templates = data.draw(st.lists(st.sampled_from(_PROTOCOL_ACTIONS[protocol]), max_size=5))
     actions = [template.format(data.draw(hostile).replace("\\", "")) for template in templates]
     ending = data.draw(st.sampled_from([BOXED, f"<think>t</think><answer>{GOLD}</answer>", "<answer>no"]))
-    options = {"protocol": protocol, "on_malformed": "notice", "max_turns": 8}
-    whole: list[str] = []
-
-    def keep(ended: Ending) -> float:
-        whole.append(ended.response)
-        return 0.0
-
-    scored, kept = make(reward=rule, **options), make(reward=keep, **options)
+    ending = data.draw(st.sampled_from([ending, "</answer>", "}</answer>"]))
+    page = data.draw(
+        st.lists(st.sampled_from([*_HOSTILE, rf"\boxed{{{GOLD}}}", GOLD, "}"]), max_size=6).map("".join)
+    )
+    tools = [SearchTool(Hostile(page)), note, explode, stop]
+    env = make(protocol=protocol, reward=rule, on_malformed="notice", max_turns=8, tools=tools)
+    written = ""
     for action in [*actions, ending]:
-        result = scored.step(action)
-        kept.step(action)
+        result = env.step(action)
+        called = result[4]["outcome"] in ("tool", "tool_error")
+        written += action + (env.protocol.format_result("") if called else result[0])
         if result[2] or result[3]:
             break
     else:
         return
-    expected = score_response(
-        whole[0],
-        scored.get_state().task.golden_answers,
-        answer_format=rule,
-        call_tags=scored.protocol.call_tags,
-    )
+    golds, call_tags = env.get_state().task.golden_answers, env.protocol.call_tags
+    expected = score_response(written, golds, answer_format=rule, call_tags=call_tags)
     assert result[1] == expected.reward
     assert (result[4]["em"], result[4]["f1"]) == (expected.em, expected.f1)
     assert result[4]["answer"] == expected.answer
     assert result[4]["score_reason"] == expected.reason
+
+
+@pytest.mark.parametrize("protocol", ["tagged", "search_r1"])
+@pytest.mark.parametrize(("rule", "reward"), [("boxed", -1.0), ("tag", 0.0), ("structured", 0.1)])
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [
+        ("<think>t</think><answer><search>x</search>", "</answer>"),
+        (r"<think>t</think><answer>\boxed{<search>x</search>", "}</answer>"),
+        (r"<think>t</think><answer>\boxed{<search>x</search>", "</answer>"),
+    ],
+)
+def test_a_retrieved_page_cannot_answer_for_the_policy(
+    protocol: str, rule: str, reward: float, opening: str, closing: str
+) -> None:
+    page = rf"}} {GOLD} \boxed{{{GOLD}}}" if rule != "tag" else GOLD
+    env = make(protocol=protocol, reward=rule, tools=[SearchTool(Hostile(page))])
+    observation = env.step(opening)[0]
+    assert GOLD in observation
+    _, scored, terminated, _, info = env.step(closing)
+    assert terminated
+    assert info["outcome"] == "malformed"
+    assert info["em"] == 0.0
+    assert scored in (reward, 0.0)  # an empty box is a well-formed answer, and wrong
+    assert GOLD not in str(info["answer"])
 
 
 def test_an_unseeded_reset_continues_the_sequence_of_the_seed() -> None:
