@@ -26,8 +26,10 @@ class SearchArguments(BaseModel):
 class SearchTool(Tool):
     """Shows the best passages for a query as `Doc i(Title: t) text`, one per line.
 
-    A retriever's `RetrievalError`, an operating-system error (a dead connection) and a time-out are failures
-    of the tool; any other exception of the retriever is a bug and raises.
+    The error model: failures of a retriever are failed calls. They are `RetrievalError`, operating-system
+    errors (a dead connection), time-outs, and the errors that data causes: `ValueError` (text that cannot be
+    read) and `ArithmeticError` (a score that is too large). Any other exception, such as `KeyError` or
+    `TypeError`, is a bug of the retriever and raises.
 
     Args:
         retriever: Where to search.
@@ -39,7 +41,13 @@ class SearchTool(Tool):
         retries: Further attempts.
     """
 
-    failures: ClassVar[tuple[type[Exception], ...]] = (ToolError, RetrievalError, OSError)
+    failures: ClassVar[tuple[type[Exception], ...]] = (
+        ToolError,
+        RetrievalError,
+        OSError,
+        ValueError,
+        ArithmeticError,
+    )
 
     name = "search"
     description = "Search the encyclopedia and get the best matching passages."

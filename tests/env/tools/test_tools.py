@@ -386,6 +386,9 @@ def test_queries_that_cannot_be_searched_fail(arguments: dict[str, Any], fault: 
         (RetrievalError("the index is damaged"), "search failed: the index is damaged"),
         (ConnectionRefusedError("no server"), "search failed: ConnectionRefusedError: no server"),
         (TimeoutError("slow"), "search failed: slow"),
+        (ValueError("a score of 400 digits"), "search failed: ValueError: a score of 400 digits"),
+        (OverflowError("int too large"), "search failed: OverflowError: int too large"),
+        (UnicodeError("no UTF-8"), "search failed: UnicodeError: no UTF-8"),
     ],
 )
 def test_a_failing_retriever_is_a_failed_call(error: Exception, text: str) -> None:
