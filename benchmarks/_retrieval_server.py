@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 from at2po_env.retrieval.messages import request_body
 from at2po_env.retrieval.opening import open_retriever
-from at2po_env.retrieval.server.app import serve
-from at2po_env.retrieval.server.config import ServerConfig
-from at2po_env.retrieval.server.processes import serve_processes
+from at2po_env.retrieval.server.app import ServerConfig
+from at2po_env.retrieval.server.running import serve, serve_processes
 from benchmarks._retrieval_stages import SECONDS, TOPK, rates_of, texts
 
 
@@ -58,11 +57,11 @@ def _loads(corpus: Path, qa: Path, port: int, processes: int) -> dict[str, dict[
 
 def serve_stage(corpus: str, port: int, processes: int) -> None:
     """Serve until told to stop."""
-    settings = ServerConfig(port=port, processes=processes)
+    config = ServerConfig(port=port, processes=processes)
     if processes > 1:
-        serve_processes(functools.partial(open_retriever, "bm25", corpus), settings)
+        serve_processes(functools.partial(open_retriever, "bm25", corpus), config)
     else:
-        serve(open_retriever("bm25", corpus), settings)
+        serve(open_retriever("bm25", corpus), config)
 
 
 def _wait_until_up(port: int, processes: int) -> None:

@@ -59,22 +59,20 @@ def serve_retriever(
 ) -> None:
     """Serve searches over HTTP: POST /retrieve as Search-R1's clients expect, /health, /metrics."""
     from at2po_env.retrieval import open_retriever
-    from at2po_env.retrieval.server.app import ServerConfig, serve
-    from at2po_env.retrieval.server.processes import serve_processes
+    from at2po_env.retrieval.server.app import ServerConfig
+    from at2po_env.retrieval.server.running import serve, serve_processes
 
-    settings = ServerConfig.model_validate(
-        {"host": host, "port": port, "token": token, "processes": processes}
-    )
-    settings.check_address()
+    config = ServerConfig.model_validate({"host": host, "port": port, "token": token, "processes": processes})
+    config.check_address()
     opener = functools.partial(open_retriever, retriever, corpus, cache=cache, **_options(option or []))
     where = f"http://{host}:{port} (process {os.getpid()}; Ctrl-C stops it)"
     if processes > 1:
         typer.echo(f"serving {retriever} of {corpus} by {processes} processes on {where}")
-        serve_processes(opener, settings)
+        serve_processes(opener, config)
         return
     opened = opener()
     typer.echo(f"serving {opened!r} on {where}")
-    serve(opened, settings)
+    serve(opened, config)
 
 
 def _options(given: list[str]) -> dict[str, object]:

@@ -1,4 +1,5 @@
 """The retrieval server (extra `serve`).
 
-`app` (the application), `service` and `batching` (what it does), `processes`, `metrics`, `config`.
+`app` has the configuration and what answers a request, `batching` searches concurrent requests together,
+`metrics` counts for Prometheus, and `running` runs the application: in this process, in several, in a thread.
 """

@@ -1,115 +1,183 @@
 """A retrieval server that the clients of Search-R1, SkyRL, T2PO and at2po understand.
 
-`POST /retrieve` (see `wire`), `GET /health`, `GET /metrics`. Requests that arrive together are searched
-together. A stop (SIGTERM, Ctrl-C) refuses new connections and answers what was taken.
-
-This module does not know what it serves: any `Retriever` will do.
+`POST /retrieve` (see `messages`), `GET /health`, `GET /metrics`. Requests that arrive together are searched
+together. The application does not know what it serves: any `Retriever` will do.
 """
 
 import asyncio
+import hmac
+import ipaddress
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
-from at2po_env.errors import MissingExtraError, RetrievalError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from at2po_env.errors import ConfigError, MissingExtraError, RetrievalError
 from at2po_env.retrieval.base import Retriever
-from at2po_env.retrieval.server.config import ServerConfig
-from at2po_env.retrieval.server.endpoint import RetrieveEndpoint
-from at2po_env.retrieval.server.processes import SharedPages
-from at2po_env.retrieval.server.service import RefusedError, RetrievalService
+from at2po_env.retrieval.messages import DEFAULT_TOPK, DIGEST_HEADER, RetrieveRequest, response_body
+from at2po_env.retrieval.server.batching import DynamicBatcher, OverloadedError
 
 try:
-    import uvicorn
-    from fastapi import FastAPI, Request, Response
-    from fastapi.responses import JSONResponse
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
-    from starlette.types import Receive, Scope, Send
+
+    from at2po_env.retrieval.server.metrics import ServerMetrics
 except ModuleNotFoundError as _error:
     raise MissingExtraError(f"{_error}. Fix: pip install 'at2po[serve]'") from _error
 
-__all__ = ["ServerConfig", "create_app", "serve", "uvicorn_server"]
+
+class ServerConfig(BaseModel):
+    """Limits and addresses; every request beyond a limit is refused with the limit in the message."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on; others than loopback need a token")
+    port: int = Field(8000, ge=0, le=65535, description="0 takes any free port")
+    token: SecretStr | None = Field(None, description="bearer token that requests must carry")
+    max_body_bytes: int = Field(4 * 2**20, ge=1, description="largest request body")
+    max_queries: int = Field(512, ge=1, description="queries of one request")
+    max_query_chars: int = Field(8192, ge=1, description="characters of one query")
+    max_topk: int = Field(100, ge=1, description="passages of one query")
+    max_batch: int = Field(256, ge=1, description="queries searched together")
+    max_wait_ms: float = Field(0.0, ge=0, description="how long an idle server waits for company")
+    max_waiting: int = Field(8192, ge=1, description="queries that may wait before new ones are refused")
+    workers: int = Field(1, ge=1, description="searches at the same time, in each process")
+    processes: int = Field(1, ge=1, description="processes that answer; `serve_processes` starts them")
+    timeout_s: float = Field(60.0, gt=0, description="seconds from a request to its answer")
+    drain_s: float = Field(30.0, gt=0, description="seconds that a stop waits for requests already taken")
+
+    def check_address(self) -> None:
+        """Refuse to listen beyond this machine without a token.
+
+        Raises:
+            ConfigError: the host is not loopback and there is no token.
+        """
+        try:
+            loopback = ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            loopback = self.host == "localhost"
+        if self.token is None and not loopback:
+            raise ConfigError(
+                f"host {self.host!r} can be reached from other machines, and there is no token. Fix: give "
+                "--token (or AT2PO_RETRIEVER_TOKEN), or listen on 127.0.0.1."
+            )
+        if self.token is not None and not self.token.get_secret_value():
+            raise ConfigError("the token is empty. Fix: give one of some length, or none.")
 
 
-def create_app(
-    retriever: Retriever, settings: ServerConfig | None = None, *, pages: SharedPages | None = None
-) -> FastAPI:
-    """Make the application; `settings.host` and `port` are left to whoever runs it.
+def create_app(retriever: Retriever, config: ServerConfig | None = None) -> Starlette:
+    """Make the application that answers for `retriever` within the limits of `config`.
 
-    Args:
-        retriever: What to serve.
-        settings: Limits.
-        pages: Where the metrics of the processes meet, when this is one of several.
+    `config.host`, `port` and `processes` are for the functions of `running`.
     """
-    service = RetrievalService(retriever, settings or ServerConfig())
+    config = config or ServerConfig()
+    metrics = ServerMetrics()
+    batcher = DynamicBatcher(
+        retriever,
+        max_batch=config.max_batch,
+        max_wait_s=config.max_wait_ms / 1000,
+        max_waiting=config.max_waiting,
+        workers=config.workers,
+        on_batch=metrics.on_batch,
+    )
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
-        writing = pages and asyncio.create_task(pages.keep_writing(service.metrics.page))
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:  # noqa: ARG001
         yield
-        await service.batcher.close()
-        if writing:
-            writing.cancel()
+        await batcher.close()
 
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "digest": retriever.digest, "waiting": service.batcher.waiting}
-
-    async def metrics(request: Request) -> Response:
+    async def retrieve(request: Request) -> Response:
+        start, response = time.perf_counter(), None
         try:
-            service.authorize(request.headers.get("authorization"))
-        except RefusedError as refused:
-            return JSONResponse({"detail": refused.detail}, status_code=refused.status)
-        page = service.metrics.page()
-        return Response(pages.merged(page) if pages else page, media_type=service.metrics.content_type)
+            response = await _retrieve(request, config, batcher)
+            response.headers[DIGEST_HEADER] = retriever.digest
+        except HTTPException as refused:
+            response = await _refusal(request, refused)
+        finally:
+            status = response.status_code if response else 500
+            metrics.answered(status, time.perf_counter() - start, batcher.waiting)
+        return response
 
-    app = _App(title="at2po retrieval", lifespan=lifespan)
-    app.endpoint = RetrieveEndpoint(service)
-    app.router.routes.append(Route("/retrieve", app.endpoint, methods=["POST"]))
-    app.get("/health", response_model=None)(health)
-    app.get("/metrics", response_model=None)(metrics)
-    return app
+    async def health(request: Request) -> Response:  # noqa: ARG001
+        return JSONResponse({"status": "ok", "digest": retriever.digest, "waiting": batcher.waiting})
 
+    async def show_metrics(request: Request) -> Response:
+        _check_token(request, config)
+        return Response(metrics.page(batcher.waiting), media_type=metrics.content_type)
 
-class _App(FastAPI):
-    """FastAPI for everything but the hot path, which goes around its middleware and routing."""
-
-    endpoint: RetrieveEndpoint
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/retrieve" and scope["method"] == "POST":
-            await self.endpoint(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+    routes = [
+        Route("/retrieve", retrieve, methods=["POST"]),
+        Route("/health", health),
+        Route("/metrics", show_metrics),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _refusal})
 
 
-def serve(retriever: Retriever, settings: ServerConfig | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C, then answer what was taken and return.
+async def _refusal(request: Request, refused: Exception) -> Response:  # noqa: ARG001
+    assert isinstance(refused, HTTPException)
+    return JSONResponse({"detail": refused.detail}, refused.status_code, refused.headers)
+
+
+def _check_token(request: Request, config: ServerConfig) -> None:
+    """Refuse a request without the token, in time that does not depend on where it differs."""
+    if config.token is None:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    expected = config.token.get_secret_value().encode()
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), expected):
+        raise HTTPException(401, "this server needs its token: Authorization: Bearer TOKEN")
+
+
+async def _retrieve(request: Request, config: ServerConfig, batcher: DynamicBatcher) -> Response:
+    """Answer `POST /retrieve` in bounded time.
 
     Raises:
-        ConfigError: listening beyond this machine without a token.
-        RetrievalError: the address cannot be used.
+        HTTPException: the request is malformed or beyond a limit, or the server cannot answer it.
     """
-    settings = settings or ServerConfig()
-    settings.check_address()
+    _check_token(request, config)
+    body, whole = bytearray(), False
     try:
-        uvicorn_server(create_app(retriever, settings), settings).run()
-    except SystemExit as error:  # uvicorn exits when it cannot bind
-        where = f"{settings.host}:{settings.port}"
-        fix = "give another --port, or stop what listens there"
-        raise RetrievalError(f"cannot listen on {where}. Fix: {fix}.") from error
+        async with asyncio.timeout(config.timeout_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > config.max_body_bytes:
+                    raise HTTPException(413, f"the body is larger than {config.max_body_bytes} bytes")
+            whole = True
+            asked = _parse(bytes(body), config)
+            found = await batcher.search(asked.texts, asked.topk or DEFAULT_TOPK)
+    except TimeoutError as error:
+        if not whole:
+            raise HTTPException(408, f"the body did not arrive within {config.timeout_s:g} s") from error
+        raise HTTPException(504, f"no result within {config.timeout_s:g} s") from error
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the client went away") from error
+    except OverloadedError as error:
+        raise HTTPException(503, f"overloaded: {error}", {"Retry-After": "1"}) from error
+    except RetrievalError as error:
+        raise HTTPException(500, str(error)) from error
+    content = response_body(found, return_scores=asked.return_scores)
+    return Response(content, media_type="application/json")
 
 
-def uvicorn_server(app: FastAPI, settings: ServerConfig) -> uvicorn.Server:
-    """Return a server that is not running yet."""
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=60,
-        timeout_graceful_shutdown=int(max(settings.drain_s, 1)),
-        backlog=2048,
-    )
-    return uvicorn.Server(config)
+def _parse(body: bytes, config: ServerConfig) -> RetrieveRequest:
+    try:
+        request = RetrieveRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise HTTPException(422, f"{where + ': ' if where else ''}{first['msg']}") from error
+    texts, topk = request.texts, request.topk or 0
+    if len(texts) > config.max_queries:
+        raise HTTPException(422, f"{len(texts)} queries, at most {config.max_queries} are taken at once")
+    longest = max(map(len, texts), default=0)
+    if longest > config.max_query_chars:
+        raise HTTPException(
+            422, f"a query of {longest} characters, at most {config.max_query_chars} are taken"
+        )
+    if topk > config.max_topk:
+        raise HTTPException(422, f"topk {topk}, at most {config.max_topk} are given")
+    return request

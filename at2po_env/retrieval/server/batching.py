@@ -1,7 +1,6 @@
-"""Concurrent requests searched together: what arrives while a search runs goes into the next one."""
+"""Searches concurrent requests together: those that arrive while a search runs go into the next one."""
 
 import asyncio
-import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +11,9 @@ from at2po_env.retrieval.base import Retriever
 
 Found = list[list[Passage]]
 
-# A search in Python holds up the event loop from a thread too: for 5 ms, the interpreter's switch interval,
-# each time. One expected to end about as soon is made in the loop, which saves the switching.
-IN_LOOP_S = 0.01
-
 
 class OverloadedError(Exception):
-    """More is waiting than the server is willing to hold."""
+    """More queries are waiting than the server is willing to hold."""
 
 
 class _Job(NamedTuple):
@@ -35,15 +30,13 @@ class DynamicBatcher:
     it fail fails.
 
     Args:
-        retriever: Where to search; called in a thread. One with `computes_only` true promises that a search
-            waits for nothing (no disk, no network); where its searches take `IN_LOOP_S` or less they are made
-            without a thread.
+        retriever: Where to search; called in a thread.
         max_batch: Queries in one search; a single request with more is searched alone.
         max_wait_s: How long an idle searcher waits for company after the first request. 0: not at all,
             batches then form by themselves while a search is running.
         max_waiting: Queries that may wait; more are refused with `OverloadedError`.
         workers: Searches at the same time.
-        on_batch: Told the number of queries and the seconds of each search.
+        on_batch: Called with the number of queries and the seconds of each search.
     """
 
     def __init__(
@@ -62,7 +55,6 @@ class DynamicBatcher:
         self._on_batch = on_batch
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
-        self._pace = math.inf if getattr(retriever, "computes_only", False) else None
         self._running: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="at2po-search")
 
@@ -100,7 +92,6 @@ class DynamicBatcher:
             await asyncio.sleep(self._max_wait_s)
         while self._jobs:
             await self._answer(self._take())
-            await asyncio.sleep(0)  # lets requests in, where the search was not in a thread
 
     def _take(self) -> list[_Job]:
         """Take the first job and those after it that fit into its batch, in order."""
@@ -119,8 +110,10 @@ class DynamicBatcher:
 
     async def _answer(self, jobs: list[_Job]) -> None:
         queries = [query for job in jobs for query in job.queries]
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
         try:
-            found = await self._search(queries, jobs[0].topk)
+            found = await loop.run_in_executor(self._threads, self._retriever.search, queries, jobs[0].topk)
         except Exception as error:  # noqa: BLE001 - handed to the callers that wait for it
             if len(jobs) > 1:
                 for job in jobs:
@@ -128,22 +121,10 @@ class DynamicBatcher:
             elif not jobs[0].answer.done():
                 jobs[0].answer.set_exception(error)
             return
+        finally:
+            self._on_batch(len(queries), loop.time() - begun)
         start = 0
         for job in jobs:
             if not job.answer.done():  # a caller that went away has cancelled its future
                 job.answer.set_result(found[start : start + len(job.queries)])
             start += len(job.queries)
-
-    async def _search(self, queries: list[str], topk: int) -> Found:
-        loop = asyncio.get_running_loop()
-        start = loop.time()
-        try:
-            if self._pace is not None and self._pace * len(queries) <= IN_LOOP_S:
-                return self._retriever.search(queries, topk)
-            return await loop.run_in_executor(self._threads, self._retriever.search, queries, topk)
-        finally:
-            seconds = loop.time() - start
-            if self._pace is not None:
-                # Distrust at once, trust again in steps.
-                self._pace = max(seconds / max(len(queries), 1), 0.5 * min(self._pace, IN_LOOP_S))
-            self._on_batch(len(queries), seconds)

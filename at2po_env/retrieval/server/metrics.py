@@ -1,36 +1,26 @@
-"""What a retrieval server tells Prometheus."""
+"""The metrics of a retrieval server, for Prometheus.
 
-from collections.abc import Iterator, Sequence
+Where several processes serve one address, `PROMETHEUS_MULTIPROC_DIR` names a folder in which each keeps its
+numbers (prometheus_client's multiprocess mode), and any of them shows the sum of all.
+"""
 
-from at2po_env.errors import MissingExtraError
+import os
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
+
 from at2po_env.retrieval.counters import counted
 
-try:
-    from prometheus_client import (
-        CONTENT_TYPE_LATEST,
-        CollectorRegistry,
-        Counter,
-        Gauge,
-        Histogram,
-        generate_latest,
-    )
-    from prometheus_client.core import CounterMetricFamily, Metric
-    from prometheus_client.parser import text_string_to_metric_families
-    from prometheus_client.registry import Collector
-except ModuleNotFoundError as _error:
-    raise MissingExtraError(f"{_error}. Fix: pip install 'at2po[serve]'") from _error
-
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-
-
-class _ProcessTotals(Collector):
-    """The process-wide totals of `counters`, as one metric per name."""
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        for name, value in sorted(counted().items()):
-            text = f"Total of {name} in this process."
-            yield CounterMetricFamily(f"at2po_retrieval_{name}", text, value=value)
 
 
 class ServerMetrics:
@@ -39,62 +29,50 @@ class ServerMetrics:
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
-        registry = self._registry = CollectorRegistry()
-        registry.register(_ProcessTotals())
-        self.requests = Counter("at2po_retrieve_requests", "Answers.", ["status"], registry=registry)
-        self.queries = Counter("at2po_retrieve_queries", "Searched queries.", registry=registry)
-        self.seconds = Histogram(
-            "at2po_retrieve_seconds", "From request to answer.", buckets=_SECONDS, registry=registry
+        own = self._registry = CollectorRegistry()
+        self._requests = Counter("at2po_retrieve_requests", "Answers.", ["status"], registry=own)
+        self._queries = Counter("at2po_retrieve_queries", "Searched queries.", registry=own)
+        self._seconds = Histogram(
+            "at2po_retrieve_seconds", "From request to answer.", buckets=_SECONDS, registry=own
         )
-        self.batch = Histogram(
-            "at2po_search_batch_queries", "Queries per search.", buckets=_SIZES, registry=registry
+        self._batch = Histogram(
+            "at2po_search_batch_queries", "Queries per search.", buckets=_SIZES, registry=own
         )
-        self.search = Histogram("at2po_search_seconds", "One search.", buckets=_SECONDS, registry=registry)
-        self.waiting = Gauge("at2po_waiting_queries", "Waiting queries.", registry=registry)
+        self._search = Histogram("at2po_search_seconds", "One search.", buckets=_SECONDS, registry=own)
+        self._waiting = Gauge(
+            "at2po_waiting_queries", "Waiting queries.", registry=own, multiprocess_mode="livesum"
+        )
+        self._totals: dict[str, Counter] = {}  # of `counters.counted`
+        self._seen: dict[str, int] = {}
 
-        self._answers: dict[int, Counter] = {}
-
-    def answered(self, status: int, seconds: float) -> None:
-        """Record one answer."""
-        if status not in self._answers:
-            self._answers[status] = self.requests.labels(status)
-        self._answers[status].inc()
-        self.seconds.observe(seconds)
+    def answered(self, status: int, seconds: float, waiting: int) -> None:
+        """Record one answer, and the number of queries that wait."""
+        self._requests.labels(status).inc()
+        self._seconds.observe(seconds)
+        self._waiting.set(waiting)
 
     def on_batch(self, queries: int, seconds: float) -> None:
         """Record one search."""
-        self.queries.inc(queries)
-        self.batch.observe(queries)
-        self.search.observe(seconds)
+        self._queries.inc(queries)
+        self._batch.observe(queries)
+        self._search.observe(seconds)
+        self._take_totals()
 
-    def page(self) -> bytes:
+    def page(self, waiting: int) -> bytes:
         """Return the page in Prometheus' text form."""
-        return generate_latest(self._registry)
+        self._waiting.set(waiting)
+        self._take_totals()
+        registry = self._registry
+        if SHARED_FOLDER in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
 
-
-def sum_pages(pages: Sequence[str]) -> bytes:
-    """Add up the pages of several processes, sample by sample; a time of creation is the earliest."""
-    families: dict[str, Metric] = {}
-    samples: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
-    for page in pages:
-        for family in text_string_to_metric_families(page):
-            families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            known = samples.setdefault(family.name, {})
-            for sample in family.samples:
-                key = sample.name, tuple(sorted(sample.labels.items()))
-                merge = min if sample.name.endswith("_created") else sum
-                known[key] = merge((known[key], sample.value)) if key in known else sample.value
-    for name, family in families.items():
-        for (sample_name, labels), value in samples[name].items():
-            family.add_sample(sample_name, dict(labels), value)
-    registry = CollectorRegistry()
-    registry.register(_Families(list(families.values())))
-    return generate_latest(registry)
-
-
-class _Families(Collector):
-    def __init__(self, families: list[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self._families
+    def _take_totals(self) -> None:
+        """Bring what retrieval has counted in this process (hits of a cache, retries, ...) up to date."""
+        for name, value in counted().items():
+            if name not in self._totals:
+                text = f"Total of {name} in this process."
+                self._totals[name] = Counter(f"at2po_retrieval_{name}", text, registry=self._registry)
+            self._totals[name].inc(value - self._seen.get(name, 0))
+            self._seen[name] = value

@@ -52,7 +52,7 @@ def test_an_unknown_kind_is_an_error_that_names_the_known_ones(corpus: Path) -> 
 
 
 def test_serving_beyond_this_machine_needs_a_token(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+    pytest.importorskip("starlette", reason="needs the extra 'serve'")
     monkeypatch.delenv("AT2PO_RETRIEVER_TOKEN", raising=False)
     result = runner.invoke(app, ["serve-retriever", str(corpus), "--host", "0.0.0.0"])
     assert isinstance(result.exception, ConfigError)
@@ -60,7 +60,7 @@ def test_serving_beyond_this_machine_needs_a_token(corpus: Path, monkeypatch: py
 
 @pytest.mark.parametrize(("options", "says"), [(["-o", "k1"], "NAME=VALUE"), (["-o", "k9=1"], "k9")])
 def test_a_wrong_option_is_an_error(corpus: Path, options: list[str], says: str) -> None:
-    pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+    pytest.importorskip("starlette", reason="needs the extra 'serve'")
     result = runner.invoke(app, ["serve-retriever", str(corpus), *options])
     assert says in result.output or says in str(result.exception)
     assert not isinstance(result.exception, TypeError | RetrievalError) or "k9" in str(result.exception)

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+pytest.importorskip("starlette", reason="needs the extra 'serve'")
 pytest.importorskip("prometheus_client", reason="needs the extra 'serve'")
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
@@ -21,9 +21,8 @@ from at2po_env.data.passages import Passage
 from at2po_env.errors import ConfigError, RetrievalError
 from at2po_env.retrieval.bm25.retriever import Bm25Retriever
 from at2po_env.retrieval.client.retriever import HttpRetriever
-from at2po_env.retrieval.server.app import serve
-from at2po_env.retrieval.server.config import ServerConfig
-from at2po_env.retrieval.server.thread import serving
+from at2po_env.retrieval.server.app import ServerConfig
+from at2po_env.retrieval.server.running import serve, serving
 
 CORPUS_LINE = '{{"id": "{0}", "contents": "\\"Title {0}\\"\\nText about number{0} and all."}}\n'
 
@@ -266,8 +265,8 @@ def start_server(folder: Path, port: int) -> subprocess.Popen:
     code = (
         "import sys, time\n"
         "from at2po_env.retrieval import open_retriever\n"
-        "from at2po_env.retrieval.server.app import serve\n"
-        "from at2po_env.retrieval.server.config import ServerConfig\n"
+        "from at2po_env.retrieval.server.app import ServerConfig\n"
+        "from at2po_env.retrieval.server.running import serve\n"
         "class Slow:\n"
         "    def __init__(self, inner): self.inner, self.digest = inner, inner.digest\n"
         "    def search(self, queries, topk):\n"
