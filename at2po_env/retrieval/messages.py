@@ -9,6 +9,7 @@ then has one list of documents.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from at2po_env.data.passages import Passage
 
 DIGEST_HEADER = "X-At2po-Digest"  # of the retriever that answered; keys a client's cache
 DEFAULT_TOPK = 3
+LARGEST_SCORE = sys.float_info.max
 Form = Literal["queries", "query"]
 
 
@@ -101,8 +103,8 @@ def _passage(item: object) -> Passage:
     contents, score = document.get("contents"), item.get("score", 0.0)
     if not isinstance(contents, str):
         raise WireError(f'a document has no text "contents": {document!r:.80}')
-    if isinstance(score, bool) or not isinstance(score, int | float):
-        raise WireError(f"a score is not a number: {score!r:.80}")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= LARGEST_SCORE:
+        raise WireError(f"a score is not a finite number: {score!r:.80}")
     title, newline, text = contents.partition("\n")
     if not newline:
         title, text = "", contents

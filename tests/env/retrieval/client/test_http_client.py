@@ -108,6 +108,10 @@ def test_a_lasting_fault_is_an_error_after_a_bounded_number_of_tries(fault_serve
         b'{"result": [[{"document": {"id": "0"}, "score": 1}]]}',
         b'{"result": [[{"document": {"contents": "a"}, "score": "high"}]]}',
         b'{"result": [[{"document": {"contents": 3}}]]}',
+        *(
+            b'{"result": [[{"document": {"contents": "a"}, "score": %b}]]}' % score
+            for score in (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"9" * 400, b"-" + b"9" * 400)
+        ),
     ],
 )
 def test_an_answer_of_the_wrong_shape_is_an_error_at_once(fault_server: Callable, body: bytes) -> None:
