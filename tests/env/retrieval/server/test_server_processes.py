@@ -179,6 +179,15 @@ def test_what_a_process_cannot_open_is_said_once_and_ends_the_server(start) -> N
     assert "parent: a server process ended with exit code 1" in said
 
 
+@pytest.mark.slow
+def test_a_second_server_on_the_same_port_is_refused(start) -> None:
+    server = start()
+    server.wait_until_all_answer()
+    with pytest.raises(RetrievalError, match=f"cannot listen on 127.0.0.1:{server.port}"):
+        serve_processes(pytest.fail, ServerConfig(port=server.port, processes=2))
+    assert server.ask("still there")[0] == 200
+
+
 def test_an_address_in_use_or_open_to_all_is_refused_before_anything_starts() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
