@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from at2po_env.errors import ConfigError
+
 app = typer.Typer()
 
 _Corpus = Annotated[Path, typer.Argument(help="JSON lines in wiki-18 form.")]
@@ -49,9 +51,11 @@ def serve_retriever(
     retriever: Annotated[str, typer.Option(help="bm25, lucene, dense or hybrid.")] = "bm25",
     host: Annotated[str, typer.Option(help="Others than loopback need a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
-    token: Annotated[
-        str | None,
-        typer.Option(envvar="AT2PO_RETRIEVER_TOKEN", help="Bearer token that requests must carry."),
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the bearer token that requests must carry; default: AT2PO_RETRIEVER_TOKEN."
+        ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="SQLite file that keeps results.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Each opens the corpus and answers for itself.")] = 1,
@@ -59,9 +63,16 @@ def serve_retriever(
 ) -> None:
     """Serve searches over HTTP: POST /retrieve as Search-R1's clients expect, /health, /metrics."""
     from at2po_env.retrieval import open_retriever
+    from at2po_env.retrieval.client.retriever import TOKEN_VARIABLE
     from at2po_env.retrieval.server.app import ServerConfig
     from at2po_env.retrieval.server.running import serve, serve_processes
 
+    token = os.environ.get(TOKEN_VARIABLE)  # never an argument: every user of a machine can read those
+    if token_file is not None:
+        try:
+            token = token_file.read_text("utf-8").strip()
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"cannot read the token from {token_file} ({error}).") from error
     config = ServerConfig.model_validate({"host": host, "port": port, "token": token, "processes": processes})
     config.check_address()
     opener = functools.partial(open_retriever, retriever, corpus, cache=cache, **_options(option or []))

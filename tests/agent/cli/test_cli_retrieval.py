@@ -58,6 +58,30 @@ def test_serving_beyond_this_machine_needs_a_token(corpus: Path, monkeypatch: py
     assert isinstance(result.exception, ConfigError)
 
 
+def test_the_token_comes_from_a_file_or_the_environment_and_never_from_an_argument(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("starlette", reason="needs the extra 'serve'")
+    from at2po_env.retrieval.server import running
+    from at2po_env.retrieval.server.app import ServerConfig
+
+    seen = list[str | None]()
+
+    def serve(_retriever: object, config: ServerConfig) -> None:
+        seen.append(config.token and config.token.get_secret_value())
+
+    monkeypatch.setattr(running, "serve", serve)
+    monkeypatch.setenv("AT2PO_RETRIEVER_TOKEN", "of the environment")
+    (tmp_path / "token").write_text("of the file\n")
+    command = ["serve-retriever", str(corpus)]
+    assert runner.invoke(app, command).exit_code == 0
+    assert runner.invoke(app, [*command, "--token-file", str(tmp_path / "token")]).exit_code == 0
+    assert seen == ["of the environment", "of the file"]
+    missing = runner.invoke(app, [*command, "--token-file", str(tmp_path / "missing")])
+    assert isinstance(missing.exception, ConfigError)
+    assert "No such option" in runner.invoke(app, [*command, "--token", "t"]).output
+
+
 @pytest.mark.parametrize(("options", "says"), [(["-o", "k1"], "NAME=VALUE"), (["-o", "k9=1"], "k9")])
 def test_a_wrong_option_is_an_error(corpus: Path, options: list[str], says: str) -> None:
     pytest.importorskip("starlette", reason="needs the extra 'serve'")
