@@ -20,10 +20,12 @@ from at2po_env.retrieval.server.batching import DynamicBatcher, OverloadedError
 
 try:
     from starlette.applications import Starlette
+    from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from at2po_env.retrieval.server.metrics import ServerMetrics
 except ModuleNotFoundError as _error:
@@ -47,6 +49,10 @@ class ServerConfig(BaseModel):
     max_waiting: int = Field(8192, ge=1, description="queries that may wait before new ones are refused")
     workers: int = Field(1, ge=1, description="searches at the same time, in each process")
     processes: int = Field(1, ge=1, description="processes that answer; `serve_processes` starts them")
+    max_connections: int = Field(
+        900, ge=1, description="open connections of a process; more are answered 503"
+    )
+    receive_s: float = Field(20.0, gt=0, description="seconds within which a request must arrive whole")
     timeout_s: float = Field(60.0, gt=0, description="seconds from a request to its answer")
     drain_s: float = Field(30.0, gt=0, description="seconds that a stop waits for requests already taken")
 
@@ -63,7 +69,7 @@ class ServerConfig(BaseModel):
         if self.token is None and not loopback:
             raise ConfigError(
                 f"host {self.host!r} can be reached from other machines, and there is no token. Fix: give "
-                "--token (or AT2PO_RETRIEVER_TOKEN), or listen on 127.0.0.1."
+                "--token-file (or AT2PO_RETRIEVER_TOKEN), or listen on 127.0.0.1."
             )
         if self.token is not None and not self.token.get_secret_value():
             raise ConfigError("the token is empty. Fix: give one of some length, or none.")
@@ -99,37 +105,50 @@ def create_app(retriever: Retriever, config: ServerConfig | None = None) -> Star
             response = await _refusal(request, refused)
         finally:
             status = response.status_code if response else 500
-            metrics.answered(status, time.perf_counter() - start, batcher.waiting)
+            metrics.answered(status, time.perf_counter() - start)
+            metrics.waiting.set(batcher.waiting)
         return response
 
     async def health(request: Request) -> Response:  # noqa: ARG001
         return JSONResponse({"status": "ok", "digest": retriever.digest, "waiting": batcher.waiting})
 
-    async def show_metrics(request: Request) -> Response:
-        _check_token(request, config)
-        return Response(metrics.page(batcher.waiting), media_type=metrics.content_type)
+    async def show_metrics(request: Request) -> Response:  # noqa: ARG001
+        metrics.waiting.set(batcher.waiting)
+        return Response(metrics.page(), media_type=metrics.content_type)
 
     routes = [
         Route("/retrieve", retrieve, methods=["POST"]),
         Route("/health", health),
         Route("/metrics", show_metrics),
     ]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _refusal})
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _refusal})
+    if config.token:
+        app.add_middleware(_NeedsToken, token=config.token.get_secret_value(), metrics=metrics)
+    return app
+
+
+class _NeedsToken:
+    """Refuses every request without the token, whatever its path, before any of its body is read."""
+
+    def __init__(self, app: ASGIApp, token: str, metrics: ServerMetrics) -> None:
+        self._app, self._token, self._metrics = app, token.encode(), metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+            # Compared in a time that does not depend on where the two differ.
+            right = hmac.compare_digest(given.strip().encode(), self._token)
+            if scheme.lower() != "bearer" or not right:
+                self._metrics.answered(401, 0.0)
+                said = {"detail": "this server needs its token: Authorization: Bearer TOKEN"}
+                await JSONResponse(said, 401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 async def _refusal(request: Request, refused: Exception) -> Response:  # noqa: ARG001
     assert isinstance(refused, HTTPException)
     return JSONResponse({"detail": refused.detail}, refused.status_code, refused.headers)
-
-
-def _check_token(request: Request, config: ServerConfig) -> None:
-    """Refuse a request without the token, in time that does not depend on where it differs."""
-    if config.token is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    expected = config.token.get_secret_value().encode()
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), expected):
-        raise HTTPException(401, "this server needs its token: Authorization: Bearer TOKEN")
 
 
 async def _retrieve(request: Request, config: ServerConfig, batcher: DynamicBatcher) -> Response:
@@ -138,7 +157,6 @@ async def _retrieve(request: Request, config: ServerConfig, batcher: DynamicBatc
     Raises:
         HTTPException: the request is malformed or beyond a limit, or the server cannot answer it.
     """
-    _check_token(request, config)
     body, whole = bytearray(), False
     try:
         async with asyncio.timeout(config.timeout_s):

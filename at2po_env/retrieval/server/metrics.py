@@ -39,17 +39,16 @@ class ServerMetrics:
             "at2po_search_batch_queries", "Queries per search.", buckets=_SIZES, registry=own
         )
         self._search = Histogram("at2po_search_seconds", "One search.", buckets=_SECONDS, registry=own)
-        self._waiting = Gauge(
+        self.waiting = Gauge(
             "at2po_waiting_queries", "Waiting queries.", registry=own, multiprocess_mode="livesum"
         )
         self._totals: dict[str, Counter] = {}  # of `counters.counted`
         self._seen: dict[str, int] = {}
 
-    def answered(self, status: int, seconds: float, waiting: int) -> None:
-        """Record one answer, and the number of queries that wait."""
+    def answered(self, status: int, seconds: float) -> None:
+        """Record one answer."""
         self._requests.labels(status).inc()
         self._seconds.observe(seconds)
-        self._waiting.set(waiting)
 
     def on_batch(self, queries: int, seconds: float) -> None:
         """Record one search."""
@@ -58,9 +57,8 @@ class ServerMetrics:
         self._search.observe(seconds)
         self._take_totals()
 
-    def page(self, waiting: int) -> bytes:
+    def page(self) -> bytes:
         """Return the page in Prometheus' text form."""
-        self._waiting.set(waiting)
         self._take_totals()
         registry = self._registry
         if SHARED_FOLDER in os.environ:

@@ -3,6 +3,7 @@
 A stop refuses new connections and answers every request that was taken.
 """
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -22,12 +23,15 @@ from at2po_env.retrieval.server.app import ServerConfig, create_app
 from at2po_env.retrieval.server.metrics import SHARED_FOLDER
 
 try:
+    import h11
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as _error:
     raise MissingExtraError(f"{_error}. Fix: pip install 'at2po[serve]'") from _error
 
 BACKLOG = 2048
 START_S = 30.0
+MAX_HEAD_BYTES = 16 * 2**10  # of a request's first line and headers
 
 
 def serve(retriever: Retriever, config: ServerConfig | None = None) -> None:
@@ -118,10 +122,47 @@ def _listening(config: ServerConfig) -> socket.socket:
         ) from error
 
 
+class _ImpatientProtocol(H11Protocol):
+    """uvicorn's HTTP, with a limit on the time in which a request must arrive.
+
+    uvicorn bounds the size of a request's head, but waits for the rest of an incomplete request for ever: so
+    many half-open connections as a process may have files would shut everyone else out.
+    """
+
+    receive_s: float
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(self.receive_s, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # the request has arrived whole
+            self._stop_timer()
+        elif self._timer is None:  # its first bytes came on a connection that was kept open
+            self._timer = self.loop.call_later(self.receive_s, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 def _server(retriever: Retriever, config: ServerConfig) -> uvicorn.Server:
+    class Protocol(_ImpatientProtocol):
+        receive_s = config.receive_s
+
     return uvicorn.Server(
         uvicorn.Config(
             create_app(retriever, config),
+            http=Protocol,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            limit_concurrency=config.max_connections,
             ws="none",
             log_level="warning",
             access_log=False,

@@ -1,3 +1,4 @@
+import contextlib
 import http.client
 import json
 import os
@@ -165,16 +166,69 @@ def test_the_token_is_asked_for() -> None:
         assert post(url, body)[0] == 401
         assert post(url, body, Authorization="Bearer wrong")[0] == 401
         assert post(url, body, Authorization="Bearer right")[0] == 200
-        assert get(url, "/metrics")[0] == 401
-        assert get(url, "/health")[0] == 200
+        for path in ("/metrics", "/health", "/docs", "/openapi.json", "/nothing"):
+            assert get(url, path)[0] == 401
+        assert get(url, "/health", Authorization="Bearer right")[0] == 200
         assert HttpRetriever(url=url, token="right").search(["a"], 1)
         with pytest.raises(RetrievalError, match="401"):
             HttpRetriever(url=url).search(["a"], 1)
 
 
+@pytest.mark.parametrize(
+    "incomplete",
+    [
+        b"",
+        b"POST /retr",
+        b"GET /health HTTP/1.1\r\nHost: a\r\n",
+        b"POST /nothing HTTP/1.1\r\nContent-Length: 9\r\n\r\n{",
+    ],
+    ids=["nothing", "line", "headers", "body"],
+)
+def test_a_request_that_does_not_arrive_whole_in_time_is_dropped(incomplete: bytes) -> None:
+    with serving(Recording(), ServerConfig(port=0, receive_s=0.5)) as url:
+        address = urlsplit(url).hostname, urlsplit(url).port
+        with socket.create_connection(address, 10) as first, socket.create_connection(address, 10) as kept:
+            kept.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert kept.recv(1000).startswith(b"HTTP/1.1 200")
+            time.sleep(0.7)  # a connection without a request may rest longer
+            start = time.monotonic()
+            for connection in (first, kept):
+                with contextlib.suppress(OSError):  # the first has been dropped already
+                    connection.sendall(incomplete or b"G")
+                with contextlib.suppress(ConnectionError):
+                    while connection.recv(1000):
+                        pass
+            assert time.monotonic() - start < 3
+
+
+def test_half_open_connections_shut_nobody_out_for_long() -> None:
+    config = ServerConfig(port=0, max_connections=20, receive_s=1.0)
+    with serving(Recording(), config) as url, contextlib.ExitStack() as stack:
+        address = urlsplit(url).hostname, urlsplit(url).port
+        for _ in range(40):
+            connection = stack.enter_context(socket.create_connection(address, 10))
+            connection.sendall(b"POST /retrieve HTTP/1.1\r\n")
+        time.sleep(0.2)
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 503
+        connection.close()
+        assert HttpRetriever(url=url, timeout_s=10).search(["a"], 1)[0][0].title == "a"
+
+
+@pytest.mark.parametrize("head", [b"GET /" + b"a" * 20_000, b"GET / HTTP/1.1\r\nX: " + b"a" * 20_000])
+def test_the_head_of_a_request_is_bounded(head: bytes) -> None:
+    with (
+        serving(Recording(), ServerConfig(port=0, token="t")) as url,
+        socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), 10) as connection,
+    ):
+        connection.sendall(head)
+        assert b" 400 " in connection.recv(1000)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
 def test_listening_beyond_this_machine_needs_a_token(host: str) -> None:
-    with pytest.raises(ConfigError, match="--token"):
+    with pytest.raises(ConfigError, match="--token-file"):
         serve(Recording(), ServerConfig(host=host))
     ServerConfig(host=host, token="secret").check_address()
 
