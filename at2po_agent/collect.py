@@ -8,9 +8,8 @@ from at2po_agent.credit.groups import is_informative
 from at2po_agent.environments import Env, TaskOrder
 from at2po_agent.learning.learner import TrainingError
 from at2po_agent.policies.base import Policy
-from at2po_agent.rollout import rollout_with_stats
+from at2po_agent.rollout import rollout
 from at2po_agent.runs.seeding import RunPurpose, run_seed
-from at2po_agent.transcripts.transcripts import Transcript
 from at2po_agent.tree import Tree
 
 
@@ -43,7 +42,6 @@ def collect_trees(
     *,
     step: int,
     on_leaf: Callable[[], None],
-    transcript: Transcript | None = None,
 ) -> Collected:
     """Sample the trees of a step.
 
@@ -58,7 +56,6 @@ def collect_trees(
         config: The run.
         step: Number of the step; with `run.seed` it decides every draw.
         on_leaf: Called whenever a branch has ended.
-        transcript: Turns what the environment shows into ids; None encodes it as it is.
 
     Raises:
         TrainingError: Every prompt was too long, or the environment failed in every branch.
@@ -69,14 +66,12 @@ def collect_trees(
     for attempt in range(algorithm.oversampling if dynamic else 1):
         seed = run_seed(config.run.seed, RunPurpose.ROLLOUT, step, attempt)
         tasks = order.options(collected.cursor, count)
-        trees, stats = rollout_with_stats(
-            tasks, env, policy, config.rollout, seed=seed, on_leaf=on_leaf, transcript=transcript
-        )
+        trees = rollout(tasks, env, policy, config.rollout, seed=seed, on_leaf=on_leaf)
         _check(trees)
         collected.cursor += count
         collected.sampled += trees
-        collected.tokens += stats.sampled_tokens
-        collected.policy_seconds += stats.policy_seconds
+        collected.tokens += trees.stats.sampled_tokens
+        collected.policy_seconds += trees.stats.policy_seconds
         collected.trees += [tree for tree in trees if _is_kept(tree, dynamic=dynamic)]
         if len(collected.trees) >= count:
             break

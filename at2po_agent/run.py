@@ -12,6 +12,7 @@ from at2po_agent.agents.cold_start import cold_start, record_demonstrations
 from at2po_agent.agents.dry_run import describe_plan, plan_run
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import Env, make_cold_start_env
+from at2po_agent.policies.base import transcript_of
 from at2po_agent.runs.folder import RunFolder, open_run
 from at2po_agent.runs.interrupts import InterruptibleProgress, Interrupts, StopRequested, TrainingInterrupted
 from at2po_agent.runs.progress import NoProgress, Progress
@@ -100,7 +101,7 @@ def _prepare(config: Config, trainer: Trainer, progress: Progress) -> None:
             config.cold_start,
             rng=rng,
             progress=progress,
-            transcript=trainer.agent.transcript,
+            transcript=transcript_of(trainer.agent.policy),
         )
         figures = cold_start(
             trainer.agent.model, demonstrations, config.cold_start, rng=rng, progress=progress

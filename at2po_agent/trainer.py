@@ -171,10 +171,7 @@ class Trainer:
         """Evaluate the current weights, `greedy` or `sampled`, and record the figures."""
         if self._eval_env is None:
             self._eval_env = make_eval_env(self.config)
-        agent = self.agent
-        result = evaluate_mode(
-            self.config, mode, self._eval_env, agent.policy, self._progress, transcript=agent.transcript
-        )
+        result = evaluate_mode(self.config, mode, self._eval_env, self.agent.policy, self._progress)
         self._record({"kind": "eval", "mode": mode, "step": self.state.step, **result.to_json()})
         return result
 
@@ -224,7 +221,6 @@ class Trainer:
             self.config,
             step=number,
             on_leaf=lambda: self._progress.advance(phase),
-            transcript=self.agent.transcript,
         )
         self._progress.finish(phase)
         clock.lap("rollout")

@@ -38,8 +38,8 @@ import torch
 from at2po_agent.agents.model import ModelShape, build_model
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.hf.policy import HFPolicy
-from at2po_agent.rollout import RolloutConfig, RolloutStats, engine, rollout_with_stats
-from at2po_agent.rollout.scheduler import Scheduler
+from at2po_agent.rollout import GrownTrees, RolloutConfig, engine, rollout
+from at2po_agent.rollout.engine import Scheduler
 from at2po_agent.tree import Tree
 from at2po_agent.types import Generation
 from benchmarks import policy as policy_benchmark
@@ -56,13 +56,13 @@ class LockStep(Scheduler):
     def _advance(self) -> None:
         self._ask()
         while self._asked:
-            for ticket, generation in self._sampler.collect():
+            for ticket, generation in self.requests.collect():
                 self._hand_over(*self._asked.pop(ticket), generation)
         answers = []
         while self.steps.pending:
             answers += self.steps.collect(float("inf"))
         for branch, stepped in answers:
-            branch.arrive(stepped, self._transcript, self._config)
+            branch.arrive(stepped, self._transcript)
             self._go_on(branch)
 
 
@@ -79,14 +79,14 @@ def make_policy(*, light: bool) -> HFPolicy:
 
 def grow(
     policy: Any, seed: int, *, questions: int = QUESTIONS, scale: float = 1.0, lockstep: bool = False
-) -> tuple[list[Tree], RolloutStats, float]:
-    """One rollout; returns its trees, its figures and its seconds."""
+) -> tuple[GrownTrees, float]:
+    """One rollout; returns its trees and its seconds."""
     env, tasks = make_env(questions, scale=scale), [{"index": index} for index in range(questions)]
     scheduler = LockStep if lockstep else Scheduler
     start = time.perf_counter()
     with mock.patch.object(engine, "Scheduler", scheduler):
-        trees, stats = rollout_with_stats(tasks, env, policy, SHAPE, seed=seed)
-    return trees, stats, time.perf_counter() - start
+        trees = rollout(tasks, env, policy, SHAPE, seed=seed)
+    return trees, time.perf_counter() - start
 
 
 def unique_prefill(trees: Iterable[Tree]) -> int:
@@ -116,13 +116,14 @@ def scheduling(
         for way in speeds:
             policy.weights_changed()
             before = policy.stats.prefill_tokens
-            trees, stats, seconds = grow(
+            trees, seconds = grow(
                 policy,
                 number,
                 questions=questions,
                 scale=0.0 if way == "at_once" else scale,
                 lockstep=way == "lockstep",
             )
+            stats = trees.stats
             speeds[way].append(stats.sampled_tokens / seconds)
             busy[way].append(stats.policy_seconds / seconds)
             sampled[way] = [tree.branch_ids(leaf) for tree in trees for leaf in tree.leaves()]
@@ -198,9 +199,9 @@ def overhead(*, rounds: int, questions: int = BATCH) -> dict[str, float]:
     inline: list[float] = []
     handed: list[float] = []
     for number in range(rounds + 1):
-        _, stats = rollout_with_stats(tasks, env, policy, SHAPE, seed=number)
+        stats = rollout(tasks, env, policy, SHAPE, seed=number).stats
         inline.append((stats.env_seconds - stats.tool_seconds) / stats.turns * 1e6)
-        _, stats = rollout_with_stats(tasks, env, policy, threads, seed=number)
+        stats = rollout(tasks, env, policy, threads, seed=number).stats
         handed.append(stats.env_seconds / stats.turns * 1e6)
     timing = summarise(inline[1:])
     return {

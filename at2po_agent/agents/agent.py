@@ -15,7 +15,7 @@ from at2po_agent.policies.base import Policy
 from at2po_agent.runs.seeding import RunPurpose, run_generator, run_seed
 from at2po_agent.transcripts.chat_templates import OWN, template_marks
 from at2po_agent.transcripts.tokenizer import HFTokenizer, Tokenizer
-from at2po_agent.transcripts.transcripts import ChatTranscript, Transcript
+from at2po_agent.transcripts.transcripts import ChatTranscript
 from at2po_env.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,12 +32,10 @@ class Agent:
     Attributes:
         model: A causal language model of transformers, or any module whose output has `logits`.
         policy: Samples; its method `weights_changed`, where it has one, is called after each step.
-        transcript: Turns what the environment shows into ids; None encodes it as it is.
     """
 
     model: nn.Module
     policy: Policy
-    transcript: Transcript | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -76,7 +74,7 @@ def build_agent(config: Config) -> Agent:
     if transcript is not None:
         tokenizer = transcript.tokenizer
     model = build_weights(config, vocab_size=len(tokenizer), eos_id=tokenizer.eos_id)
-    return Agent(model, build_policy(config, model, tokenizer), transcript)
+    return Agent(model, build_policy(config, model, tokenizer, transcript))
 
 
 def build_transcript(config: Config, tokenizer: HFTokenizer) -> ChatTranscript | None:

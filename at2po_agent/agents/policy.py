@@ -1,5 +1,7 @@
 """The policy of a configuration: what samples with the learner's weights."""
 
+from typing import Any
+
 from torch import nn
 
 from at2po_agent.config.sections import Config
@@ -9,6 +11,7 @@ from at2po_agent.policies.vllm import VLLMPolicy
 from at2po_agent.policies.vllm.config import VLLMConfig
 from at2po_agent.policies.vllm.spec import check_installed
 from at2po_agent.transcripts.tokenizer import HFTokenizer
+from at2po_agent.transcripts.transcripts import Transcript
 
 
 def check_sampler(config: Config) -> None:
@@ -21,7 +24,9 @@ def check_sampler(config: Config) -> None:
         check_installed()
 
 
-def build_policy(config: Config, model: nn.Module, tokenizer: HFTokenizer) -> Policy:
+def build_policy(
+    config: Config, model: nn.Module, tokenizer: HFTokenizer, transcript: Transcript | None
+) -> Policy:
     """The policy that samples with a model's weights.
 
     Raises:
@@ -30,13 +35,15 @@ def build_policy(config: Config, model: nn.Module, tokenizer: HFTokenizer) -> Po
     """
     settings = config.model
     if settings.sampler == "hf":
-        return HFPolicy(model, tokenizer, slots=settings.slots)  # type: ignore[arg-type]  # it says so itself
+        served: Any = model  # HFPolicy says itself where it cannot serve it
+        return HFPolicy(served, tokenizer, slots=settings.slots, transcript=transcript)
     return VLLMPolicy(
         model,
         tokenizer,
         settings=engine_settings(config, most=getattr(model.config, "max_position_embeddings", None)),
         path=None if settings.random_init else settings.path,
         slots=settings.slots,
+        transcript=transcript,
     )
 
 

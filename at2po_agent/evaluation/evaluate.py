@@ -9,7 +9,6 @@ from at2po_agent.evaluation.metrics import OUTCOME_PREFIX, sampled_tokens, tree_
 from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import Options, RolloutConfig, rollout
 from at2po_agent.rollout.config import ResamplingConfig, ThinkingConfig
-from at2po_agent.transcripts.transcripts import Transcript
 from at2po_agent.tree import Tree
 
 
@@ -53,7 +52,6 @@ def evaluate(
     temperature: float = 0.0,
     batch: int = 256,
     on_question: Callable[[], None] | None = None,
-    transcript: Transcript | None = None,
 ) -> tuple[Evaluation, list[Tree]]:
     """Ask every question once.
 
@@ -66,7 +64,6 @@ def evaluate(
         temperature: 0 is greedy.
         batch: Questions under way at the same time.
         on_question: Called after each question.
-        transcript: Turns what the environment shows into ids; None encodes it as it is.
 
     Returns:
         The figures, and one tree of a single chain per question.
@@ -79,9 +76,7 @@ def evaluate(
     trees: list[Tree] = []
     for start in range(0, len(tasks), batch):
         part = tasks[start : start + batch]
-        trees += rollout(
-            part, env, policy, chain, seed=seed + start, on_leaf=on_question, transcript=transcript
-        )
+        trees += rollout(part, env, policy, chain, seed=seed + start, on_leaf=on_question)
     return summarise(trees), trees
 
 

@@ -16,7 +16,6 @@ from at2po_agent.runs.checkpoint import check_checkpoint, list_checkpoints
 from at2po_agent.runs.folder import CHECKPOINTS
 from at2po_agent.runs.progress import Progress
 from at2po_agent.runs.seeding import RunPurpose, run_seed
-from at2po_agent.transcripts.transcripts import Transcript
 from at2po_env.errors import ConfigError
 
 DEFAULT_CONFIG = "qwen3-4b-multihop"
@@ -59,11 +58,8 @@ def evaluate_config(config: Config, progress: Progress, modes: Sequence[str]) ->
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     with contextlib.closing(build_agent(config)) as agent:
-        env, transcript = make_eval_env(config), agent.transcript
-        return {
-            mode: evaluate_mode(config, mode, env, agent.policy, progress, transcript=transcript)
-            for mode in modes
-        }
+        env = make_eval_env(config)
+        return {mode: evaluate_mode(config, mode, env, agent.policy, progress) for mode in modes}
 
 
 def evaluate_mode(
@@ -75,7 +71,6 @@ def evaluate_mode(
     *,
     phase: str = "",
     temperature: float | None = None,
-    transcript: Transcript | None = None,
 ) -> Evaluation:
     """Ask a policy the first `eval.questions` questions of an environment.
 
@@ -87,7 +82,6 @@ def evaluate_mode(
         progress: Listener.
         phase: What it is told; none means `evaluate (MODE)`.
         temperature: Another than the mode's.
-        transcript: Turns what the environment shows into ids; None encodes it as it is.
     """
     if temperature is None:
         temperature = 0.0 if mode == "greedy" else 1.0
@@ -103,7 +97,6 @@ def evaluate_mode(
         temperature=temperature,
         batch=config.eval.batch,
         on_question=lambda: progress.advance(phase),
-        transcript=transcript,
     )
     progress.finish(phase)
     return result

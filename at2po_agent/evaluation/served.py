@@ -126,15 +126,7 @@ def evaluate_served(
         The figures by mode, and what they cost, as JSON values.
     """
     env = make_eval_env(config)
-    figures = evaluate_mode(
-        config,
-        served.mode,
-        env,
-        policy,
-        progress,
-        temperature=served.temperature,
-        transcript=policy.transcript,
-    )
+    figures = evaluate_mode(config, served.mode, env, policy, progress, temperature=served.temperature)
     env.close()
     return {served.mode: figures.to_json(), **costs(served, policy)}
 
@@ -154,7 +146,6 @@ def evaluate_served_suite(
         suite,
         progress,
         policy=policy,
-        transcript=policy.transcript,
         files=files,
         about=lambda: costs(served, policy),
     )

@@ -18,7 +18,6 @@ from at2po_agent.evaluation.of_run import evaluate_mode
 from at2po_agent.policies.base import Policy
 from at2po_agent.runs.folder import disk_refusals, replace_text
 from at2po_agent.runs.progress import Progress
-from at2po_agent.transcripts.transcripts import Transcript
 from at2po_env.data.cache import cache_dir
 from at2po_env.data.catalog import CORPORA, QA_SETS, WIKI_18
 from at2po_env.errors import ConfigError
@@ -72,7 +71,6 @@ def evaluate_suite(
     progress: Progress,
     *,
     policy: Policy | None = None,
-    transcript: Transcript | None = None,
     files: Sequence[Path] = (),
     about: Callable[[], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
@@ -82,8 +80,7 @@ def evaluate_suite(
         config: Model, limits and data.
         suite: A key of `suite.SUITES`.
         progress: Listener.
-        policy: Who answers; None builds it from `config.model`, with its transcript.
-        transcript: Turns what the environment shows a given policy into ids; None encodes it as it is.
+        policy: Who answers; None builds it from `config.model`.
         files: Where the results are written, after every set.
         about: Further members of the results, asked after every set.
 
@@ -104,13 +101,12 @@ def evaluate_suite(
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     if policy is None:
-        agent = build_agent(config)
-        policy, transcript = agent.policy, agent.transcript
+        policy = build_agent(config).policy
     figures: dict[str, dict[str, Any]] = {}
     results: dict[str, Any] = {}
     for name, source in sources.items():
         if source.origin != "missing":
-            figures[name] = _evaluate_set(config, name, source, policy, progress, transcript=transcript)
+            figures[name] = _evaluate_set(config, name, source, policy, progress)
         results = {**suite_results(config, suite, sources, figures), **about()}
         for file in files:
             _write(file, {**results, "complete": name == list(sources)[-1]})
@@ -170,11 +166,9 @@ def _evaluate_set(
     source: Source,
     policy: Policy,
     progress: Progress,
-    *,
-    transcript: Transcript | None,
 ) -> dict[str, Any]:
     env, title = make_eval_env(set_config(config, name, source)), QA_SETS[name].title
-    result = evaluate_mode(config, "greedy", env, policy, progress, phase=title, transcript=transcript)
+    result = evaluate_mode(config, "greedy", env, policy, progress, phase=title)
     env.close()
     return result.to_json()
 

@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from at2po_agent.transcripts.tokenizer import Tokenizer
+from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
 from at2po_agent.types import Float32Array, Generation
 from at2po_env.errors import PolicyError
 
@@ -112,6 +113,21 @@ class Policy(Protocol):
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """Answer each request, in order."""
         ...
+
+
+@runtime_checkable
+class TranscribingPolicy(Policy, Protocol):
+    """A policy that says how its episodes become token ids, for example as the messages of a chat."""
+
+    @property
+    def transcript(self) -> Transcript:
+        """Makes the ids of everything that the environment shows."""
+        ...
+
+
+def transcript_of(policy: Policy) -> Transcript:
+    """The transcript that a policy carries; one that carries none reads episodes as one running text."""
+    return policy.transcript if isinstance(policy, TranscribingPolicy) else InlineTranscript(policy.tokenizer)
 
 
 @runtime_checkable

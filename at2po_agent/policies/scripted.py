@@ -9,6 +9,7 @@ import numpy as np
 
 from at2po_agent.policies.base import Request
 from at2po_agent.transcripts.tokenizer import Tokenizer
+from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
 from at2po_agent.types import Float32Array, Generation, StopReason
 from at2po_env.errors import PolicyError
 
@@ -24,6 +25,7 @@ class ScriptedPolicy:
         tokenizer: Tokenises the turn.
         log_probs: Log-prob of every token (nats), or a function from a turn's ids to theirs.
         end: Whether a turn that completes no stop string ends with the end-of-sequence id.
+        transcript: Turns what the environment shows into ids in rollouts; None encodes it as it is.
 
     Raises:
         PolicyError: A list ran out of turns, or log-probs do not fit.
@@ -36,8 +38,10 @@ class ScriptedPolicy:
         *,
         log_probs: LogProbs = -1.0,
         end: bool = False,
+        transcript: Transcript | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.transcript = transcript or InlineTranscript(tokenizer)
         self._script = script if callable(script) else _from_list(tuple(script))
         self._log_probs = log_probs
         self._end = end

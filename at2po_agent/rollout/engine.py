@@ -1,25 +1,35 @@
-"""Grows the trees of a whole batch together: what the rest of the package calls."""
+"""Grows the trees of a whole batch together, and keeps the policy busy meanwhile.
+
+Read `rollout` and then `Scheduler`: a branch goes `ready` -> asked -> stepping -> ready until it ends. A
+`Question` (question.py) says which branches there are, a `Branch` (branch.py) holds one of them.
+
+There is no barrier. Each branch goes on as soon as its own generation or observation is there, and each tree
+begins its next round as soon as its own branches have ended, so the slowest tool holds up its own tree alone.
+Results are independent of timing all the same, for two reasons. A seed belongs to a place in a tree
+(question, branch, turn, attempt) and never to a time. And turns enter a tree round by round, in the order of
+its branches.
+"""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import gymnasium
-
 from at2po_agent.expansion.registry import Expansion, expansion_rules
-from at2po_agent.policies.base import Policy
+from at2po_agent.policies.base import Policy, Request, transcript_of
+from at2po_agent.rollout.branch import Branch
 from at2po_agent.rollout.config import RolloutConfig
-from at2po_agent.rollout.question import EnvPool, Question, open_question
-from at2po_agent.rollout.requests import Sampler
-from at2po_agent.rollout.scheduler import Scheduler
-from at2po_agent.rollout.seeds import Purpose, derive_seed
-from at2po_agent.rollout.watch import Watch, vocabulary_size, watch_needed
-from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
+from at2po_agent.rollout.question import EnvPool, Question
+from at2po_agent.rollout.requests import PolicyRequests
+from at2po_agent.rollout.steps import Env, Steps
+from at2po_agent.rollout.watch import Watch, vocabulary_size
+from at2po_agent.transcripts.transcripts import Transcript
 from at2po_agent.tree import Tree
+from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError
 
 Options = Mapping[str, Any] | None
-"""What `reset` gets for one question, such as `{"index": 3}`; None lets the seed draw it."""
+"""Options of `reset` for one question, such as `{"index": 3}`; None lets the seed draw it."""
 
 
 class RolloutStats(NamedTuple):
@@ -36,36 +46,47 @@ class RolloutStats(NamedTuple):
     sampled_tokens: int
     policy_seconds: float
     env_seconds: float
-    turns: int = 0
-    tool_seconds: float = 0.0
+    turns: int
+    tool_seconds: float
+
+
+class GrownTrees(list[Tree]):
+    """The trees of a rollout, one per task in order.
+
+    Attributes:
+        stats: What they cost.
+    """
+
+    def __init__(self, trees: Iterable[Tree], stats: RolloutStats) -> None:
+        super().__init__(trees)
+        self.stats = stats
 
 
 def rollout(
     tasks: Sequence[Options],
-    env: gymnasium.Env[str, str],
+    env: Env,
     policy: Policy,
     config: RolloutConfig,
     *,
     seed: int,
     expansion: Expansion | None = None,
     on_leaf: Callable[[], None] | None = None,
-    transcript: Transcript | None = None,
-) -> list[Tree]:
+) -> GrownTrees:
     """Grow one tree for each task.
 
     M chains start at the prompt; then, L times, K nodes are chosen by the expansion rule and forked. Slow
-    steps of environments are taken in threads while the policy goes on. A round of a tree starts as soon as
-    that tree is ready, and results depend only on the arguments, never on timing (`docs/rollout.md`).
+    steps of environments are taken in threads while the policy goes on. Results depend only on the arguments,
+    never on timing (`docs/rollout.md`).
 
     Args:
         tasks: Reset options of each question.
         env: Any forkable environment, wrappers included; it is reset, and forked for every branch.
-        policy: Samples the actions.
+        policy: Samples the actions; its `transcript`, where it has one, makes the ids of what the environment
+            shows.
         config: Shape and limits.
         seed: Decides every draw of environment, policy and expansion.
         expansion: The rule; None takes the registered rule that `config.expansion` names.
         on_leaf: Called whenever a branch has ended; what it raises stops the rollout.
-        transcript: Turns what the environment shows into ids; None encodes it as it is.
 
     Returns:
         One tree per task, in order; a tree without leaves where the prompt was too long.
@@ -74,72 +95,156 @@ def rollout(
         ConfigError: No such expansion rule.
         PolicyError: The policy broke its contract.
     """
-    trees, _ = rollout_with_stats(
-        tasks,
-        env,
-        policy,
-        config,
-        seed=seed,
-        expansion=expansion,
-        on_leaf=on_leaf,
-        transcript=transcript,
-    )
-    return trees
-
-
-def rollout_with_stats(
-    tasks: Sequence[Options],
-    env: gymnasium.Env[str, str],
-    policy: Policy,
-    config: RolloutConfig,
-    *,
-    seed: int,
-    expansion: Expansion | None = None,
-    on_leaf: Callable[[], None] | None = None,
-    transcript: Transcript | None = None,
-) -> tuple[list[Tree], RolloutStats]:
-    """As `rollout`, with what it cost."""
     start = time.perf_counter()
-    pool, remembering = EnvPool(env), _Remembering(transcript or InlineTranscript(policy.tokenizer))
-    rule = expansion or _registered(config.expansion)
-    watching = watch_needed(config, probe=rule.adaptive)
-    normalised = rule.adaptive or (watching and config.signal.kind == "released")
-    vocab_size = vocabulary_size(policy) if normalised else 2
-    questions = []
-    for index, options in enumerate(tasks):
-        opening = open_question(env, options, derive_seed(seed, Purpose.ENVIRONMENT, index))
-        questions.append(
-            Question(
-                index,
-                opening,
-                transcript=remembering,
-                pool=pool,
-                config=config,
-                expansion=rule,
-                seed=seed,
-                vocab_size=vocab_size,
-            )
+    rules = expansion_rules()
+    rule = expansion or rules.get(config.expansion)
+    if rule is None:
+        raise ConfigError(
+            f"rollout.expansion: no rule named {config.expansion!r}; known: {', '.join(sorted(rules))}"
         )
+    watched = rule.adaptive or config.thinking.enabled or config.resampling.enabled
+    normalised = rule.adaptive or (watched and config.signal.kind == "released")
+    vocab_size = vocabulary_size(policy) if normalised else 2
 
     def watch() -> Watch | None:
-        if not watching:
+        if not watched:
             return None
         return Watch(config, policy.tokenizer, probe=rule.adaptive, vocab_size=vocab_size)
 
-    sampler = Sampler(policy)
-    scheduler = Scheduler(
-        questions,
-        sampler,
-        tokenizer=policy.tokenizer,
-        transcript=remembering,
-        config=config,
-        watch=watch,
-        on_leaf=on_leaf or _ignore,
-    )
+    transcript = _Remembering(transcript_of(policy))
+    pool = EnvPool(env)
+    questions = [
+        Question(
+            index,
+            pool,
+            None if options is None else dict(options),
+            transcript=transcript,
+            config=config,
+            expansion=rule,
+            seed=seed,
+            vocab_size=vocab_size,
+        )
+        for index, options in enumerate(tasks)
+    ]
+    scheduler = Scheduler(questions, policy, config, transcript=transcript, watch=watch, on_leaf=on_leaf)
     scheduler.run()
-    rest = time.perf_counter() - start - sampler.seconds
-    stats = RolloutStats(sampler.tokens, sampler.seconds, rest, scheduler.turns, scheduler.steps.seconds)
-    return [question.tree for question in questions], stats
+    asked, steps = scheduler.requests, scheduler.steps
+    rest = time.perf_counter() - start - asked.seconds
+    stats = RolloutStats(asked.tokens, asked.seconds, rest, scheduler.turns, steps.seconds)
+    return GrownTrees((question.tree for question in questions), stats)
+
+
+class Scheduler:
+    """Grows the trees of some questions; the caller's thread decides everything.
+
+    Args:
+        questions: The trees to grow; a branch knows the index of its question.
+        policy: Samples the actions.
+        config: Shape and limits.
+        transcript: Makes the ids of observations.
+        watch: Makes the intervention of one request, or None.
+        on_leaf: Called whenever a branch has ended.
+
+    Attributes:
+        requests: The policy's side.
+        steps: The environments' side.
+        turns: Actions that were taken.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        policy: Policy,
+        config: RolloutConfig,
+        *,
+        transcript: Transcript,
+        watch: Callable[[], Watch | None],
+        on_leaf: Callable[[], None] | None,
+    ) -> None:
+        self._questions = questions
+        self._tokenizer = policy.tokenizer
+        self._transcript = transcript
+        self._config = config
+        self._watch = watch
+        self._on_leaf = on_leaf
+        self._ready: deque[Branch] = deque()  # wait for a place at the policy
+        self._asked: dict[int, tuple[Branch, Watch | None]] = {}  # by ticket
+        self.requests = PolicyRequests(policy)
+        self.steps: Steps[Branch] = Steps(config.tool_workers, config.tool_deadline_s)
+        self.turns = 0
+
+    def run(self) -> None:
+        """Grow all trees to their ends. An exception leaves no request and no thread behind."""
+        try:
+            for question in self._questions:
+                self._ready.extend(question.first_round())
+            while self._ready or self._asked or self.steps.pending:
+                self._advance()
+        finally:
+            try:
+                self.requests.cancel_all()
+            finally:
+                self.steps.close()
+
+    def _advance(self) -> None:
+        # 1. Hand out requests first, so that the policy has them before this thread may sleep.
+        self._ask()
+        # 2. Take in what the environments have answered. `patience` says how long this may sleep: not at all
+        #    while a streaming policy has work, and until the next answer where nothing else can happen.
+        for branch, stepped in self.steps.collect(self.requests.patience(self.steps.pending)):
+            branch.arrive(stepped, self._transcript)
+            self._go_on(branch)
+        # 3. Branches that have just got their observation join the batch that is being decoded.
+        self._ask()
+        # 4. Let the policy decode for a moment (a whole wave, if it does not stream); pass its answers on.
+        if self.requests.patience(self.steps.pending) == 0:
+            for ticket, generation in self.requests.collect():
+                self._hand_over(*self._asked.pop(ticket), generation)
+
+    def _ask(self) -> None:
+        """Let ready branches ask the policy, first come first served, as many as it may have open."""
+        config = self._config
+        while self._ready and (config.max_requests is None or self.requests.open < config.max_requests):
+            branch, watch = self._ready.popleft(), self._watch()
+            question = self._questions[branch.question]
+            request = Request(
+                prefix_ids=branch.request_ids,
+                max_tokens=branch.room,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                stop=question.stop,
+                seed=question.sampling_seed(branch),
+                intervention=watch,
+            )
+            self._asked[self.requests.submit(request)] = branch, watch
+
+    def _hand_over(self, branch: Branch, watch: Watch | None, generation: Generation) -> None:
+        """Give a branch its action and begin its step, or note that the turn is to be sampled again."""
+        first_entropy, uncertainty = 0.0, None
+        if watch is not None:
+            watch.check(generation)
+            first_entropy, uncertainty = watch.first_entropy, watch.uncertainty
+            if watch.wants_another(generation, previous=branch.origin.uncertainty, attempts=branch.attempt):
+                branch.discard(generation, self._tokenizer, uncertainty=uncertainty)
+                self._ready.append(branch)
+                return
+        self.turns += 1
+        action = branch.write(
+            generation, self._tokenizer, first_entropy=first_entropy, uncertainty=uncertainty
+        )
+        if action is None:
+            self._go_on(branch)
+        else:
+            self.steps.begin(branch, branch.env, action)
+
+    def _go_on(self, branch: Branch) -> None:
+        """Let a branch ask for its next turn; where it has ended, start what its question grows next."""
+        if branch.outcome is None:
+            self._ready.append(branch)
+            return
+        if self._on_leaf is not None:
+            self._on_leaf()
+        self._ready.extend(self._questions[branch.question].next_round())
 
 
 class _Remembering:
@@ -156,14 +261,3 @@ class _Remembering:
         if key not in self._known:
             self._known[key] = self._observe(observation, closed=closed)
         return self._known[key]
-
-
-def _registered(name: str) -> Expansion:
-    rules = expansion_rules()
-    if name not in rules:
-        raise ConfigError(f"rollout.expansion: no rule named {name!r}; known: {', '.join(sorted(rules))}")
-    return rules[name]
-
-
-def _ignore() -> None:
-    pass

@@ -1,7 +1,6 @@
-"""One way to ask any policy: submit requests, collect generations as they finish."""
+"""The requests of a rollout: submitted to any policy, and collected as they finish."""
 
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -13,7 +12,7 @@ from at2po_env.errors import PolicyError
 _COMPANY = 0.5  # the share of the branches under way that makes a wave worth its time
 
 
-class Sampler:
+class PolicyRequests:
     """Hides whether a policy streams; a policy that does not is asked in waves.
 
     Attributes:
@@ -24,9 +23,9 @@ class Sampler:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._streaming = policy if isinstance(policy, StreamingPolicy) else None
-        self._queue: list[Request] = []
-        self._queued_since = self._wave_seconds = 0.0
-        self._first_ticket = 0
+        self._wave: list[Request] = []  # requests that wait for the next call of `generate`
+        self._wave_ticket = 0  # the ticket of its first request
+        self._wave_since = self._wave_seconds = 0.0  # when it began to fill; how long the last one took
         self._open: set[int] = set()
         self.seconds = 0.0
         self.tokens = 0
@@ -43,10 +42,10 @@ class Sampler:
             ticket = self._streaming.submit(request)
             self.seconds += time.perf_counter() - start
         else:
-            if not self._queue:
-                self._queued_since = time.perf_counter()
-            ticket = self._first_ticket + len(self._queue)
-            self._queue.append(request)
+            if not self._wave:
+                self._wave_since = time.perf_counter()
+            ticket = self._wave_ticket + len(self._wave)
+            self._wave.append(request)
         self._open.add(ticket)
         return ticket
 
@@ -63,23 +62,29 @@ class Sampler:
             return float("inf")
         if self._streaming is not None or self.open >= _COMPANY * (self.open + elsewhere):
             return 0.0
-        return max(0.0, self._queued_since + self._wave_seconds - time.perf_counter())
+        return max(0.0, self._wave_since + self._wave_seconds - time.perf_counter())
 
     def collect(self) -> list[tuple[int, Generation]]:
         """Let the policy work and return what finished, perhaps nothing yet.
 
         Raises:
-            PolicyError: The policy answered something else than it was asked.
+            PolicyError: The policy's answer does not fit its requests.
         """
         start = time.perf_counter()
-        finished = self._wave() if self._streaming is None else self._streaming.poll()
+        finished = self._ask_wave() if self._streaming is None else self._streaming.poll()
         self.seconds += time.perf_counter() - start
         for ticket, generation in finished:
             if ticket not in self._open:
                 raise PolicyError(f"the policy answered ticket {ticket}, which is not open")
             self._open.remove(ticket)
-            _check(generation)
             self.tokens += len(generation.ids)
+            if len(generation.log_probs):
+                low, high = generation.log_probs.min(), generation.log_probs.max()  # nan where there is one
+                if not (low > -np.inf and high <= 1e-3):
+                    raise PolicyError(
+                        "log-probs of sampled tokens must be finite and at most 0 (nats); "
+                        f"got a range of {low} to {high}; check the policy's weights for nan"
+                    )
         return finished
 
     def cancel_all(self) -> None:
@@ -88,14 +93,14 @@ class Sampler:
             for ticket in sorted(self._open):
                 with suppress(PolicyError):  # of a policy that has died; the first error says so
                     self._streaming.cancel(ticket)
-        self._queue.clear()
+        self._wave.clear()
         self._open.clear()
 
-    def _wave(self) -> list[tuple[int, Generation]]:
-        requests, first = self._queue, self._first_ticket
-        self._queue, self._first_ticket = [], first + len(requests)
+    def _ask_wave(self) -> list[tuple[int, Generation]]:
+        requests, first = self._wave, self._wave_ticket
+        self._wave, self._wave_ticket = [], first + len(requests)
         start = time.perf_counter()
-        generations: Sequence[Generation] = self._policy.generate(requests) if requests else ()
+        generations = self._policy.generate(requests) if requests else []
         self._wave_seconds = time.perf_counter() - start
         if len(generations) != len(requests):
             raise PolicyError(
@@ -103,15 +108,3 @@ class Sampler:
                 "return one for each, in order"
             )
         return list(enumerate(generations, start=first))
-
-
-def _check(generation: Generation) -> None:
-    log_probs = generation.log_probs
-    if not len(log_probs):
-        return
-    low, high = log_probs.min(), log_probs.max()  # nan where there is one
-    if not (low > -np.inf and high <= 1e-3):
-        raise PolicyError(
-            "log-probs of sampled tokens must be finite and at most 0 (nats); "
-            f"got a range of {low} to {high}; check the policy's weights for nan"
-        )

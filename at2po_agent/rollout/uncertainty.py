@@ -91,7 +91,7 @@ def turn_uncertainty(signal: Sequence[float] | FloatArray) -> float:
 
 
 def has_stalled(signal: Sequence[float], *, kind: SignalKind, window: int, epsilon: float) -> bool:
-    """Whether a signal has stopped to move: thinking on brings nothing.
+    """Whether a signal no longer moves, so that further thinking brings nothing.
 
     Over the last `window` changes |M_t - M_{t-1}|: paper, their mean is below epsilon; released, each is.
 

@@ -1,6 +1,7 @@
-"""What looks into the sampling of one turn: the entropy that ARPO branches by, and T2PO's two interventions.
+"""Looks into the sampling of one turn: the entropy that ARPO branches by, and T2PO's two interventions.
 
-One object per request. It sees each token's distribution before the token is drawn, and may force tokens.
+There is one `Watch` per request. It sees each token's distribution before the token is drawn, and may force
+tokens.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ class Watch:
     """An intervention (`policies.base.Intervention`) that measures, and forces an end to stalled thinking.
 
     Attributes:
-        top_log_probs: What every step must carry.
+        top_log_probs: How many of the largest log-probs every step must carry.
     """
 
     def __init__(self, config: RolloutConfig, tokenizer: Tokenizer, *, probe: bool, vocab_size: int) -> None:
@@ -41,7 +42,7 @@ class Watch:
         self._intervened = False
 
     def __call__(self, step: Step) -> Sequence[int]:
-        """Measure the distribution of the next token; ids to force instead of it, mostly none."""
+        """Measure the distribution of the next token; returns ids to force instead of it, mostly none."""
         self._asked = True
         if self._probe and len(self._first) < FIRST_TOKENS:
             self._first.append(step.top_log_probs[:TOP_TOKENS])
@@ -61,14 +62,14 @@ class Watch:
         return turn_uncertainty(self._signal.values)
 
     def check(self, generation: Generation) -> None:
-        """Make sure that the policy asked.
+        """Make sure that the policy called this intervention.
 
         Raises:
-            PolicyError: It sampled without asking.
+            PolicyError: It sampled without calling it.
         """
         if generation.ids and not self._asked:
             raise PolicyError(
-                "the policy leaves Request.intervention aside, but rollout.expansion, rollout.thinking or "
+                "the policy ignores Request.intervention, but rollout.expansion, rollout.thinking or "
                 "rollout.resampling needs it; use a policy that honours it (HFPolicy), or turn these off"
             )
 
@@ -80,44 +81,39 @@ class Watch:
             previous: Phi of the turn before it; None on the first turn.
             attempts: Attempts at this turn that were discarded already.
         """
-        settings = self._config.resampling
-        if not settings.enabled or previous is None or attempts >= settings.attempts:
+        config = self._config.resampling
+        if not config.enabled or previous is None or attempts >= config.attempts:
             return False
-        if generation.stop_reason == "abort":
-            return False
-        return is_repetitive(self.uncertainty, previous, threshold=settings.threshold)
+        return generation.stop_reason != "abort" and is_repetitive(
+            self.uncertainty, previous, threshold=config.threshold
+        )
 
     def _end_of_thinking(self, ids: Sequence[int]) -> Sequence[int]:
-        settings = self._config.thinking
-        if self._intervened or not self._is_thinking(ids):
+        """The ids that end thinking, once per turn: when the signal has stalled, or at the hard cap."""
+        config = self._config.thinking
+        if self._intervened:
             return ()
-        assert self._thinking_since is not None
-        length = len(ids) - self._thinking_since
-        stalled = length >= settings.min_tokens and has_stalled(
-            self._signal.values[-length - 1 :],
-            kind=self._config.signal.kind,
-            window=settings.window,
-            epsilon=settings.epsilon,
-        )
-        if not stalled and length < settings.max_tokens:
-            return ()
-        self._intervened = True
-        return self._tokenizer.encode(settings.force)
-
-    def _is_thinking(self, ids: Sequence[int]) -> bool:
+        # Thinking has begun when its mark is complete; only the last ids can have completed one.
         tail = self._tokenizer.decode(ids[-_CONTEXT:])
         opened, closed = tail.rfind("<think>"), tail.rfind("</think>")
-        if closed > opened:
-            self._thinking_since = None
+        if closed > opened:  # the policy ended it itself
             self._intervened = True
-        elif opened >= 0 and self._thinking_since is None:
+            return ()
+        if opened >= 0 and self._thinking_since is None:
             self._thinking_since = len(ids)
-        return self._thinking_since is not None
-
-
-def watch_needed(config: RolloutConfig, *, probe: bool) -> bool:
-    """Whether requests of a rollout carry a watch at all."""
-    return probe or config.thinking.enabled or config.resampling.enabled
+        if self._thinking_since is None:
+            return ()
+        length = len(ids) - self._thinking_since
+        stalled = length >= config.min_tokens and has_stalled(
+            self._signal.values[-length - 1 :],
+            kind=self._config.signal.kind,
+            window=config.window,
+            epsilon=config.epsilon,
+        )
+        if not stalled and length < config.max_tokens:
+            return ()
+        self._intervened = True
+        return self._tokenizer.encode(config.force)
 
 
 def vocabulary_size(policy: Policy) -> int:

@@ -31,6 +31,7 @@ from at2po_agent.policies.hf.rows import Row
 from at2po_agent.policies.hf.slots import LayerShape, Slots
 from at2po_agent.policies.stops import StopTable
 from at2po_agent.transcripts.tokenizer import Tokenizer
+from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
 from at2po_agent.types import Generation
 from at2po_env.errors import PolicyError
 
@@ -48,6 +49,7 @@ class HFPolicy(SteppingPolicy):
             memory.
         max_prefill: Prefix tokens of one step, beyond which further requests wait.
         eos_ids: Ids that end a generation; None takes the tokenizer's.
+        transcript: Turns what the environment shows into ids in rollouts; None encodes it as it is.
 
     Raises:
         PolicyError: The model's layers cannot be served from slots.
@@ -63,10 +65,12 @@ class HFPolicy(SteppingPolicy):
         kv_tokens: int | None = None,
         max_prefill: int = 8192,
         eos_ids: Collection[int] | None = None,
+        transcript: Transcript | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.transcript = transcript or InlineTranscript(tokenizer)
         self._vocab_size = int(model.config.vocab_size)
         self._max_positions = getattr(model.config, "max_position_embeddings", None)
         if slots < 1:

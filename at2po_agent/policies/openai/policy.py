@@ -1,8 +1,8 @@
 """A policy that is served elsewhere: by vLLM, by a hosted API, by anything that speaks OpenAI's protocol.
 
-Its ids are bytes and marks (`openai.tokens`), so that rollouts, evaluations, trees and pages work unchanged,
-given `transcript=policy.transcript`. For evaluation, not for training: the bytes are not what the model
-sampled, and the log-probs stand where `openai.generation` says.
+Its ids are bytes and marks (`openai.tokens`), so that rollouts, evaluations, trees and pages work unchanged.
+For evaluation, not for training: the bytes are not what the model sampled, and the log-probs stand where
+`openai.generation` says.
 
 The error model: a request that fails after its tries is data, an aborted generation whose reason is counted
 in `stats`. What every request would meet (the key, the model's name), and too many failures in a row, are a
@@ -52,7 +52,7 @@ class OpenAIPolicy:
 
     Attributes:
         tokenizer: Bytes and marks.
-        transcript: What rollouts with this policy need.
+        transcript: Makes the ids of what the environment shows.
         stats: Counters.
 
     Raises:

@@ -126,7 +126,7 @@ def inline_text(ids: Sequence[int]) -> str:
     if not ROLES.isdisjoint(ids):
         raise PolicyError(
             "these ids are cut into messages, but a completion endpoint continues running text. "
-            "Fix: roll out with InlineTranscript (`transcript=policy.transcript`), or use endpoint='chat'"
+            "Fix: make them with `policy.transcript`, as `rollout` does, or use endpoint='chat'"
         )
     return ByteTokenizer().decode([token for token in ids if token != EOS])
 
@@ -148,7 +148,7 @@ def chat_messages(ids: Sequence[int], *, keep_reasoning: bool = False) -> list[d
     if not pieces or pieces[-1] != (ASSISTANT, ()):
         raise PolicyError(
             "a chat endpoint needs ids that are cut into messages and end where an action begins. "
-            "Fix: roll out with `transcript=policy.transcript`, or use endpoint='completions'"
+            "Fix: make them with `policy.transcript`, as `rollout` does, or use endpoint='completions'"
         )
     messages: list[dict[str, Any]] = []
     calls, open_call = 0, ""

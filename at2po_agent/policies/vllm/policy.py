@@ -42,6 +42,7 @@ from at2po_agent.policies.vllm.weights import (
     save_model,
 )
 from at2po_agent.transcripts.tokenizer import Tokenizer
+from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
 from at2po_agent.types import Generation
 from at2po_env.errors import PolicyError
 
@@ -59,6 +60,7 @@ class VLLMPolicy(SteppingPolicy):
         path: Folder that holds the weights of `model` as they are now; None writes them into a temporary one.
         slots: Sequences that an engine decodes at the same time; further requests wait.
         eos_ids: Ids that end a generation; None takes the tokenizer's.
+        transcript: Turns what the environment shows into ids in rollouts; None encodes it as it is.
 
     Raises:
         MissingExtraError: vLLM is not installed.
@@ -74,10 +76,12 @@ class VLLMPolicy(SteppingPolicy):
         path: str | Path | None = None,
         slots: int = 256,
         eos_ids: Collection[int] | None = None,
+        transcript: Transcript | None = None,
     ) -> None:
         check_installed()
         super().__init__()
         self.tokenizer = tokenizer
+        self.transcript = transcript or InlineTranscript(tokenizer)
         self.model = model if isinstance(model, nn.Module) else None
         self._saved: tempfile.TemporaryDirectory[str] | None = None
         self.settings = settings = _resolved(settings or VLLMConfig(), self.model)

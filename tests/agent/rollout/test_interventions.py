@@ -8,7 +8,7 @@ from helpers.watched_policy import CountedTokenizer, WatchedPolicy, guess, seede
 from at2po_agent.evaluation.metrics import tree_metrics
 from at2po_agent.packing.rows import pack_rows
 from at2po_agent.policies.base import Step
-from at2po_agent.rollout import RolloutConfig, rollout, rollout_with_stats
+from at2po_agent.rollout import RolloutConfig, rollout
 from at2po_agent.rollout.watch import Watch
 from at2po_env.errors import ConfigError, PolicyError
 
@@ -124,7 +124,7 @@ def resampling(**settings) -> RolloutConfig:
 
 def test_a_turn_as_uncertain_as_the_last_is_sampled_again_before_the_environment_steps():
     policy = WatchedPolicy(guess, constant)
-    trees, stats = rollout_with_stats(TASKS, GuessEnv(), policy, resampling(), seed=0)
+    trees = rollout(TASKS, GuessEnv(), policy, resampling(), seed=0)
     turns = [turn for tree in trees for turn in tree.turns[1:]]
     discarded = [
         entry
@@ -137,7 +137,7 @@ def test_a_turn_as_uncertain_as_the_last_is_sampled_again_before_the_environment
     assert len(discarded) == 2 * later > 0
     assert len(policy.requests) == len(turns) + len(discarded)
     assert tree_metrics(trees)["discarded_turns"] == len(discarded)
-    assert stats.sampled_tokens == sum(len(request_ids) for request_ids in _ids(turns, discarded))
+    assert trees.stats.sampled_tokens == sum(len(request_ids) for request_ids in _ids(turns, discarded))
     assert len({request.seed for request in policy.requests}) == len(policy.requests)
     assert {entry["turn"] for entry in discarded} <= {1, 2, 3}
     assert all(entry["uncertainty"] == pytest.approx(0.5) for entry in discarded)

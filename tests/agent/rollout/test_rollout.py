@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from at2po_agent.expansion.registry import Expansion
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.scripted import ScriptedPolicy
-from at2po_agent.rollout import RolloutConfig, register_expansion, rollout, rollout_with_stats
+from at2po_agent.rollout import RolloutConfig, register_expansion, rollout
 from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError, PolicyError
 
@@ -277,10 +277,10 @@ def test_the_random_rule_depends_on_the_seed_alone():
 
 
 def test_statistics_count_what_was_sampled():
-    trees, stats = rollout_with_stats(tasks(2), GuessEnv(), GuessingPolicy(), SHAPE, seed=0)
-    assert stats.sampled_tokens == 2 * sum(len(tree) - 1 for tree in trees)
-    assert stats.policy_seconds >= 0
-    assert stats.env_seconds >= 0
+    trees = rollout(tasks(2), GuessEnv(), GuessingPolicy(), SHAPE, seed=0)
+    assert trees.stats.sampled_tokens == 2 * sum(len(tree) - 1 for tree in trees)
+    assert trees.stats.policy_seconds >= 0
+    assert trees.stats.env_seconds >= 0
 
 
 def test_without_options_the_seed_draws_the_question():

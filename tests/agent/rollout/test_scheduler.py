@@ -22,8 +22,8 @@ from at2po_agent.evaluation.evaluate import evaluate
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.policies.scripted import ScriptedPolicy
-from at2po_agent.rollout import RolloutConfig, rollout, rollout_with_stats
-from at2po_agent.rollout.requests import Sampler
+from at2po_agent.rollout import RolloutConfig, rollout
+from at2po_agent.rollout.requests import PolicyRequests
 from at2po_agent.runs.interrupts import StopRequested
 from at2po_agent.types import Generation
 from at2po_env import deadlines
@@ -115,13 +115,11 @@ def test_turns_are_sampled_again_before_the_environment_steps_in_a_thread():
     resampling = {"resampling": {"enabled": True, "threshold": 0.2}}
     results = []
     for env, shape in ((SlowEnv(), IN_LINE), (SlowEnv(steps.append), IN_THREADS)):
-        trees, stats = rollout_with_stats(
-            tasks(3), env, WatchedPolicy(), changed(shape, **resampling), seed=2
-        )
+        trees = rollout(tasks(3), env, WatchedPolicy(), changed(shape, **resampling), seed=2)
         results.append(dumps(trees))
     assert results[0] == results[1]
     assert "discarded" in results[0][0]
-    assert len(steps) == stats.turns == sum(len(tree) - 1 for tree in trees)
+    assert len(steps) == trees.stats.turns == sum(len(tree) - 1 for tree in trees)
 
 
 def test_forks_of_forks_behind_wrappers_are_the_same_episodes_in_threads():
@@ -159,15 +157,15 @@ def test_a_wave_is_patient_for_as_long_as_the_last_one_took():
             time.sleep(0.05)
             return super().generate(requests)
 
-    sampler = Sampler(Sleeps())
-    assert sampler.patience(5) == float("inf")  # nothing to ask: the next tool's result is all there is
-    sampler.submit(Request((65,), 2))
-    assert sampler.patience(100) == 0.0  # the first wave has no measure
-    sampler.collect()
-    sampler.submit(Request((65,), 2))
-    assert sampler.patience(1) == 0.0  # half of the branches are here
-    assert 0.0 < sampler.patience(2) <= sampler.seconds
-    streaming = Sampler(SlowPolicy(0))
+    requests = PolicyRequests(Sleeps())
+    assert requests.patience(5) == float("inf")  # nothing to ask: the next tool's result is all there is
+    requests.submit(Request((65,), 2))
+    assert requests.patience(100) == 0.0  # the first wave has no measure
+    requests.collect()
+    requests.submit(Request((65,), 2))
+    assert requests.patience(1) == 0.0  # half of the branches are here
+    assert 0.0 < requests.patience(2) <= requests.seconds
+    streaming = PolicyRequests(SlowPolicy(0))
     streaming.submit(Request((65,), 2))
     assert streaming.patience(100) == 0.0
 
@@ -505,12 +503,14 @@ def test_the_transcript_makes_every_piece_that_was_not_sampled():
             return [2, *observation.encode()]
 
     class Ends(GuessingPolicy):
+        transcript = Framed()
+
         def answer(self, request: Request) -> Generation:
             digit, rest = super().answer(request).ids
             last, reason = (0, "eos") if request.seed % 2 else (rest, "stop")
             return Generation((digit, last), np.zeros(2, dtype=np.float32), reason)
 
-    (tree,) = rollout(tasks(1), SlowEnv(), Ends(), IN_THREADS, seed=0, transcript=Framed())
+    (tree,) = rollout(tasks(1), SlowEnv(), Ends(), IN_THREADS, seed=0)
     assert tree.prompt_ids == (1, *b"Task 0?\n")
     later = [node for node in range(1, len(tree)) if tree.parent[node] > 0]
     assert later

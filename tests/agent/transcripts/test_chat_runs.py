@@ -78,7 +78,7 @@ def random_policy(transcript, seed=0):
     model = build_model(shape, seed=seed, eos_id=tokenizer.eos_id)
     with torch.no_grad():  # so that some actions end by themselves and some are cut
         model.get_input_embeddings().weight[tokenizer.eos_id] *= 2.0
-    return HFPolicy(model, tokenizer, slots=16)
+    return HFPolicy(model, tokenizer, slots=16, transcript=transcript)
 
 
 def conversation(tree, leaf):
@@ -106,8 +106,8 @@ def rendered(transcript, tree, leaf):
 class Chatterer:
     """Writes random words; half of its turns end by themselves, the others are cut."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, transcript):
+        self.tokenizer, self.transcript = transcript.tokenizer, transcript
 
     def generate(self, requests):
         return [self.write(np.random.default_rng(request.seed)) for request in requests]
@@ -122,8 +122,8 @@ class Chatterer:
 
 def test_every_branch_of_a_tree_decodes_to_its_conversation(transcript):
     decode, end = transcript.tokenizer.decode, transcript.tokenizer.eos_id
-    policy, tasks = Chatterer(transcript.tokenizer), [{"index": index} for index in range(4)]
-    trees = rollout(tasks, FreeEnv(), policy, SHAPE, seed=1, transcript=transcript)
+    policy, tasks = Chatterer(transcript), [{"index": index} for index in range(4)]
+    trees = rollout(tasks, FreeEnv(), policy, SHAPE, seed=1)
     for tree in trees:
         assert decode(tree.prompt_ids) == transcript._renderer.opening(tree.prompt)
         for leaf in tree.leaves():
@@ -133,7 +133,7 @@ def test_every_branch_of_a_tree_decodes_to_its_conversation(transcript):
 
 def test_actions_of_a_model_end_by_themselves_or_are_cut_and_show_no_mark(transcript):
     policy, tasks = random_policy(transcript), [{"index": index} for index in range(4)]
-    trees = rollout(tasks, FreeEnv(), policy, SHAPE, seed=1, transcript=transcript)
+    trees = rollout(tasks, FreeEnv(), policy, SHAPE, seed=1)
     turns = [turn for tree in trees for turn in tree.turns[1:]]
     assert {turn.stop_reason for turn in turns} == {"eos", "length"}
     mark = transcript.tokenizer.decode([transcript.tokenizer.eos_id])
@@ -144,9 +144,9 @@ def test_closed_and_unclosed_actions_are_closed_once(transcript):
     tokenizer = transcript.tokenizer
     end = tokenizer.eos_id
     for closes in (False, True):
-        policy = ScriptedPolicy(["1", "22", "333", "7"], tokenizer, end=closes)
+        policy = ScriptedPolicy(["1", "22", "333", "7"], tokenizer, end=closes, transcript=transcript)
         one = SHAPE.model_copy(update={"chains": 1, "forks": 0, "rounds": 0})
-        (tree,) = rollout([{"index": 7}], FreeEnv(), policy, one, seed=0, transcript=transcript)
+        (tree,) = rollout([{"index": 7}], FreeEnv(), policy, one, seed=0)
         (leaf,) = tree.leaves()
         turns = [tree.turns[node] for node in tree.path(leaf)[1:]]
         assert [turn.action for turn in turns] == ["1", "22", "333", "7"]
@@ -163,9 +163,7 @@ def transcript_text(transcript):
 
 
 def test_marks_of_the_template_are_never_trained(transcript):
-    (tree,) = rollout(
-        [{"index": 1}], FreeEnv(), random_policy(transcript), SHAPE, seed=0, transcript=transcript
-    )
+    (tree,) = rollout([{"index": 1}], FreeEnv(), random_policy(transcript), SHAPE, seed=0)
     batch = pack_rows([tree], [np.ones(len(tree))])
     for ids, turn_ids, leaf in zip(batch.input_ids, batch.turn_ids, tree.leaves(), strict=True):
         actions = [tree.turns[node].action_ids for node in tree.path(leaf)[1:]]
@@ -178,13 +176,13 @@ def test_template_tokens_count_as_observation(transcript):
     tight = SHAPE.model_copy(
         update={"chains": 1, "forks": 0, "rounds": 0, "max_response_tokens": 1 + longer, "max_turn_tokens": 1}
     )
-    policy = ScriptedPolicy(lambda _: "1", transcript.tokenizer)
-    (tree,) = rollout([{"index": 7}], FreeEnv(), policy, tight, seed=0, transcript=transcript)
+    policy = ScriptedPolicy(lambda _: "1", transcript.tokenizer, transcript=transcript)
+    (tree,) = rollout([{"index": 7}], FreeEnv(), policy, tight, seed=0)
     (leaf,) = tree.leaves()
     assert tree.outcomes[leaf]["outcome"] == "length"
     assert len(tree) == 2
     short = SHAPE.model_copy(update={"max_prompt_tokens": len(tree.prompt_ids) - 1})
-    (none,) = rollout([{"index": 7}], FreeEnv(), policy, short, seed=0, transcript=transcript)
+    (none,) = rollout([{"index": 7}], FreeEnv(), policy, short, seed=0)
     assert none.leaves() == []
 
 
@@ -195,8 +193,8 @@ def test_evaluation_takes_the_transcript(transcript):
         seen.append(text)
         return "7!"
 
-    policy = ScriptedPolicy(say, transcript.tokenizer)
-    figures, _ = evaluate([{"index": 7}], GuessEnv(), policy, SHAPE, seed=0, transcript=transcript)
+    policy = ScriptedPolicy(say, transcript.tokenizer, transcript=transcript)
+    figures, _ = evaluate([{"index": 7}], GuessEnv(), policy, SHAPE, seed=0)
     assert figures.em == 1.0
     assert seen == [transcript.tokenizer.decode(transcript.open("Guess a digit:\n"))]
 
@@ -218,11 +216,11 @@ def test_demonstrations_are_what_a_rollout_of_the_same_actions_is(transcript, st
     rng = np.random.default_rng(3)
     _, info = env.reset(seed=int(rng.integers(2**31)))
     actions = list(_actions(env, expert, info["task_id"], rng))
-    policy = ScriptedPolicy(actions, transcript.tokenizer, end=not stops)
+    policy = ScriptedPolicy(actions, transcript.tokenizer, end=not stops, transcript=transcript)
     roomy = RolloutConfig(
         chains=1, forks=0, rounds=0, max_turn_tokens=500, max_response_tokens=9000, max_prompt_tokens=5000
     )
-    (tree,) = rollout([{"task_id": info["task_id"]}], env, policy, roomy, seed=0, transcript=transcript)
+    (tree,) = rollout([{"task_id": info["task_id"]}], env, policy, roomy, seed=0)
     (leaf,) = tree.leaves()
     assert tree.outcomes[leaf]["em"] == 1.0
     assert shown.ids.tolist() == tree.branch_ids(leaf)

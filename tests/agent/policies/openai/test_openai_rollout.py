@@ -54,7 +54,7 @@ def test_a_chat_searches_reads_and_answers(env: gymnasium.Env[str, str], told: b
         return chat(parts.pop("text"), **parts)
 
     with serving(model) as fake, OpenAIPolicy(fake.url, "tiny") as policy:
-        (tree,) = rollout([QUESTION], env, policy, ONE, seed=0, transcript=policy.transcript)
+        (tree,) = rollout([QUESTION], env, policy, ONE, seed=0)
     prompt, info = env.reset(options=QUESTION)
     search, observation, answer = texts_of(tree)
     assert (search, answer) == (SEARCH, ANSWER)
@@ -79,7 +79,7 @@ def test_a_completion_is_sent_the_running_text(env: gymnasium.Env[str, str]) -> 
 
     dialect = Dialect("completions")
     with serving(model) as fake, OpenAIPolicy(fake.url, "tiny", dialect=dialect) as policy:
-        (tree,) = rollout([QUESTION], env, policy, ONE, seed=0, transcript=policy.transcript)
+        (tree,) = rollout([QUESTION], env, policy, ONE, seed=0)
         unnamed = rollout([QUESTION], env, policy, ONE, seed=0)  # inline is also what None means
     assert unnamed[0].to_json() == tree.to_json()
     prompt, _ = env.reset(options=QUESTION)
@@ -101,7 +101,7 @@ def test_native_tool_calls_are_hermes_actions(tmp_path: Path, monkeypatch: pytes
 
     tools = env.get_wrapper_attr("tool_schemas")
     with serving(model) as fake, OpenAIPolicy(fake.url, "tiny", dialect=Dialect(tools=tools)) as policy:
-        (tree,) = rollout([QUESTION], env, policy, ONE, seed=0, transcript=policy.transcript)
+        (tree,) = rollout([QUESTION], env, policy, ONE, seed=0)
     search, observation, _ = texts_of(tree)
     parsed = at2po_env.HermesProtocol().parse(search)
     assert parsed == at2po_env.ToolCall("search", {"query": "Seven Samurai"}, "Who?")
@@ -124,7 +124,7 @@ def test_trees_grow_fork_and_are_shown(env: gymnasium.Env[str, str], tmp_path: P
 
     shape = ONE.model_copy(update={"chains": 2, "rounds": 1, "forks": 2})
     with serving(model) as fake, OpenAIPolicy(fake.url, "tiny") as policy:
-        (tree,) = rollout([QUESTION], env, policy, shape, seed=0, transcript=policy.transcript)
+        (tree,) = rollout([QUESTION], env, policy, shape, seed=0)
     assert len(tree.leaves()) == 4
     assert sorted(set(tree.entropy.tolist()[1:])) == pytest.approx([0.1, 2.0])  # nats a token, not a byte
     again = Tree.from_json(tree.to_json())
@@ -143,7 +143,7 @@ def test_a_server_that_fails_now_and_then_costs_those_branches_only(env: gymnasi
         serving(model) as fake,
         OpenAIPolicy(Server(fake.url, retries=1, backoff_s=0.001), "tiny") as policy,
     ):
-        figures, trees = evaluate(tasks, env, policy, ONE, seed=0, transcript=policy.transcript)
+        figures, trees = evaluate(tasks, env, policy, ONE, seed=0)
     assert figures.outcomes == {"abort": 1, "answer": 3}
     assert trees[0].outcomes[-1] is not None
     assert trees[0].outcomes[-1]["outcome"] == "abort"
@@ -160,5 +160,5 @@ def test_episodes_do_not_depend_on_concurrency(env: gymnasium.Env[str, str]) -> 
     trees = []
     for concurrency in (1, 8):
         with serving(model) as fake, OpenAIPolicy(fake.url, "tiny", concurrency=concurrency) as policy:
-            trees.append(rollout([QUESTION], env, policy, shape, seed=3, transcript=policy.transcript)[0])
+            trees.append(rollout([QUESTION], env, policy, shape, seed=3)[0])
     assert trees[0].to_json() == trees[1].to_json()

@@ -133,7 +133,7 @@ def test_an_observation_answers_a_parsed_call_and_only_that() -> None:
 
 def test_ids_of_the_other_endpoint_are_refused_with_what_to_do() -> None:
     inline = ByteTokenizer().encode("a question")
-    with pytest.raises(PolicyError, match=r"transcript=policy\.transcript"):
+    with pytest.raises(PolicyError, match=r"make them with `policy\.transcript`"):
         chat_messages(inline)
     with pytest.raises(PolicyError, match=r"before the first mark"):
         chat_messages([1, USER, 2, ASSISTANT])

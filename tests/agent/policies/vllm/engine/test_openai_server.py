@@ -140,7 +140,7 @@ def test_completions_answer_as_the_same_model_in_this_process(running: Running, 
     env = environment(running.corpus, "tagged")
     expected, trees = evaluate(KNOWN, env, here, TOKENS, seed=0)
     with running.policy("completions") as policy:
-        figures, served = evaluate(KNOWN, env, policy, LIMITS, seed=0, transcript=policy.transcript)
+        figures, served = evaluate(KNOWN, env, policy, LIMITS, seed=0)
     assert written(served) == written(trees)
     assert written(served) == [actions(env, number, "tagged") for number in range(QUESTIONS)]
     assert (figures.em, expected.em) == (1.0, 1.0)
@@ -170,7 +170,7 @@ def test_log_probs_of_unsure_answers_are_those_of_the_model(running: Running, he
 def test_chats_search_and_answer(running: Running) -> None:
     env = environment(running.corpus, "tagged")
     with running.policy("chat") as policy:
-        figures, trees = evaluate(KNOWN, env, policy, LIMITS, seed=0, transcript=policy.transcript)
+        figures, trees = evaluate(KNOWN, env, policy, LIMITS, seed=0)
     assert written(trees) == [actions(env, number, "tagged") for number in range(QUESTIONS)]
     assert {turn.stop_reason for tree in trees for turn in tree.turns if turn is not None} == {"stop"}
     assert figures.em == 1.0
@@ -181,7 +181,7 @@ def test_the_servers_own_tool_calls_are_hermes_actions(running: Running) -> None
     env = environment(running.corpus, "hermes")
     tools = env.get_wrapper_attr("tool_schemas")
     with running.policy("chat", tools=tools) as policy:
-        figures, trees = evaluate(KNOWN, env, policy, LIMITS, seed=0, transcript=policy.transcript)
+        figures, trees = evaluate(KNOWN, env, policy, LIMITS, seed=0)
     assert written(trees) == [actions(env, number, "hermes") for number in range(QUESTIONS)]
     assert figures.em == 1.0
     first = trees[0].turns[1]
@@ -261,4 +261,4 @@ def test_a_server_that_is_killed_ends_in_aborted_answers_then_in_an_error(runnin
                 reasons.append(answer.stop_reason)
         assert "abort" in reasons
         with pytest.raises(PolicyError, match=r"requests in a row failed.*connection"):
-            evaluate(KNOWN * 3, env, policy, LIMITS, seed=0, transcript=policy.transcript)
+            evaluate(KNOWN * 3, env, policy, LIMITS, seed=0)
