@@ -1,6 +1,6 @@
-"""The trees of one training step: how many questions are asked, and which of them are trained on."""
+"""Collects the trees of one training step: how many questions are asked, and which trees are trained on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from at2po_agent.config.sections import Config
@@ -15,7 +15,7 @@ from at2po_agent.tree import Tree
 
 @dataclass
 class Collected:
-    """What was sampled for a step.
+    """The trees of a step.
 
     Attributes:
         cursor: Position in the order of questions after it.
@@ -50,7 +50,7 @@ def collect_trees(
 
     Args:
         order: The questions.
-        cursor: Where in the order to go on.
+        cursor: Position in the order from which to go on.
         env: The environment.
         policy: The policy.
         config: The run.
@@ -67,27 +67,24 @@ def collect_trees(
         seed = run_seed(config.run.seed, RunPurpose.ROLLOUT, step, attempt)
         tasks = order.options(collected.cursor, count)
         trees = rollout(tasks, env, policy, config.rollout, seed=seed, on_leaf=on_leaf)
-        _check(trees)
+        # Questions of which every branch failed teach nothing: say why instead of going on.
+        outcomes = [tree.outcomes[leaf] or {} for tree in trees for leaf in tree.leaves()]
+        if not outcomes:
+            raise TrainingError(
+                f"all {len(trees)} prompts are longer than rollout.max_prompt_tokens; raise it"
+            )
+        if all(outcome.get("outcome") in ("env_error", "env_timeout") for outcome in outcomes):
+            reason = outcomes[0].get("reason")
+            raise TrainingError(f"the environment failed in every branch of a step: {reason}")
         collected.cursor += count
         collected.sampled += trees
         collected.tokens += trees.stats.sampled_tokens
         collected.policy_seconds += trees.stats.policy_seconds
-        collected.trees += [tree for tree in trees if _is_kept(tree, dynamic=dynamic)]
+        for tree in trees:
+            rewards = tree.leaf_reward[tree.is_leaf]
+            if len(rewards) and (not dynamic or is_informative(rewards)):
+                collected.trees.append(tree)
         if len(collected.trees) >= count:
             break
     del collected.trees[count:]
     return collected
-
-
-def _is_kept(tree: Tree, *, dynamic: bool) -> bool:
-    rewards = tree.leaf_reward[tree.is_leaf]
-    return bool(len(rewards)) and (not dynamic or is_informative(rewards))
-
-
-def _check(trees: Sequence[Tree]) -> None:
-    """Questions of which every branch failed teach nothing: say why instead of going on."""
-    outcomes = [tree.outcomes[leaf] or {} for tree in trees for leaf in tree.leaves()]
-    if not outcomes:
-        raise TrainingError(f"all {len(trees)} prompts are longer than rollout.max_prompt_tokens; raise it")
-    if all(outcome.get("outcome") in ("env_error", "env_timeout") for outcome in outcomes):
-        raise TrainingError(f"the environment failed in every branch of a step: {outcomes[0].get('reason')}")

@@ -1,4 +1,7 @@
-"""A whole run: cold start, evaluation, training, evaluation, summary; stopped by a signal and resumed."""
+"""Makes a whole run: cold start, evaluation, training, evaluation, summary.
+
+A signal stops it after a whole step, and it can be resumed.
+"""
 
 import contextlib
 import time
@@ -7,9 +10,8 @@ from typing import Any
 
 import torch
 
-from at2po_agent.agents.agent import Agent, build_agent
+from at2po_agent.agents.agent import Agent, build_agent, build_weights
 from at2po_agent.agents.cold_start import cold_start, record_demonstrations
-from at2po_agent.agents.dry_run import describe_plan, plan_run
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import Env, make_cold_start_env
 from at2po_agent.policies.base import transcript_of
@@ -71,7 +73,10 @@ def run_training(
                 with contextlib.closing(trainer):
                     return _run(config, trainer, folder, listener, resume=resume)
         except StopRequested as stop:
-            raise TrainingInterrupted(_farewell(folder), folder) from stop
+            command = folder.resume_command
+            saved = f"stopped; everything is saved. Go on with: {command}"
+            lost = f"stopped before the first checkpoint; start again with: {command}"
+            raise TrainingInterrupted(saved if folder.checkpoints.exists() else lost, folder) from stop
 
 
 def _run(
@@ -82,45 +87,14 @@ def _run(
         progress.message(f"resumed from {restored.path}, step {trainer.state.step}")
     else:
         folder.rewind_metrics(-1)
-        _prepare(config, trainer, progress)
+        if config.cold_start.steps:
+            _cold_start(config, trainer, progress)
+        for mode in _modes(config):
+            trainer.state.before[mode] = trainer.evaluate(mode).to_json()
+        trainer.save()  # the checkpoint of step 0 keeps the cold start and the first evaluation
     trainer.train()
-    after = {mode: trainer.evaluate(mode).to_json() for mode in _modes(config)}
-    summary = _summary(config, trainer, folder, after)
-    folder.write_summary(summary)
-    return summary
-
-
-def _prepare(config: Config, trainer: Trainer, progress: Progress) -> None:
-    """Cold start and first evaluation; the checkpoint of step 0 keeps both."""
-    if config.cold_start.steps:
-        started = time.monotonic()
-        rng = run_generator(config.run.seed, RunPurpose.COLD_START)
-        demonstrations = record_demonstrations(
-            make_cold_start_env(config),
-            trainer.agent.tokenizer,
-            config.cold_start,
-            rng=rng,
-            progress=progress,
-            transcript=transcript_of(trainer.agent.policy),
-        )
-        figures = cold_start(
-            trainer.agent.model, demonstrations, config.cold_start, rng=rng, progress=progress
-        )
-        trainer.state.cold_start = {**figures, "seconds": time.monotonic() - started}
-        trainer.agent.weights_changed()
-    for mode in _modes(config):
-        trainer.state.before[mode] = trainer.evaluate(mode).to_json()
-    trainer.save()
-
-
-def _modes(config: Config) -> tuple[str, ...]:
-    if not config.eval.questions:
-        return ()
-    return MODES if config.eval.sampled else MODES[:1]
-
-
-def _summary(config: Config, trainer: Trainer, folder: RunFolder, after: dict[str, Any]) -> dict[str, Any]:
     state = trainer.state
+    after = {mode: trainer.evaluate(mode).to_json() for mode in _modes(config)}
     summary: dict[str, Any] = {
         "name": config.run.name,
         "folder": str(folder.path),
@@ -134,14 +108,70 @@ def _summary(config: Config, trainer: Trainer, folder: RunFolder, after: dict[st
     }
     for moment, evaluations in (("before", state.before), ("after", after)):
         for mode, figures in evaluations.items():
-            prefix = "" if mode == "greedy" else "sampled_"
-            summary |= {
-                f"{prefix}{name}_{moment}": figures[name] for name in ("em", "em_low", "em_high", "f1")
-            }
+            prefix = "" if mode == "greedy" else f"{mode}_"
+            for name in ("em", "em_low", "em_high", "f1"):
+                summary[f"{prefix}{name}_{moment}"] = figures[name]
+    folder.write_summary(summary)
     return summary
 
 
-def _farewell(folder: RunFolder) -> str:
-    if folder.checkpoints.exists():
-        return f"stopped; everything is saved. Go on with: {folder.resume_command}"
-    return f"stopped before the first checkpoint; start again with: {folder.resume_command}"
+def _cold_start(config: Config, trainer: Trainer, progress: Progress) -> None:
+    started = time.monotonic()
+    agent, rng = trainer.agent, run_generator(config.run.seed, RunPurpose.COLD_START)
+    demonstrations = record_demonstrations(
+        make_cold_start_env(config),
+        agent.tokenizer,
+        config.cold_start,
+        rng=rng,
+        progress=progress,
+        transcript=transcript_of(agent.policy),
+    )
+    figures = cold_start(agent.model, demonstrations, config.cold_start, rng=rng, progress=progress)
+    trainer.state.cold_start = {**figures, "seconds": time.monotonic() - started}
+    agent.weights_changed()
+
+
+def _modes(config: Config) -> tuple[str, ...]:
+    if not config.eval.questions:
+        return ()
+    return MODES if config.eval.sampled else MODES[:1]
+
+
+def plan_run(config: Config) -> dict[str, Any]:
+    """Count what a run would need, with the model on torch's meta device: nothing is allocated.
+
+    Returns:
+        parameters; weights_gb, gradients_gb and optimizer_gb (two moments); leaves and most tokens of a step
+        (responses at their limit, prompts included, prefixes once per leaf); updates of a step; steps.
+    """
+    model = build_weights(config, vocab_size=config.model.vocab_size, device="meta")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    gigabytes = parameters * getattr(torch, config.model.dtype).itemsize / 1e9
+    train, rollout = config.train, config.rollout
+    leaves = train.questions * rollout.leaves
+    return {
+        "parameters": parameters,
+        "weights_gb": round(gigabytes, 2),
+        "gradients_gb": round(gigabytes, 2),
+        "optimizer_gb": round(2 * gigabytes, 2),
+        "leaves_per_step": leaves,
+        "most_tokens_per_step": leaves * (rollout.max_prompt_tokens + rollout.max_response_tokens),
+        "updates_per_step": train.epochs * max(1, train.questions // train.minibatch_questions),
+        "steps": train.steps,
+    }
+
+
+def describe_plan(config: Config, plan: dict[str, Any]) -> str:
+    """The plan as a few lines for a person."""
+    memory = plan["weights_gb"] + plan["gradients_gb"] + plan["optimizer_gb"]
+    shape, questions, algorithm = config.rollout, config.train.questions, config.algorithm
+    lines = [
+        f"model      {plan['parameters']:,} parameters in {config.model.dtype}",
+        f"memory     {memory:,.1f} GB for weights, gradients and AdamW; activations and sampler come on top",
+        f"one step   {questions} questions x {shape.leaves} leaves = {plan['leaves_per_step']:,} "
+        f"episodes, at most {plan['most_tokens_per_step']:,} tokens, {plan['updates_per_step']} updates",
+        f"algorithm  {algorithm.preset}: {shape.expansion} / {algorithm.credit} / {algorithm.loss}",
+        f"the run    {plan['steps']:,} steps on {config.env.id}",
+        "dry run: nothing was allocated, nothing was written",
+    ]
+    return "\n".join(lines)

@@ -1,12 +1,12 @@
-"""The training loop: tasks -> trees -> credit -> packs -> loss -> optimiser -> new weights for the sampler.
+"""The training loop: collect trees -> credit -> learn -> log; evaluate and save on the way.
 
-Everything random comes from `run.seed` and the number of the step, so a checkpoint needs no generator: a
-resumed run does bit for bit what an uninterrupted one does. This module knows no command line and draws no
-bars.
+Read `Trainer.train` and `Trainer.step`. Everything random comes from `run.seed` and the number of the step,
+so a checkpoint needs no generator: a resumed run does bit for bit what an uninterrupted one does. This module
+knows no command line and draws no bars.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,14 @@ from at2po_agent.config.sections import Config
 from at2po_agent.credit.registry import Credit
 from at2po_agent.environments import (
     Env,
+    EnvCounters,
     TaskOrder,
     make_eval_env,
     make_training_env,
     number_of_tasks,
 )
 from at2po_agent.evaluation.evaluate import Evaluation
-from at2po_agent.evaluation.metrics import retrieval_metrics, staleness_metrics, tree_metrics
+from at2po_agent.evaluation.metrics import staleness_metrics, tree_metrics
 from at2po_agent.evaluation.of_run import evaluate_mode
 from at2po_agent.learning.objective import give_credit
 from at2po_agent.learning.step import TreeLearner
@@ -34,12 +35,11 @@ from at2po_agent.runs.progress import Progress
 from at2po_agent.runs.scalars import Scalars
 from at2po_agent.runs.seeding import RunPurpose, run_seed
 from at2po_agent.tree import Tree
-from at2po_env.retrieval.counters import counted
 
 
 @dataclass
 class TrainerState:
-    """What a checkpoint keeps beside weights and optimizer; JSON values only.
+    """The part of a checkpoint beside weights and optimizer; JSON values only.
 
     Attributes:
         step: Training steps done.
@@ -65,8 +65,8 @@ class Trainer:
 
     Args:
         config: The run.
-        agent: What learns.
-        folder: Where everything is written.
+        agent: The model that learns, and the policy that samples with it.
+        folder: The run's folder.
         progress: Listener; it may raise `StopRequested` from `advance`.
         env: The environment that is trained on; None makes the configured one.
         eval_env: The environment of evaluations; None makes the configured one.
@@ -103,23 +103,21 @@ class Trainer:
         """Time that the run has taken so far, over all its parts."""
         return self.state.seconds + time.monotonic() - self._started
 
-    # What a run consists of ------------------------------------------------------------------------------
-
     def train(self) -> None:
         """Do the steps that are left, with checkpoints and evaluations on the way.
 
         Raises:
             StopRequested: After saving a checkpoint of the last whole step.
         """
-        settings = self.config.train
-        self._progress.start("train", settings.steps)
+        config = self.config.train
+        self._progress.start("train", config.steps)
         self._progress.advance("train", self.state.step)
         try:
             self._evaluate_if_due()
-            while self.state.step < settings.steps:
+            while self.state.step < config.steps:
                 self._progress.step(self.step())
                 self._evaluate_if_due()
-                if settings.save_every and self.state.step % settings.save_every == 0:
+                if config.save_every and self.state.step % config.save_every == 0:
                     self.save()
                 self._progress.advance("train")
         except StopRequested:
@@ -128,29 +126,32 @@ class Trainer:
         self._progress.finish("train")
         self.save()
 
-    def close(self) -> None:
-        """Close the files that are open."""
-        if self._scalars is not None:
-            self._scalars.close()
-
     def step(self) -> dict[str, Any]:
-        """One training step; the record that went to metrics.jsonl.
+        """One training step; returns the record that went to metrics.jsonl.
 
         A stop that is requested while trees grow takes effect there, and leaves everything as after the last
         step.
         """
-        clock, number, retrieved = Clock(), self.state.step + 1, counted()
-        collected = self._grow(number, clock)
+        clock, counters, number = Clock(), EnvCounters(), self.state.step + 1
+        # Collect: the policy grows the trees of the step's questions.
+        collected = self._collect(number, clock)
         self.agent.rest()
+        # Credit: an advantage for every turn.
         trees = self._learner.with_kl(collected.trees, number)
         credits = [give_credit(tree, self.config.algorithm) for tree in trees]
         clock.lap("credit")
+        # Learn: the updates of the step, and new weights for the policy.
         figures = staleness_metrics(trees, self.agent.version)
         figures |= self._learner.learn(trees, credits, step=number, clock=clock)
         self.agent.weights_changed()
         self.state.step, self.state.cursor = number, collected.cursor
         self.state.sampled_tokens += collected.tokens
-        self._keep_trees(number, trees, credits)
+        # Log: some trees with their credit, and one line of figures.
+        config = self.config.train
+        every, kept = config.save_trees_every, config.save_trees
+        if every and (number % every == 0 or number in (1, config.steps)):
+            pairs = zip(trees[:kept], credits[:kept], strict=True)
+            self.folder.write_trees(number, [tree_record(self._env, *pair, number) for pair in pairs])
         clock.lap("rest")
         record = {
             "kind": "train",
@@ -160,7 +161,7 @@ class Trainer:
             **tree_metrics(collected.sampled),
             "trained_questions": len(trees),
             **figures,
-            **retrieval_metrics(retrieved, counted()),
+            **counters.figures(),
             "seconds": sum(clock.phases.values()),
             **{f"seconds/{phase}": seconds for phase, seconds in clock.phases.items()},
         }
@@ -181,13 +182,12 @@ class Trainer:
             return
         self.state.seconds = self.seconds
         self._started = time.monotonic()
-        tokenizer = getattr(self.agent.tokenizer, "hf", None)
         save_checkpoint(
             self.folder.checkpoints,
             step=self.state.step,
             model=self.agent.model,
             optimizer=self._learner.optimizer,
-            tokenizer=tokenizer,
+            tokenizer=getattr(self.agent.tokenizer, "hf", None),
             state=vars(self.state),
             keep=self.config.train.keep_checkpoints,
         )
@@ -208,9 +208,12 @@ class Trainer:
         self.agent.weights_changed()
         return restored
 
-    # Parts of a step -------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Close the files that are open."""
+        if self._scalars is not None:
+            self._scalars.close()
 
-    def _grow(self, number: int, clock: Clock) -> Collected:
+    def _collect(self, number: int, clock: Clock) -> Collected:
         phase = "rollout"
         self._progress.start(phase, self.config.train.questions * self.config.rollout.leaves)
         collected = collect_trees(
@@ -235,17 +238,6 @@ class Trainer:
             self.evaluate("greedy")
             self.state.evaluated = step
 
-    def _keep_trees(self, number: int, trees: Sequence[Tree], credits: Sequence[Credit]) -> None:
-        every = self.config.train.save_trees_every
-        if not every or not (number % every == 0 or number in (1, self.config.train.steps)):
-            return
-        count = self.config.train.save_trees
-        records = [
-            tree_record(self._env, tree, credit, number)
-            for tree, credit in zip(trees[:count], credits[:count], strict=True)
-        ]
-        self.folder.write_trees(number, records)
-
     def _record(self, record: Mapping[str, Any]) -> None:
         self.folder.append_metrics(record)
         with disk_refusals(self.folder.tensorboard):
@@ -255,8 +247,12 @@ class Trainer:
 
 
 def tree_record(env: Env, tree: Tree, credit: Credit, step: int) -> dict[str, Any]:
-    """A tree with what a reader wants beside it: question, golden answers, values, advantages."""
-    task = _task(env, tree.task_id)
+    """A tree with its question, golden answers, values and advantages, for the tree pages."""
+    tasks = env.get_wrapper_attr("tasks") if env.has_wrapper_attr("tasks") else None
+    try:
+        task = tasks.by_id(tree.task_id) if tree.task_id and hasattr(tasks, "by_id") else None
+    except KeyError:
+        task = None
     return {
         "step": step,
         "question": getattr(task, "question", ""),
@@ -265,14 +261,3 @@ def tree_record(env: Env, tree: Tree, credit: Credit, step: int) -> dict[str, An
         "advantages": credit.advantages.tolist(),
         "tree": tree.to_json(),
     }
-
-
-def _task(env: Env, task_id: str) -> Any:
-    tasks = env.get_wrapper_attr("tasks") if env.has_wrapper_attr("tasks") else None
-    by_id = getattr(tasks, "by_id", None)
-    if by_id is None or not task_id:
-        return None
-    try:
-        return by_id(task_id)
-    except KeyError:
-        return None

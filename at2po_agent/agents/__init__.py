@@ -1,5 +1,5 @@
-"""What learns: a model, its tokenizer and a policy that samples with it, built from a configuration.
+"""Builds what learns from a configuration: a model, its tokenizer and a policy that samples with it.
 
-Read `agent`, then `model` (weights and tokenizers), `policy` (the sampler that a configuration names),
-`cold_start` with `expert` (supervised learning before RL) and `dry_run` (what a run would need).
+Read `agent`, then `model` (weights and tokenizers) and `cold_start` with `expert` (supervised learning before
+RL).
 """

@@ -1,25 +1,26 @@
-"""What learns: a model, its tokenizer, and a policy that samples with it; built from a configuration."""
+"""Builds what learns from a configuration: a model, its tokenizer, and a policy that samples with it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from at2po_agent.agents.cold_start import record_demonstrations
 from at2po_agent.agents.model import ModelShape, build_model, load_model, train_tokenizer
-from at2po_agent.agents.policy import build_policy, check_sampler
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import make_cold_start_env, make_training_env
 from at2po_agent.policies.base import Policy
+from at2po_agent.policies.hf.policy import HFPolicy
+from at2po_agent.policies.vllm import VLLMPolicy
+from at2po_agent.policies.vllm.config import VLLMConfig
+from at2po_agent.policies.vllm.spec import check_installed
 from at2po_agent.runs.seeding import RunPurpose, run_generator, run_seed
 from at2po_agent.transcripts.chat_templates import OWN, template_marks
 from at2po_agent.transcripts.tokenizer import HFTokenizer, Tokenizer
 from at2po_agent.transcripts.transcripts import ChatTranscript
 from at2po_env.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _TOKENIZER_EPISODES = 300
 _ROLES = "user\nassistant\n"
@@ -67,31 +68,56 @@ class Agent:
 
 
 def build_agent(config: Config) -> Agent:
-    """Make or load model and tokenizer, and the policy that samples with them."""
-    check_sampler(config)
-    tokenizer = build_tokenizer(config)
-    transcript = build_transcript(config, tokenizer)
-    if transcript is not None:
-        tokenizer = transcript.tokenizer
-    model = build_weights(config, vocab_size=len(tokenizer), eos_id=tokenizer.eos_id)
-    return Agent(model, build_policy(config, model, tokenizer, transcript))
-
-
-def build_transcript(config: Config, tokenizer: HFTokenizer) -> ChatTranscript | None:
-    """How episodes are written, where not inline; the policy then needs the transcript's own tokenizer.
+    """Make or load model and tokenizer, and the policy that samples with them.
 
     Raises:
-        ConfigError: The chat template will not do.
+        MissingExtraError: vLLM is configured and not installed.
+        PolicyError: The model cannot be served.
+        ConfigError: The chat template will not do, or no model can be loaded.
     """
-    if config.model.transcript == "inline":
-        return None
-    chat = config.model.chat
-    return ChatTranscript(
+    own = config.model
+    if own.sampler == "vllm":
+        check_installed()  # before anything is loaded
+    tokenizer, transcript = build_tokenizer(config), None
+    if own.transcript == "chat":
+        chat = own.chat
+        transcript = ChatTranscript(
+            tokenizer,
+            template=chat.template,
+            system=chat.system,
+            observation_role=chat.observation_role,
+            template_options=chat.template_options,
+        )
+        tokenizer = transcript.tokenizer  # it ends a sequence where the template ends a message
+    model = build_weights(config, vocab_size=len(tokenizer), eos_id=tokenizer.eos_id)
+    if own.sampler == "hf":
+        return Agent(model, HFPolicy(model, tokenizer, slots=own.slots, transcript=transcript))
+    policy = VLLMPolicy(
+        model,
         tokenizer,
-        template=chat.template,
-        system=chat.system,
-        observation_role=chat.observation_role,
-        template_options=chat.template_options,
+        settings=engine_settings(config, most=getattr(model.config, "max_position_embeddings", None)),
+        path=None if own.random_init else own.path,
+        slots=own.slots,
+        transcript=transcript,
+    )
+    return Agent(model, policy)
+
+
+def engine_settings(config: Config, *, most: int | None) -> VLLMConfig:
+    """The engines' settings, completed from the rest of the configuration.
+
+    Args:
+        config: The run.
+        most: Positions of the model, where it has a limit.
+    """
+    own = config.model.vllm
+    wanted = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    computed = config.model.dtype if config.train.autocast == "none" else config.train.autocast
+    return own.model_copy(
+        update={
+            "max_model_len": own.max_model_len or min(wanted, most or wanted),
+            "dtype": computed if own.dtype == "auto" else own.dtype,
+        }
     )
 
 
@@ -99,28 +125,28 @@ def build_weights(
     config: Config, *, vocab_size: int, eos_id: int | None = None, device: str | None = None
 ) -> Any:
     """The model of a configuration; on device "meta" it has the configured shape and nothing is allocated."""
-    settings = config.model
-    where, seed = device or settings.device, run_seed(config.run.seed, RunPurpose.MODEL)
-    if settings.path is not None and not settings.random_init and where != "meta":
-        return load_model(settings.path, dtype=settings.dtype, device=where)
+    own = config.model
+    where, seed = device or own.device, run_seed(config.run.seed, RunPurpose.MODEL)
+    if own.path is not None and not own.random_init and where != "meta":
+        return load_model(own.path, dtype=own.dtype, device=where)
     shape = ModelShape(
-        vocab_size=settings.vocab_size if settings.random_init else vocab_size,
-        hidden_size=settings.hidden_size,
-        layers=settings.layers,
-        heads=settings.heads,
-        kv_heads=settings.kv_heads,
-        head_dim=settings.head_dim,
-        ffn_size=settings.ffn_size,
-        max_positions=settings.max_positions,
-        tied=settings.tied,
-        architecture=settings.architecture,
-        init_std=settings.init_std,
-        rope_theta=settings.rope_theta,
+        vocab_size=own.vocab_size if own.random_init else vocab_size,
+        hidden_size=own.hidden_size,
+        layers=own.layers,
+        heads=own.heads,
+        kv_heads=own.kv_heads,
+        head_dim=own.head_dim,
+        ffn_size=own.ffn_size,
+        max_positions=own.max_positions,
+        tied=own.tied,
+        architecture=own.architecture,
+        init_std=own.init_std,
+        rope_theta=own.rope_theta,
     )
-    return build_model(shape, seed=seed, dtype=settings.dtype, device=where, eos_id=eos_id)
+    return build_model(shape, seed=seed, dtype=own.dtype, device=where, eos_id=eos_id)
 
 
-def build_tokenizer(config: Config, folder: "Path | None" = None) -> HFTokenizer:
+def build_tokenizer(config: Config, folder: Path | None = None) -> HFTokenizer:
     """Load the tokenizer, or train one on what the environment shows (and the expert writes)."""
     own = None if config.model.random_init else config.model.path
     source = folder or config.model.tokenizer or own
@@ -148,8 +174,8 @@ def example_texts(config: Config) -> list[str]:
     rng = run_generator(config.run.seed, RunPurpose.TOKENIZER)
     if config.cold_start.steps:
         collector = _TextCollector()
-        settings = config.cold_start.model_copy(update={"demonstrations": _TOKENIZER_EPISODES})
-        record_demonstrations(make_cold_start_env(config), collector, settings, rng=rng)
+        episodes = config.cold_start.model_copy(update={"demonstrations": _TOKENIZER_EPISODES})
+        record_demonstrations(make_cold_start_env(config), collector, episodes, rng=rng)
         return collector.texts
     env = make_training_env(config)
     return [env.reset(seed=int(rng.integers(2**31)))[0] for _ in range(_TOKENIZER_EPISODES)]

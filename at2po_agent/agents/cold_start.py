@@ -6,7 +6,7 @@ embeddings. At 1e-2 instead of 3e-3 the loss after 300 steps is half as high.
 """
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -44,37 +44,37 @@ class Script(Protocol):
     """An expert: plays one task, yielding actions and being sent observations."""
 
     def __call__(self, task: Task, *, rng: np.random.Generator) -> Generator[str, str, None]:
-        """Begin an episode of `task`; `rng` draws whatever the expert leaves to chance."""
+        """Begin an episode of `task`; `rng` draws what the expert leaves to chance."""
 
 
 def record_demonstrations(
     env: gymnasium.Env[str, str],
     tokenizer: Tokenizer,
-    settings: ColdStartConfig,
+    config: ColdStartConfig,
     *,
     rng: np.random.Generator,
     progress: Progress | None = None,
     script: Script | None = None,
     transcript: Transcript | None = None,
 ) -> list[Demonstration]:
-    """Let an expert play `settings.demonstrations` episodes.
+    """Let an expert play `config.demonstrations` episodes.
 
     Args:
-        env: environment with a task source `tasks`, as every tool environment has.
-        tokenizer: encodes actions and, by itself or through the transcript, what the environment shows.
-        settings: how many, and the shipped expert's faults.
-        rng: draws tasks and faults.
-        progress: listener.
-        script: another expert: a generator that yields actions and is sent observations.
-        transcript: turns what the environment shows into ids; None encodes it as it is.
+        env: Environment with a task source `tasks`, as every tool environment has.
+        tokenizer: Encodes actions and, by itself or through the transcript, what the environment shows.
+        config: How many, and the shipped expert's faults.
+        rng: Draws tasks and faults.
+        progress: Listener.
+        script: Another expert: a generator that yields actions and is sent observations.
+        transcript: Turns what the environment shows into ids; None encodes it as it is.
     """
     progress = progress or NoProgress()
     transcript = transcript or InlineTranscript(tokenizer)
     if script is None:
-        script = partial(demonstrate, config=ExpertConfig.model_validate(settings.expert))
-    progress.start("demonstrations", settings.demonstrations)
+        script = partial(demonstrate, config=ExpertConfig.model_validate(config.expert))
+    progress.start("demonstrations", config.demonstrations)
     demonstrations = []
-    for _ in range(settings.demonstrations):
+    for _ in range(config.demonstrations):
         demonstrations.append(_play(env, tokenizer, transcript, script, rng))
         progress.advance("demonstrations")
     progress.finish("demonstrations")
@@ -84,7 +84,7 @@ def record_demonstrations(
 def cold_start(
     model: torch.nn.Module,
     demonstrations: Sequence[Demonstration],
-    settings: ColdStartConfig,
+    config: ColdStartConfig,
     *,
     rng: np.random.Generator,
     progress: Progress | None = None,
@@ -92,32 +92,41 @@ def cold_start(
     """Train a causal language model on the actions of demonstrations; the model is changed in place.
 
     Args:
-        model: transformers causal LM whose `forward` takes `input_ids` and `logits_to_keep`.
-        demonstrations: at least one.
-        settings: steps, batch size, learning rates.
-        rng: draws the batches.
-        progress: listener.
+        model: Transformers causal LM whose `forward` takes `input_ids` and `logits_to_keep`.
+        demonstrations: At least one.
+        config: Steps, batch size, learning rates.
+        rng: Draws the batches.
+        progress: Listener.
 
     Returns:
         `loss` (mean over the last tenth of the steps, nats per trained token) and `tokens` (trained upon).
     """
     progress = progress or NoProgress()
-    optimizers = _optimizers(model, settings)
+    optimizers = _optimizers(model, config)
     device = next(model.parameters()).device
-    order = _endless_order(len(demonstrations), rng)
+    order: list[int] = []  # indices of demonstrations, in a new random order each time they are used up
     losses: list[float] = []
     tokens = 0
     model.train()
-    progress.start(PHASE, settings.steps)
-    for step in range(settings.steps):
-        rows = [demonstrations[next(order)] for _ in range(settings.batch_size)]
-        ids, labels = _batch(rows)
+    progress.start(PHASE, config.steps)
+    for step in range(config.steps):
+        while len(order) < config.batch_size:
+            order += rng.permutation(len(demonstrations)).tolist()
+        ids, labels = _batch([demonstrations[index] for index in order[: config.batch_size]])
+        del order[: config.batch_size]
         tokens += ids.numel()
-        scale = _schedule(step, settings.steps)
+        # A linear warmup over the first steps, then a half cosine to zero.
+        cosine = 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
+        scale = min(1.0, (step + 1) / _WARMUP_STEPS) * cosine
         for optimizer, base in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = base * scale
-        loss = _loss(model, ids.to(device), labels.to(device))
+        # The logits are computed only where the next token is trained.
+        hidden = model.get_submodule("model")(input_ids=ids.to(device)).last_hidden_state[:, :-1]
+        targets = labels[:, 1:].to(device)
+        trained = targets != _IGNORED
+        logits = model.get_submodule("lm_head")(hidden[trained])
+        loss = functional.cross_entropy(logits.float(), targets[trained])
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, _ in optimizers:
@@ -144,8 +153,10 @@ def _play(
     action, ended = next(expert), False
     while not ended:
         observation, _, terminated, truncated, _ = env.step(action)
-        ids, closed = _action_ids(action, tokenizer, info.get("stop", ()))
-        pieces.append((ids, True))
+        # An action that completes no stop string ends with the end of sequence, as a policy would have had to
+        # sample it; or it would never learn to stop there.
+        closed = not any(mark in action for mark in info.get("stop", ()))
+        pieces.append(([*tokenizer.encode(action), *[tokenizer.eos_id] * closed], True))
         ended = terminated or truncated
         if not ended:
             pieces.append((transcript.observe(observation, closed=closed), False))
@@ -154,22 +165,6 @@ def _play(
         np.array([token for ids, _ in pieces for token in ids], dtype=np.int64),
         np.array([trained for ids, trained in pieces for _ in ids], dtype=np.bool_),
     )
-
-
-def _action_ids(action: str, tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[list[int], bool]:
-    """Ids that a policy would have had to sample, and whether it ended them itself.
-
-    What completes no stop string ends with the end of sequence, or a policy would never learn to stop there.
-    """
-    ids = tokenizer.encode(action)
-    closed = not any(mark in action for mark in stop)
-    return ([*ids, tokenizer.eos_id], True) if closed else (ids, False)
-
-
-def _endless_order(count: int, rng: np.random.Generator) -> Iterator[int]:
-    """Indices 0..count-1 in a new random order each time they are used up."""
-    while True:
-        yield from rng.permutation(count).tolist()
 
 
 def _batch(rows: Sequence[Demonstration]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,32 +178,14 @@ def _batch(rows: Sequence[Demonstration]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, labels
 
 
-def _loss(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the trained tokens; logits are computed at their positions only."""
-    base = model.get_submodule("model")
-    hidden = base(input_ids=ids).last_hidden_state[:, :-1]
-    targets = labels[:, 1:]
-    trained = targets != _IGNORED
-    logits = model.get_submodule("lm_head")(hidden[trained])
-    return functional.cross_entropy(logits.float(), targets[trained])
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Linear warmup over the first steps, then a half cosine to zero."""
-    return min(1.0, (step + 1) / _WARMUP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-
-
-def _optimizers(
-    model: torch.nn.Module, settings: ColdStartConfig
-) -> list[tuple[torch.optim.Optimizer, float]]:
+def _optimizers(model: torch.nn.Module, config: ColdStartConfig) -> list[tuple[torch.optim.Optimizer, float]]:
     """Muon for the matrices of the layers, AdamW for embeddings and norms, each with its peak rate."""
-    named: Mapping[str, torch.nn.Parameter] = dict(model.named_parameters())
-    matrices = [
-        p for name, p in named.items() if p.ndim == 2 and "embed" not in name and "lm_head" not in name
-    ]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in named.values() if id(p) not in chosen]
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+        (matrices if inner else rest).append(parameter)
     return [
-        (torch.optim.Muon(matrices, lr=settings.muon_lr, momentum=0.95, weight_decay=0.0), settings.muon_lr),
-        (torch.optim.AdamW(rest, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0), settings.lr),
+        (torch.optim.Muon(matrices, lr=config.muon_lr, momentum=0.95, weight_decay=0.0), config.muon_lr),
+        (torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0), config.lr),
     ]

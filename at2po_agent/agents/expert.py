@@ -7,8 +7,8 @@ The environment knows nothing of it, and no policy ever sees metadata.
 """
 
 import re
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,13 +34,13 @@ class ExpertConfig(BaseModel):
     page_title: float = Field(0.15, ge=0, le=1, description="Answer the title of the last page instead.")
 
 
-class Plan(NamedTuple):
-    """The way to an answer: what to search, what to note before each search, and what each page is read for.
+class ExpertPlan(NamedTuple):
+    """The way to an answer.
 
     Attributes:
         queries: K search queries.
-        notes: K notes, the thought before each.
-        findings: K strings, what the page of each query is read for; the last is the answer.
+        notes: K notes, the thought before each query.
+        findings: K strings, each read from the page of its query; the last is the answer.
     """
 
     queries: tuple[str, ...]
@@ -48,32 +48,35 @@ class Plan(NamedTuple):
     findings: tuple[str, ...]
 
 
-def plan(task: Task) -> Plan:
-    """The way to a task's answer, read from its metadata.
+def plan(task: Task) -> ExpertPlan:
+    """Read the way to a task's answer from its metadata.
 
     Raises:
-        DataError: the metadata does not tell it.
+        DataError: The metadata does not tell it.
     """
     metadata = task.metadata
     if metadata.get("path") and metadata.get("chain"):
         path, chain = metadata["path"], metadata["chain"]
-        return Plan(tuple(path[:-1]), tuple(chain), tuple(path[1:]))
-    titles = _supporting_titles(metadata)
+        return ExpertPlan(tuple(path[:-1]), tuple(chain), tuple(path[1:]))
+    # The data sets give the supporting titles in one of two forms, both in reading order.
+    facts = metadata.get("supporting_facts")
+    named = facts.get("title", ()) if isinstance(facts, Mapping) else metadata.get("supporting_titles", ())
+    titles = tuple(dict.fromkeys(named))
     if not titles:
         raise DataError(
             f"task {task.id!r}: its metadata names no path and no supporting titles to demonstrate"
         )
     findings = (*titles[1:], task.golden_answers[0])
-    return Plan(titles, ("look",) * len(titles), findings)
+    return ExpertPlan(titles, ("look",) * len(titles), findings)
 
 
 def demonstrate(task: Task, *, config: ExpertConfig, rng: np.random.Generator) -> Generator[str, str, None]:
     """Play one episode: yields actions, is sent observations.
 
     Args:
-        task: what is asked.
-        config: the faults.
-        rng: draws the faults of this demonstration.
+        task: The question.
+        config: The faults.
+        rng: Draws the faults of this demonstration.
     """
     way = plan(task)
     stops_early, halves, answers_title = (
@@ -84,7 +87,8 @@ def demonstrate(task: Task, *, config: ExpertConfig, rng: np.random.Generator) -
     for hop in range(last + 1):
         if hop == halved:
             page = yield _search(way.notes[hop], way.queries[hop].split()[0])
-            yield _answer(_some_name(page, rng) or way.queries[hop])
+            names = re.findall(r"\b[A-Z]\w+ [A-Z]\w+", page)  # of two words, each as likely
+            yield _answer(names[int(rng.integers(len(names)))] if names else way.queries[hop])
             return
         yield _search(way.notes[hop], way.queries[hop])
     yield _answer(way.queries[last] if answers_title else way.findings[last])
@@ -96,19 +100,3 @@ def _search(note: str, query: str) -> str:
 
 def _answer(text: str) -> str:
     return f"<think> answer</think><answer>\\boxed{{ {text}}}</answer>"
-
-
-def _some_name(page: str, rng: np.random.Generator) -> str | None:
-    """A two-word name that a page mentions (each as likely), None where there is none."""
-    names = re.findall(r"\b[A-Z]\w+ [A-Z]\w+", page)
-    return names[int(rng.integers(len(names)))] if names else None
-
-
-def _supporting_titles(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """Supporting titles in reading order, from the forms in which the data sets give them."""
-    facts = metadata.get("supporting_facts")
-    if isinstance(facts, Mapping):
-        titles: Sequence[str] = facts.get("title", ())
-    else:
-        titles = metadata.get("supporting_titles", ())
-    return tuple(dict.fromkeys(titles))

@@ -1,4 +1,4 @@
-"""Making models and tokenizers: from a shape and a seed, or from a folder of weights.
+"""Makes models and tokenizers: from a shape and a seed, or from a folder of weights.
 
 This module knows neither policies nor training; a model is a plain `transformers` causal language model.
 """
@@ -83,7 +83,7 @@ def build_model(
         shape: Sizes.
         seed: Decides the weights.
         dtype: Number format of the weights.
-        device: Where the model lives; `meta` allocates nothing.
+        device: The device of the model; `meta` allocates nothing.
         eos_id: End-of-sequence id written into the configuration.
 
     Returns:
@@ -106,7 +106,7 @@ def build_model(
         eos_token_id=eos_id,
         pad_token_id=None,
     )
-    return _from_config(config, seed=seed, dtype=dtype, device=device)
+    return _random_model(config, seed=seed, dtype=dtype, device=device)
 
 
 def load_model(
@@ -122,7 +122,7 @@ def load_model(
     Args:
         path: Folder with `config.json` and, unless `random_init`, the weights.
         dtype: Number format of the weights.
-        device: Where the model lives; `meta` reads the configuration and allocates nothing.
+        device: The device of the model; `meta` reads the configuration and allocates nothing.
         random_init: Draw random weights of this shape from the seed instead of reading them.
         seed: Decides the random weights.
 
@@ -135,26 +135,22 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(str(path))
         if random_init or device == "meta":
-            return _from_config(config, seed=seed, dtype=dtype, device=device)
-        model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype))
+            return _random_model(config, seed=seed, dtype=dtype, device=device)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise ConfigError(f"no model can be loaded from {str(path)!r}: {error}") from error
-    return _ready(model.to(device))
+    model: PreTrainedModel = loaded.to(device).eval()
+    return model
 
 
-def _from_config(config: Any, *, seed: int, dtype: DType, device: str) -> PreTrainedModel:
+def _random_model(config: Any, *, seed: int, dtype: DType, device: str) -> PreTrainedModel:
     where = torch.device(device)
     devices = [where] if where.type == "cuda" else []
     factory: Any = AutoModelForCausalLM
     with torch.random.fork_rng(devices=devices, device_type="cuda"), where:
         torch.manual_seed(seed)
-        model = factory.from_config(config, dtype=getattr(torch, dtype))
-    return _ready(model)
-
-
-def _ready(model: Any) -> PreTrainedModel:
-    evaluating: PreTrainedModel = model.eval()
-    return evaluating
+        model: PreTrainedModel = factory.from_config(config, dtype=getattr(torch, dtype)).eval()
+    return model
 
 
 def train_tokenizer(
@@ -171,7 +167,7 @@ def train_tokenizer(
     not so the end of sequence and marks such as `<|im_end|>`, around which texts stay verbatim.
 
     Args:
-        texts: What to learn from.
+        texts: The texts to learn from.
         vocab_size: Most tokens, the special ones and the 256 bytes included.
         special_tokens: Strings that are always one token, such as the tags of a protocol.
         eos_token: The end-of-sequence token (also used for padding).
@@ -190,29 +186,25 @@ def train_tokenizer(
             f"vocab_size {vocab_size} does not hold 256 bytes and {len(names)} special tokens; "
             f"give at least {256 + len(names)}"
         )
-    tags = [name != eos_token and not name.startswith("<|") for name in names]
     added = [
-        AddedToken(name, lstrip=tag, normalized=False, special=False)
-        for name, tag in zip(names, tags, strict=True)
+        AddedToken(
+            name, lstrip=name != eos_token and not name.startswith("<|"), normalized=False, special=False
+        )
+        for name in names
     ]
-    make = _bpe if kind == "bpe" else _words
-    wrap: Any = PreTrainedTokenizerFast
-    made = make(texts, vocab_size, added)
-    return HFTokenizer(wrap(tokenizer_object=made, eos_token=eos_token, pad_token=eos_token))
-
-
-def _bpe(texts: Iterable[str], vocab_size: int, added: list[AddedToken]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = _words(texts, vocab_size, added) if kind == "words" else Tokenizer(models.BPE())
+    if kind == "bpe":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=added,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=added,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    wrap: Any = PreTrainedTokenizerFast
+    return HFTokenizer(wrap(tokenizer_object=tokenizer, eos_token=eos_token, pad_token=eos_token))
 
 
 def _words(texts: Iterable[str], vocab_size: int, added: list[AddedToken]) -> Tokenizer:
@@ -230,5 +222,4 @@ def _words(texts: Iterable[str], vocab_size: int, added: list[AddedToken]) -> To
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.add_tokens(added)
     tokenizer.pre_tokenizer = words
-    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

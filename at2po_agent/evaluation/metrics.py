@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,25 +70,6 @@ def staleness_metrics(trees: Iterable[Tree], version: int) -> dict[str, float]:
         "stale_turns": sum(age > 0 for age in ages),
         "staleness": float(np.mean(ages)) if ages else 0.0,
     }
-
-
-def retrieval_metrics(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, float]:
-    """What happened in retrieval between two calls of `at2po_env.retrieval.counters.counted`.
-
-    Returns:
-        Under `retrieval/` each count that rose (the names are listed there), failures whenever something
-        happened, and cache_hit_rate where a cache was asked. Empty where nothing was counted, as with a
-        retriever in this process and no cache.
-    """
-    rose = {name: count - before.get(name, 0) for name, count in sorted(after.items())}
-    figures: dict[str, float] = {name: count for name, count in rose.items() if count}
-    if not figures:
-        return {}
-    figures.setdefault("failures", 0)
-    asked = rose.get("cache_hits", 0) + rose.get("cache_misses", 0)
-    if asked:
-        figures["cache_hit_rate"] = rose.get("cache_hits", 0) / asked
-    return {f"retrieval/{name}": value for name, value in figures.items()}
 
 
 def wilson_interval(mean: float, count: int, *, z: float = 1.96) -> tuple[float, float]:

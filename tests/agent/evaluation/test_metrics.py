@@ -1,9 +1,8 @@
 import dataclasses
 
 import numpy as np
-import pytest
 
-from at2po_agent.evaluation.metrics import retrieval_metrics, staleness_metrics
+from at2po_agent.evaluation.metrics import staleness_metrics
 from at2po_agent.tree import Tree
 from at2po_agent.types import Turn
 
@@ -23,24 +22,3 @@ def test_staleness_is_how_many_versions_old_the_turns_are():
     assert staleness_metrics(trees, 5) == {"stale_turns": 2, "staleness": 1.0}
     assert staleness_metrics(trees[:1], 5) == {"stale_turns": 0, "staleness": 0.0}
     assert staleness_metrics([], 5) == {"stale_turns": 0, "staleness": 0.0}
-
-
-def test_retrieval_is_what_rose_between_two_counts():
-    before = {"requests": 10, "queries": 12, "retries": 1}
-    after = {"requests": 14, "queries": 20, "retries": 1, "failures": 2, "circuit_open": 1}
-    assert retrieval_metrics(before, after) == {
-        "retrieval/requests": 4,
-        "retrieval/queries": 8,
-        "retrieval/failures": 2,
-        "retrieval/circuit_open": 1,
-    }
-    assert retrieval_metrics({}, before)["retrieval/failures"] == 0
-    assert retrieval_metrics(after, after) == {}
-
-
-def test_the_hit_rate_is_that_of_the_step_alone():
-    before, after = {"cache_hits": 100, "cache_misses": 0}, {"cache_hits": 103, "cache_misses": 1}
-    figures = retrieval_metrics(before, after)
-    assert figures["retrieval/cache_hit_rate"] == pytest.approx(0.75)
-    assert retrieval_metrics({}, {"cache_misses": 2})["retrieval/cache_hit_rate"] == 0.0
-    assert "retrieval/cache_hit_rate" not in retrieval_metrics({}, {"requests": 1})

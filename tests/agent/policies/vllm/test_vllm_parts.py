@@ -12,9 +12,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from at2po_agent.agents.agent import build_agent
+from at2po_agent.agents.agent import build_agent, engine_settings
 from at2po_agent.agents.model import ModelShape, build_model
-from at2po_agent.agents.policy import engine_settings
 from at2po_agent.config.loading import load_config
 from at2po_agent.policies.vllm import VLLMPolicy
 from at2po_agent.policies.vllm.config import VLLMConfig
