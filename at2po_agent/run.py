@@ -144,7 +144,7 @@ def plan_run(config: Config) -> dict[str, Any]:
         parameters; weights_gb, gradients_gb and optimizer_gb (two moments); leaves and most tokens of a step
         (responses at their limit, prompts included, prefixes once per leaf); updates of a step; steps.
     """
-    model = build_weights(config, vocab_size=config.model.vocab_size, device="meta")
+    model = build_weights(config.model, seed=0, vocab_size=config.model.vocab_size, device="meta")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     gigabytes = parameters * getattr(torch, config.model.dtype).itemsize / 1e9
     train, rollout = config.train, config.rollout

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from at2po_agent.agents.cold_start import record_demonstrations
 from at2po_agent.agents.model import ModelShape, build_model, load_model, train_tokenizer
-from at2po_agent.config.sections import Config
+from at2po_agent.config.sections import Config, ModelConfig
 from at2po_agent.environments import make_cold_start_env, make_training_env
 from at2po_agent.policies.base import Policy
 from at2po_agent.policies.hf.policy import HFPolicy
@@ -89,7 +88,8 @@ def build_agent(config: Config) -> Agent:
             template_options=chat.template_options,
         )
         tokenizer = transcript.tokenizer  # it ends a sequence where the template ends a message
-    model = build_weights(config, vocab_size=len(tokenizer), eos_id=tokenizer.eos_id)
+    seed = run_seed(config.run.seed, RunPurpose.MODEL)
+    model = build_weights(own, seed=seed, vocab_size=len(tokenizer), eos_id=tokenizer.eos_id)
     if own.sampler == "hf":
         return Agent(model, HFPolicy(model, tokenizer, slots=own.slots, transcript=transcript))
     policy = VLLMPolicy(
@@ -122,11 +122,18 @@ def engine_settings(config: Config, *, most: int | None) -> VLLMConfig:
 
 
 def build_weights(
-    config: Config, *, vocab_size: int, eos_id: int | None = None, device: str | None = None
+    own: ModelConfig, *, seed: int, vocab_size: int, eos_id: int | None = None, device: str | None = None
 ) -> Any:
-    """The model of a configuration; on device "meta" it has the configured shape and nothing is allocated."""
-    own = config.model
-    where, seed = device or own.device, run_seed(config.run.seed, RunPurpose.MODEL)
+    """Make or load a model; on device "meta" it has the configured shape and nothing is allocated.
+
+    Args:
+        own: The model's section of the configuration.
+        seed: Decides random weights.
+        vocab_size: Size of the vocabulary of a model that is made here.
+        eos_id: End-of-sequence id written into its configuration.
+        device: Another device than the configured one.
+    """
+    where = device or own.device
     if own.path is not None and not own.random_init and where != "meta":
         return load_model(own.path, dtype=own.dtype, device=where)
     shape = ModelShape(
@@ -146,10 +153,10 @@ def build_weights(
     return build_model(shape, seed=seed, dtype=own.dtype, device=where, eos_id=eos_id)
 
 
-def build_tokenizer(config: Config, folder: Path | None = None) -> HFTokenizer:
+def build_tokenizer(config: Config) -> HFTokenizer:
     """Load the tokenizer, or train one on what the environment shows (and the expert writes)."""
     own = None if config.model.random_init else config.model.path
-    source = folder or config.model.tokenizer or own
+    source = config.model.tokenizer or own
     if source is not None:
         return HFTokenizer.load(source)
     marks = template_marks(config.model.chat.template)
