@@ -204,7 +204,7 @@ def test_a_policy_that_does_not_ask_is_named():
         tokenizer = CountedTokenizer()
 
     for shape in (config(expansion="arpo", rounds=1, forks=2), resampling(), thinking()):
-        with pytest.raises(PolicyError, match=r"leaves Request\.intervention aside"):
+        with pytest.raises(PolicyError, match=r"ignores Request\.intervention"):
             grow(shape, Deaf())
 
 
