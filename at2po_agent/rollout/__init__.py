@@ -1,7 +1,7 @@
 """Growing trees: policy x environment x expansion.
 
 Read `engine` (`rollout` and its scheduler), then `question` (the rounds of one tree) and `branch` (one
-branch, turn by turn). `requests` asks any policy; `steps` and `workers` step environments in threads; `watch`
+branch, turn by turn). `requests` asks any policy; `steps` steps environments, slow ones in threads; `watch`
 and `uncertainty` look into the sampling of a turn (ARPO's entropy, T2PO's interventions); `config` has the
 settings.
 """
