@@ -248,7 +248,7 @@ class Trainer:
 
 def tree_record(env: Env, tree: Tree, credit: Credit, step: int) -> dict[str, Any]:
     """A tree with its question, golden answers, values and advantages, for the tree pages."""
-    tasks = env.get_wrapper_attr("tasks") if env.has_wrapper_attr("tasks") else None
+    tasks: Any = env.get_wrapper_attr("tasks") if env.has_wrapper_attr("tasks") else None
     try:
         task = tasks.by_id(tree.task_id) if tree.task_id and hasattr(tasks, "by_id") else None
     except KeyError:
