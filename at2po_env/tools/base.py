@@ -107,12 +107,12 @@ class Tool(ABC):
     retries: int = 0
     backoff_s: float = 0.1
     max_chars: int = 20_000
-    failures: ClassVar[tuple[type[Exception], ...]] = (Exception,)
+    failures: ClassVar[tuple[type[BaseException], ...]] = (Exception,)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if DeadlineError not in cls.failures:
-            cls.failures = (*cls.failures, DeadlineError)
+        always = (DeadlineError, SystemExit)
+        cls.failures = (*cls.failures, *(kind for kind in always if kind not in cls.failures))
 
     def start(self, task: Task) -> Any:
         """Return the tool's state at the start of an episode about `task`: a JSON value."""
@@ -166,7 +166,7 @@ def call_tool(tool: Tool, arguments: Mapping[str, Any], context: ToolContext) ->
                 call = partial(tool.run, checked, context)
                 result = run_with_deadline(call, tool.timeout_s, owner=tool, name=tool.name)
             break
-        except (*tool.failures, SystemExit) as error:
+        except tool.failures as error:
             if attempt == tool.retries:
                 tries = f" ({tool.retries + 1} attempts)" if tool.retries else ""
                 return _failure(f"{tool.name} failed{tries}: {_message(error)}")
