@@ -13,6 +13,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
@@ -69,19 +71,18 @@ def run_with_deadline(
     return result[0]
 
 
+@dataclass(eq=False, slots=True)
 class _Job(Generic[KeyT, ResultT]):
     """A call on its way through a thread."""
 
-    __slots__ = ("call", "error", "finished", "given_up", "key", "result", "started", "thread")
-
-    def __init__(self, key: KeyT, call: Callable[[], ResultT]) -> None:
-        self.key = key
-        self.call = call
-        self.result: ResultT | None = None
-        self.error: BaseException | None = None
-        self.thread: threading.Thread | None = None
-        self.started: float | None = None
-        self.finished = self.given_up = False
+    key: KeyT
+    call: Callable[[], ResultT]
+    result: ResultT | None = None
+    error: BaseException | None = None
+    thread: threading.Thread | None = None
+    started: float | None = None
+    finished: bool = False
+    given_up: bool = False
 
 
 class Workers(Generic[KeyT, ResultT]):
@@ -154,10 +155,8 @@ class Workers(Generic[KeyT, ResultT]):
                 started = next(iter(self._pending)).started
                 passed = 0.0 if started is None else time.monotonic() - started
                 left = min(left, max(0.0, self._deadline_s - passed) + 1e-3)
-            try:
+            with suppress(Empty):
                 job = self._results.get(timeout=min(left, threading.TIMEOUT_MAX))
-            except Empty:
-                job = None
 
     def _give_up(self, deadline_s: float) -> list[tuple[KeyT, ResultT | None]]:
         """Give up the jobs whose time is over, and those for which no thread is left."""
@@ -212,11 +211,9 @@ class Workers(Generic[KeyT, ResultT]):
         Args:
             grace_s: Seconds to wait for the jobs that are running; later ones end unheard.
         """
-        try:
+        with suppress(Empty):
             while True:
                 self._jobs.get_nowait()
-        except Empty:
-            pass
         for _ in self._threads:
             self._jobs.put(None)
         until = time.monotonic() + grace_s
