@@ -25,8 +25,7 @@ from at2po_agent.environments import (
 from at2po_agent.evaluation.evaluate import Evaluation
 from at2po_agent.evaluation.metrics import staleness_metrics, tree_metrics
 from at2po_agent.evaluation.of_run import evaluate_mode
-from at2po_agent.learning.objective import give_credit
-from at2po_agent.learning.step import TreeLearner
+from at2po_agent.learning.step import TreeLearner, give_credit
 from at2po_agent.runs.checkpoint import Restored, load_newest, save_checkpoint
 from at2po_agent.runs.clock import Clock
 from at2po_agent.runs.folder import RunFolder, disk_refusals

@@ -1,10 +1,10 @@
-"""How good the cuts of `prefixes.cut_rows` are: small random trees, against exhaustive search."""
+"""How good the cuts of `prefixes.cut_branches` are: small random trees, against exhaustive search."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from at2po_agent.packing.prefixes import SortedRows, cut_rows, lower_bound, sort_rows
+from at2po_agent.packing.prefixes import SortedBranches, cut_branches, lower_bound, sort_branches
 from benchmarks._trees import TreeShape, random_tree
 
 
@@ -23,9 +23,9 @@ def cut_quality(trees: int = 2000, seed: int = 0) -> dict[str, float]:
             vocabulary=50,
             seed=int(rng.integers(1 << 31)),
         )
-        rows = sort_rows([np.array(tree.branch_ids(leaf)) for leaf in tree.leaves()])
+        rows = sort_branches([np.array(tree.branch_ids(leaf)) for leaf in tree.leaves()])
         budget = int(rng.integers(rows.lengths.max(), rows.unique_tokens + 1))
-        got = sum(_size(rows, cut) for cut in cut_rows(rows, budget))
+        got = sum(_size(rows, cut) for cut in cut_branches(rows, budget))
         best = _best_grouping(rows, budget)
         excess.append(got / best - 1)
         over_bound.append(got / lower_bound(rows, budget) - 1)
@@ -37,11 +37,11 @@ def cut_quality(trees: int = 2000, seed: int = 0) -> dict[str, float]:
     }
 
 
-def _size(rows: SortedRows, cut: slice) -> int:
+def _size(rows: SortedBranches, cut: slice) -> int:
     return int((rows.lengths[cut] - rows.shared[cut]).sum() + rows.shared[cut.start])
 
 
-def _best_grouping(rows: SortedRows, budget: int) -> int:
+def _best_grouping(rows: SortedBranches, budget: int) -> int:
     """The fewest tokens over all set partitions of the branches into packs within the budget."""
     count = len(rows.order)
     sizes = {}

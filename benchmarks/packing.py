@@ -33,13 +33,12 @@ import torch
 from torch import Tensor, nn
 
 from at2po_agent.agents.model import ModelShape, build_model
-from at2po_agent.learning.learner import checkpoint_activations, trained_log_probs
+from at2po_agent.learning.learner import checkpoint_activations
 from at2po_agent.losses import LossTotals, atpo_loss
-from at2po_agent.packing.forward import check_model, packed_stats
-from at2po_agent.packing.log_probs import gather_log_probs
-from at2po_agent.packing.rows import Batch, pack_rows
-from at2po_agent.packing.tree_attention import tree_attention
-from at2po_agent.packing.trees import PackedBatch, pack_trees
+from at2po_agent.packing.batch import Batch, MicroBatch
+from at2po_agent.packing.log_probs import token_stats
+from at2po_agent.packing.rows import RowBatch, pack_rows
+from at2po_agent.packing.trees import PackedBatch, check_model, pack_trees
 from at2po_agent.tree import Tree
 from benchmarks._cuts import cut_quality
 from benchmarks._timing import Case, measure
@@ -68,37 +67,30 @@ def passes(model: nn.Module, tree: Tree) -> dict[str, Callable[[], Tensor]]:
     rows, packs = pack_rows([tree], [advantages(tree)]), pack_trees([tree], [advantages(tree)])
     return {
         "padded": partial(_padded, model, rows),
-        "sorted": partial(_sorted, model, rows),
-        "packed": partial(_packed, model, packs),
+        "sorted": partial(_cut, model, rows),
+        "packed": partial(_cut, model, packs),
     }
 
 
-def _padded(model: nn.Module, batch: Batch) -> Tensor:
+def _padded(model: nn.Module, batch: RowBatch) -> Tensor:
     totals, total = LossTotals.of(batch.turn_ids), torch.zeros(())
     for chosen in torch.split(torch.arange(len(batch.turn_ids)), max(1, BUDGET // batch.turn_ids.shape[1])):
         piece = batch.select(chosen)
         logits = model(input_ids=piece.input_ids, use_cache=False).logits
-        log_probs = nn.functional.pad(gather_log_probs(logits[:, :-1], piece.input_ids[:, 1:]), (1, 0))
-        total += _loss(log_probs, piece, totals)
+        found = token_stats(logits[:, :-1], piece.input_ids[:, 1:], with_entropies=False).log_probs
+        total += _loss(nn.functional.pad(found, (1, 0)), piece, totals)
     return total
 
 
-def _sorted(model: nn.Module, batch: Batch) -> Tensor:
+def _cut(model: nn.Module, batch: Batch) -> Tensor:
     totals, total = LossTotals.of(batch.turn_ids), torch.zeros(())
-    for _, piece in batch.micro_batches(BUDGET):
-        total += _loss(trained_log_probs(model, piece), piece, totals)
-    return total
-
-
-def _packed(model: nn.Module, batch: PackedBatch) -> Tensor:
-    totals, total = LossTotals.of(batch.turn_ids), torch.zeros(())
-    with tree_attention(model):
+    with batch.attention(model):
         for _, piece in batch.micro_batches(BUDGET):
-            total += _loss(packed_stats(model, piece).log_probs, piece, totals)
+            total += _loss(piece.log_probs(model), piece, totals)
     return total
 
 
-def _loss(log_probs: Tensor, piece: Any, totals: LossTotals) -> Tensor:
+def _loss(log_probs: Tensor, piece: MicroBatch, totals: LossTotals) -> Tensor:
     now = log_probs.detach()
     old = torch.where(piece.turn_ids >= 0, now + 1e-3 * torch.sin(37 * now), 0.0)
     loss, _ = atpo_loss(log_probs, old, piece.advantages, piece.turn_ids, totals=totals)
@@ -218,22 +210,15 @@ def _gpu_passes(model: nn.Module, tree: Tree, packs: PackedBatch) -> dict[str, C
     check_model(model)
     model.train()
 
-    def packed() -> None:
-        totals = LossTotals.of(packs.turn_ids)
-        with tree_attention(model):
-            for _, piece in packs.micro_batches(GPU_BUDGET):
+    def run(batch: Batch, budget: int) -> None:
+        totals = LossTotals.of(batch.turn_ids)
+        with batch.attention(model):
+            for _, piece in batch.micro_batches(budget):
                 here = piece.to("cuda")
-                _loss(packed_stats(model, here).log_probs, here, totals)
+                _loss(here.log_probs(model), here, totals)
         torch.cuda.synchronize()
 
-    def in_rows() -> None:
-        totals = LossTotals.of(rows.turn_ids)
-        for _, piece in rows.micro_batches(BUDGET):
-            here = piece.to("cuda")
-            _loss(trained_log_probs(model, here), here, totals)
-        torch.cuda.synchronize()
-
-    return {"sorted": in_rows, "packed": packed}
+    return {"sorted": partial(run, rows, BUDGET), "packed": partial(run, packs, GPU_BUDGET)}
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """From trees with credit to new weights.
 
-Read `step` (the updates of one training step), `learner` (log-probs and one optimiser update),
-`objective` (the loss of a configuration), `reference` (the frozen model of KL terms) and `mismatch`
-(sampler against learner).
+Read `step` (the updates of one training step), `learner` (log-probs and one optimiser update), `reference`
+(the frozen model of KL terms) and `mismatch` (sampler against learner).
 """

@@ -1,39 +1,34 @@
 """The learner: log-probs of sampled tokens under the model, and optimiser updates from them.
 
-A minibatch is a `PackedBatch`, which computes every token that branches share once, or a `Batch` of rows.
-Both are cut into micro-batches by their tokens; logits exist only where a token is trained. The loss of a
-minibatch does not depend on the cut, since losses divide by the totals of the minibatch. Branches whose
-advantages are all zero add nothing to the gradient and are not computed.
+A minibatch (`packing.batch`) is cut into micro-batches by their tokens; logits exist only where a token is
+trained. The loss of a minibatch does not depend on the cut, since losses divide by the totals of the
+minibatch. Branches whose advantages are all zero add nothing to the gradient and are not computed.
 
-Batches are cut on the host, and whatever depends on what a tensor holds is worked out there. With a fused
-optimiser nothing waits for the device until an update is complete; then one transfer brings its figures.
-(With rows, transformers waits once in each forward pass: it looks into the positions for packed sequences.)
+Batches are cut on the host, and whatever depends on the contents of a tensor is worked out there. With a
+fused optimiser nothing waits for the device until an update is complete; then one transfer brings its
+figures. (With rows, transformers waits once in each forward pass: it looks into the positions for packed
+sequences.)
 """
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from at2po_agent.config.sections import OptimizerConfig
+from at2po_agent.config.sections import AlgorithmConfig, OptimizerConfig
 from at2po_agent.learning.mismatch import Mismatch
-from at2po_agent.losses.base import LossTotals, RatioLevel
-from at2po_agent.losses.kl import Estimator, kl_penalty
-from at2po_agent.losses.metrics import drift_metrics
-from at2po_agent.packing.forward import check_model, head_of, logits_at, packed_stats
-from at2po_agent.packing.rows import Batch, move
-from at2po_agent.packing.tree_attention import tree_attention
-from at2po_agent.packing.trees import PackedBatch, PackedPiece
+from at2po_agent.losses import LossTotals, RatioLevel, drift_metrics, get_loss, kl_penalty, make_loss
+from at2po_agent.losses.kl import Estimator
+from at2po_agent.packing.batch import Batch, MicroBatch, move
 from at2po_env.errors import At2poError, ConfigError
 
 LossFunction = Callable[..., tuple[Tensor, Mapping[str, Any]]]
 
 _WHOLE = 1 << 62
+"""The budget of a minibatch that must not be cut."""
 
 
 class TrainingError(At2poError):
@@ -45,8 +40,8 @@ class Objective(NamedTuple):
 
     Attributes:
         loss: `loss(log_probs, old_log_probs, advantages, turn_ids, *, totals) -> (loss, metrics)`.
-        divisible: Whether it takes `totals`: then the losses of the pieces of a minibatch add up. One that
-            does not gets each minibatch whole.
+        divisible: Whether it takes `totals`: then the losses of micro-batches add up. One that does not gets
+            each minibatch whole.
         needs_advantage: Whether a row without advantage adds neither loss nor gradient.
         needs_entropy: Whether it takes `entropies`, those of the policy when the update begins.
         kl_weight: Weight of the KL to the reference that is added to it.
@@ -62,18 +57,225 @@ class Objective(NamedTuple):
     kl_estimator: Estimator = "k3"
     level: RatioLevel = "token"
 
+    @classmethod
+    def of(cls, config: AlgorithmConfig) -> Self:
+        """The loss that a configuration names, with its options."""
+        spec = get_loss(config.loss)
+        built_in = spec.function.__module__.startswith("at2po_agent.losses.")
+        kl_weight = config.kl_weight if config.kl_place == "loss" else 0.0
+        return cls(
+            make_loss(config.loss, config.loss_options),
+            divisible="totals" in inspect.signature(spec.function).parameters,
+            needs_advantage=built_in and not kl_weight,
+            needs_entropy="entropies" in spec.requires,
+            kl_weight=kl_weight,
+            kl_estimator=config.kl_estimator,
+            level=spec.level,
+        )
 
-def make_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
+
+class Learner:
+    """A model under an objective.
+
+    Attributes:
+        model: Changed in place by `update`.
+        optimizer: Over the model's parameters.
+        objective: The loss.
+        token_budget: Most tokens, padding included, that go through the model at once.
+        max_grad_norm: Gradients are scaled down to this norm.
+        temperature: Logits are divided by it, as in sampling; 0 counts as 1.
+        autocast: Number format of the matrix products; None is that of the weights.
+        checkpointing: Whether the model recomputes activations, which transformers does in train mode only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        *,
+        token_budget: int,
+        max_grad_norm: float,
+        temperature: float = 1.0,
+        autocast: torch.dtype | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.objective = objective
+        self.token_budget = token_budget
+        self.max_grad_norm = max_grad_norm
+        self.temperature = temperature or 1.0
+        self.autocast = autocast
+        self.checkpointing = checkpointing
+
+    def update(
+        self,
+        batch: Batch,
+        old_log_probs: Tensor,
+        ref_log_probs: Tensor | None = None,
+        *,
+        mismatch: Mismatch | None = None,
+    ) -> dict[str, float]:
+        """One optimiser step on a minibatch: its gradient, clipped, and new weights.
+
+        Args:
+            batch: The minibatch.
+            old_log_probs: float32[B, T], nats.
+            ref_log_probs: float32[B, T], nats, of the reference; needed where the objective has a KL term.
+            mismatch: Takes the log-probs that the update computes (before it changes the weights) beside
+                those of the sampler.
+
+        Returns:
+            loss, grad_norm, and the loss's own metrics as means over the computed rows.
+
+        Raises:
+            TrainingError: The gradient is not finite.
+        """
+        figures = self.backward(batch, old_log_probs, ref_log_probs, mismatch=mismatch)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        figures["grad_norm"] = norm = getattr(norm, "full_tensor", lambda: norm)()  # of all shards
+
+        # The weights must not change when the norm is not finite. Reading the norm waits for the device, so a
+        # fused optimiser gets the test as a tensor: its kernel skips the step itself where found_inf is 1.
+        fused = bool(self.optimizer.param_groups[0].get("fused"))
+        if fused:
+            self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        scalars = [
+            torch.as_tensor(value, dtype=torch.float32, device=norm.device) for value in figures.values()
+        ]
+        read = dict(zip(figures, torch.stack(scalars).tolist(), strict=True))  # the one transfer
+        finite = math.isfinite(read["grad_norm"])
+        if finite and not fused:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not finite:
+            raise TrainingError(
+                f"the gradient is not finite (loss {read['loss']}); the weights are unchanged. "
+                "Fix: lower optimizer.lr, or look for nan in rewards and log-probs"
+            )
+        return read
+
+    def backward(
+        self,
+        batch: Batch,
+        old_log_probs: Tensor,
+        ref_log_probs: Tensor | None = None,
+        *,
+        mismatch: Mismatch | None = None,
+    ) -> dict[str, Any]:
+        """Put the gradient of a minibatch's loss in the place of the parameters' gradients.
+
+        Args and figures are those of `update`, without grad_norm; the figures are scalars on the device.
+        """
+        objective, device = self.objective, self._device
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        self.model.train(self.checkpointing)
+        entropies = self.entropies(batch) if objective.needs_entropy else None
+        totals = LossTotals.of(batch.turn_ids, entropies)
+        old = move(old_log_probs, device)
+        ref = None if ref_log_probs is None else move(ref_log_probs, device)
+        rows = (
+            torch.nonzero((batch.advantages != 0).any(dim=1)).flatten() if objective.needs_advantage else None
+        )
+        budget = self.token_budget if objective.divisible else _WHOLE
+
+        total, sums, computed = torch.zeros((), device=device), dict[str, Any](), 0
+        with batch.attention(self.model):
+            for chosen, micro in batch.micro_batches(budget, rows=rows):
+                computed += int((micro.turn_ids >= 0).sum())
+                here = micro.to(device)
+                # The chosen branches' part of a tensor of the whole minibatch, as wide as the micro-batch.
+                part = (move(chosen, device), slice(micro.turn_ids.shape[1]))
+                log_probs = self._log_probs(here)
+                if mismatch is not None:
+                    mismatch.add(log_probs, here.sampled_log_probs, here.turn_ids)
+                loss, metrics = objective.loss(
+                    log_probs,
+                    old[part],
+                    here.advantages,
+                    here.turn_ids,
+                    **({"totals": totals} if objective.divisible else {}),
+                    **({} if entropies is None else {"entropies": entropies[part]}),
+                )
+                moved = drift_metrics(log_probs.detach(), old[part], here.turn_ids, totals=totals)
+                metrics = {**moved, **metrics}
+                if objective.kl_weight:
+                    assert ref is not None, "a KL term needs the reference's log-probs"
+                    kl, about_kl = kl_penalty(
+                        log_probs, ref[part], here.turn_ids, estimator=objective.kl_estimator, totals=totals
+                    )
+                    loss, metrics = loss + objective.kl_weight * kl, {**metrics, **about_kl}
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value
+        self.model.eval()
+        # Metrics are means over the minibatch, of which rows without advantage were not computed.
+        scale = totals.tokens / max(computed, 1)
+        return {"loss": total} | {name: value * scale for name, value in sums.items()}
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        """Log-probs of all trained tokens without gradient, a micro-batch at a time; float32[B, T]."""
+        return self._without_gradient(batch, self._log_probs)
+
+    def entropies(self, batch: Batch) -> Tensor:
+        """Entropies of all trained tokens without gradient, a micro-batch at a time; float32[B, T]."""
+
+        def entropies(here: MicroBatch) -> Tensor:
+            with self._number_format():
+                return here.entropies(self.model, temperature=self.temperature)
+
+        return self._without_gradient(batch, entropies)
+
+    @torch.no_grad()
+    def first_mismatch(self, batch: Batch) -> dict[str, float]:
+        """How far the sampler's log-probs are from the model's, judged by one micro-batch (`Mismatch.read`).
+
+        Args:
+            batch: Sampled with the model's weights.
+        """
+        found = Mismatch()
+        with batch.attention(self.model):
+            _, micro = next(batch.micro_batches(self.token_budget))
+            here = micro.to(self._device)
+            found.add(self._log_probs(here), here.sampled_log_probs, here.turn_ids)
+        return found.read()
+
+    @torch.no_grad()
+    def _without_gradient(self, batch: Batch, function: Callable[[MicroBatch], Tensor]) -> Tensor:
+        out = torch.zeros(batch.turn_ids.shape, dtype=torch.float32, device=self._device)
+        with batch.attention(self.model):
+            for rows, micro in batch.micro_batches(self.token_budget):
+                here = micro.to(self._device)
+                out[move(rows, self._device), : here.turn_ids.shape[1]] = function(here).float()
+        return out
+
+    def _log_probs(self, here: MicroBatch) -> Tensor:
+        with self._number_format():
+            return here.log_probs(self.model, temperature=self.temperature)
+
+    def _number_format(self) -> torch.autocast:
+        return torch.autocast(self._device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over all trainable parameters, as one fused kernel where torch has one."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     return torch.optim.AdamW(
         parameters,
         fused=fused and type(parameters[0]) is nn.Parameter,
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
     )
 
 
@@ -93,268 +295,3 @@ def checkpoint_activations(model: nn.Module) -> None:
             f"train.gradient_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable"
         )
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-@dataclass(frozen=True)
-class Learner:
-    """A model under an objective.
-
-    Attributes:
-        model: Changed in place by `update`.
-        optimizer: Over the model's parameters.
-        objective: The loss.
-        token_budget: Most tokens, padding included, that go through the model at once.
-        max_grad_norm: Gradients are scaled down to this norm.
-        temperature: What the logits are divided by, as in sampling; 0 counts as 1.
-        autocast: Number format of the matrix products; None is that of the weights.
-        checkpointing: Whether the model recomputes activations, which transformers does in train mode only.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    objective: Objective
-    token_budget: int
-    max_grad_norm: float
-    temperature: float = 1.0
-    autocast: torch.dtype | None = None
-    checkpointing: bool = False
-
-    def log_probs(self, batch: Batch | PackedBatch) -> Tensor:
-        """Log-probs of all trained tokens without gradient, a micro-batch at a time; float32[B, T]."""
-        return self._without_gradient(batch, self._forward)
-
-    def entropies(self, batch: Batch | PackedBatch) -> Tensor:
-        """Entropies of all trained tokens without gradient, a micro-batch at a time; float32[B, T]."""
-        return self._without_gradient(batch, self._entropies)
-
-    def first_mismatch(self, batch: Batch | PackedBatch) -> dict[str, float]:
-        """How far the sampler's log-probs are from the model's, judged by one micro-batch (`Mismatch.read`).
-
-        Args:
-            batch: Sampled with the model's weights.
-        """
-        found = Mismatch()
-        with torch.no_grad(), self._attention(batch):
-            pieces: Iterator[tuple[Tensor, Batch | PackedPiece]] = batch.micro_batches(self.token_budget)
-            here = next(pieces)[1].to(self._device)
-            found.add(self._forward(here), here.sampled_log_probs, here.turn_ids)
-        return found.read()
-
-    def update(
-        self,
-        batch: Batch | PackedBatch,
-        old_log_probs: Tensor,
-        ref_log_probs: Tensor | None = None,
-        *,
-        mismatch: Mismatch | None = None,
-    ) -> dict[str, float]:
-        """One optimiser step on a minibatch.
-
-        Args:
-            batch: The minibatch.
-            old_log_probs: float32[B, T], nats.
-            ref_log_probs: float32[B, T], nats, of the reference; needed where the objective has a KL term.
-            mismatch: Takes the log-probs that the update computes (before it changes the weights) beside
-                those of the sampler.
-
-        Returns:
-            loss, grad_norm, and the loss's own metrics as means over the computed rows.
-
-        Raises:
-            TrainingError: The gradient is not finite.
-        """
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        self.model.train(self.checkpointing)
-        figures = self._backward(batch, old_log_probs, ref_log_probs, mismatch)
-        self.model.eval()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        figures["grad_norm"] = getattr(norm, "full_tensor", lambda: norm)()
-        return self._step(figures)
-
-    def _step(self, figures: dict[str, Any]) -> dict[str, float]:
-        """Let the optimiser step unless the gradient's norm is not finite, and read the figures."""
-        fused = bool(self.optimizer.param_groups[0].get("fused"))
-        if fused:
-            # The kernel itself skips the step where found_inf is 1, so that nobody has to wait for the norm.
-            infinite = (~torch.isfinite(figures["grad_norm"])).float()
-            self.optimizer.found_inf = infinite  # type: ignore[attr-defined]
-            self.optimizer.step()
-        read = _read(figures)
-        finite = math.isfinite(read["grad_norm"])
-        if finite and not fused:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if not finite:
-            raise TrainingError(
-                f"the gradient is not finite (loss {read['loss']}); the weights are unchanged. "
-                "Fix: lower optimizer.lr, or look for nan in rewards and log-probs"
-            )
-        return read
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def _attention(self, batch: Batch | PackedBatch) -> AbstractContextManager[None]:
-        if not isinstance(batch, PackedBatch):
-            return nullcontext()
-        check_model(self.model)
-        return tree_attention(self.model)
-
-    def _without_gradient(
-        self, batch: Batch | PackedBatch, function: Callable[[Batch | PackedPiece], Tensor]
-    ) -> Tensor:
-        out = torch.zeros(batch.turn_ids.shape, dtype=torch.float32, device=self._device)
-        with torch.no_grad(), self._attention(batch):
-            for rows, piece in batch.micro_batches(self.token_budget):
-                here = piece.to(self._device)
-                out[move(rows, self._device), : here.turn_ids.shape[1]] = function(here).float()
-        return out
-
-    def _entropies(self, piece: Batch | PackedPiece) -> Tensor:
-        with self._number_format(piece):
-            if isinstance(piece, PackedPiece):
-                return packed_stats(
-                    self.model, piece, temperature=self.temperature, with_entropies=True
-                ).entropies
-            return trained_entropies(self.model, piece, temperature=self.temperature)
-
-    def _number_format(self, piece: Batch | PackedPiece) -> AbstractContextManager[Any]:
-        device = piece.turn_ids.device.type
-        return torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
-
-    def _forward(self, piece: Batch | PackedPiece) -> Tensor:
-        with self._number_format(piece):
-            if isinstance(piece, PackedPiece):
-                return packed_stats(self.model, piece, temperature=self.temperature).log_probs
-            return trained_log_probs(self.model, piece, temperature=self.temperature)
-
-    def _backward(
-        self,
-        batch: Batch | PackedBatch,
-        old_log_probs: Tensor,
-        ref_log_probs: Tensor | None = None,
-        mismatch: Mismatch | None = None,
-    ) -> dict[str, Any]:
-        device = self._device
-        entropies = self.entropies(batch) if self.objective.needs_entropy else None
-        totals = LossTotals.of(batch.turn_ids, entropies)
-        given = [t if t is None else move(t, device) for t in (old_log_probs, ref_log_probs, entropies)]
-        total = torch.zeros((), device=device)
-        sums: dict[str, Any] = {}
-        computed = 0
-        with self._attention(batch):
-            for rows, piece in self._pieces(batch):
-                computed += int((piece.turn_ids >= 0).sum())
-                here, width = piece.to(device), piece.turn_ids.shape[1]
-                index = move(rows, device)
-                old, ref, entropy = (t if t is None else t[index, :width] for t in given)
-                log_probs = self._forward(here)
-                if mismatch is not None:
-                    mismatch.add(log_probs, here.sampled_log_probs, here.turn_ids)
-                loss, metrics = self._loss(log_probs, here, old, ref, entropy, totals=totals)
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
-                for name, value in metrics.items():
-                    sums[name] = sums.get(name, 0.0) + value
-        scale = totals.tokens / max(computed, 1)
-        return {"loss": total} | {name: value * scale for name, value in sums.items()}
-
-    def _loss(
-        self,
-        log_probs: Tensor,
-        piece: Batch | PackedPiece,
-        old_log_probs: Tensor | None,
-        ref_log_probs: Tensor | None,
-        entropies: Tensor | None,
-        *,
-        totals: LossTotals,
-    ) -> tuple[Tensor, Mapping[str, Any]]:
-        objective = self.objective
-        loss, metrics = objective.loss(
-            log_probs,
-            old_log_probs,
-            piece.advantages,
-            piece.turn_ids,
-            **({"totals": totals} if objective.divisible else {}),
-            **({} if entropies is None else {"entropies": entropies}),
-        )
-        if old_log_probs is not None:
-            moved = drift_metrics(log_probs.detach(), old_log_probs, piece.turn_ids, totals=totals)
-            metrics = {**moved, **metrics}
-        if not objective.kl_weight:
-            return loss, metrics
-        assert ref_log_probs is not None, "a KL term needs the reference's log-probs"
-        kl, about_kl = kl_penalty(
-            log_probs, ref_log_probs, piece.turn_ids, estimator=objective.kl_estimator, totals=totals
-        )
-        return loss + objective.kl_weight * kl, {**metrics, **about_kl}
-
-    def _pieces(self, batch: Batch | PackedBatch) -> Iterator[tuple[Tensor, Batch | PackedPiece]]:
-        kept = _rows_with_advantage(batch) if self.objective.needs_advantage else None
-        return batch.micro_batches(self.token_budget if self.objective.divisible else _WHOLE, rows=kept)
-
-
-def trained_log_probs(model: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
-    """Log-probs of the trained tokens under the model.
-
-    Rows are padded on the right, so a causal model needs no mask: no token sees padding.
-
-    Args:
-        model: A causal language model of transformers, or any module whose output has `logits`.
-        batch: Rows on the model's device.
-        temperature: What the logits are divided by; 0 counts as 1.
-
-    Returns:
-        float32[B, T] in nats: entry t is the log-prob of token t given the tokens before it, 0 where turn id
-        is -1.
-    """
-    places = batch.find_places()
-    logits = _tempered(_logits_before(model, batch, places), temperature)
-    chosen = -functional.cross_entropy(logits, batch.input_ids.flatten()[places], reduction="none")
-    return _in_rows(chosen, batch, places)
-
-
-def trained_entropies(model: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
-    """Entropy of the distribution that each trained token was drawn from; arguments of `trained_log_probs`.
-
-    Returns:
-        float32[B, T] in nats, 0 where turn id is -1.
-    """
-    places = batch.find_places()
-    log_probs = _tempered(_logits_before(model, batch, places), temperature).log_softmax(dim=-1)
-    values = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(dim=-1)
-    return _in_rows(values, batch, places)
-
-
-def _in_rows(per_token: Tensor, batch: Batch, places: Tensor) -> Tensor:
-    """Numbers float[S] at their places in rows float[B, T] of zeros."""
-    out = torch.zeros(batch.input_ids.numel(), dtype=per_token.dtype, device=per_token.device)
-    return out.index_put((places,), per_token).view(batch.input_ids.shape)
-
-
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    logits = logits.float()
-    return logits if temperature in (0.0, 1.0) else logits / temperature
-
-
-def _rows_with_advantage(batch: Batch | PackedBatch) -> Tensor:
-    return torch.nonzero((batch.advantages != 0).any(dim=1)).flatten()
-
-
-def _read(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of scalars on a device, in one transfer."""
-    device = figures["grad_norm"].device
-    scalars = [torch.as_tensor(value, dtype=torch.float32, device=device) for value in figures.values()]
-    return dict(zip(figures, torch.stack(scalars).tolist(), strict=True))
-
-
-def _logits_before(model: nn.Module, batch: Batch, places: Tensor) -> Tensor:
-    """Logits float[S, V] of the tokens before the given places, which predict those there."""
-    if head_of(model) is None:
-        logits: Tensor = model(input_ids=batch.input_ids).logits
-        return logits.flatten(0, 1)[places - 1]
-    return logits_at(
-        model, lambda hidden: hidden.flatten(0, 1)[places - 1], input_ids=batch.input_ids, use_cache=False
-    )

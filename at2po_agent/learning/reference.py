@@ -5,18 +5,16 @@ Its weights lie in the run's folder, so that a resumed run measures from the sam
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
-from torch import nn
 
 from at2po_agent.learning.learner import Learner
 from at2po_agent.losses.kl import Estimator, token_kl
-from at2po_agent.packing.rows import Batch, pack_rows
-from at2po_agent.packing.trees import PackedBatch
+from at2po_agent.packing.batch import Batch
+from at2po_agent.packing.rows import pack_rows
 from at2po_agent.runs.checkpoint import CheckpointError
 from at2po_agent.tree import Tree
 
@@ -34,15 +32,20 @@ def reference_learner(learner: Learner, folder: Path, *, started: bool) -> Learn
     Raises:
         CheckpointError: They are not, or do not fit the model.
     """
-    model = copy.deepcopy(learner.model)
+    reference = copy.copy(learner)
+    reference.model = copy.deepcopy(learner.model).requires_grad_(False).eval()
     file = folder / FILE
     if not started:
-        save_model(model, str(file))
-    else:
-        _load(model, file)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return replace(learner, model=model.eval())
+        save_model(reference.model, str(file))
+        return reference
+    try:
+        load_model(reference.model, file)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file}: the policy before training, from which the KL is measured, cannot be read ({error}); "
+            "restore the file, or start a new run"
+        ) from error
+    return reference
 
 
 def with_kl_in_reward(
@@ -51,7 +54,7 @@ def with_kl_in_reward(
     *,
     weight: float,
     estimator: Estimator = "k3",
-    pack: Callable[..., Batch | PackedBatch] = pack_rows,
+    pack: Callable[..., Batch] = pack_rows,
 ) -> list[Tree]:
     """Take the KL to the reference from the rewards: `R <- R - weight * sum_t KL_t` over a branch.
 
@@ -70,20 +73,9 @@ def with_kl_in_reward(
     batch = pack(trees, [np.zeros(len(tree.leaves())) for tree in trees])
     log_probs = reference.log_probs(batch).cpu()
     kl = token_kl(batch.sampled_log_probs, log_probs, batch.turn_ids, estimator=estimator)
-    sums = kl.double().sum(dim=1).numpy()
-    shaped, first = [], 0
-    for tree in trees:
-        rewards = tree.leaf_reward[tree.is_leaf]
-        shaped.append(tree.with_leaf_rewards(rewards - weight * sums[first : first + len(rewards)]))
-        first += len(rewards)
-    return shaped
-
-
-def _load(model: nn.Module, file: Path) -> None:
-    try:
-        load_model(model, file)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{file}: the policy before training, from which the KL is measured, cannot be read ({error}); "
-            "restore the file, or start a new run"
-        ) from error
+    per_branch = kl.double().sum(dim=1).numpy()
+    ends = np.cumsum([len(tree.leaves()) for tree in trees])
+    return [
+        tree.with_leaf_rewards(tree.leaf_reward[tree.is_leaf] - weight * kl_of_tree)
+        for tree, kl_of_tree in zip(trees, np.split(per_branch, ends[:-1]), strict=True)
+    ]

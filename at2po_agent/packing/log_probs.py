@@ -1,24 +1,31 @@
 """Log-probs and entropies of chosen tokens, without copies of the vocabulary's softmax.
 
-Logits are the largest tensor of a training step (tokens x vocabulary). `token_stats` reads given logits in
-chunks and keeps nothing of their size for the backward pass but the logits themselves; `trained_stats` never
-makes them except where a token is trained, a chunk at a time, and makes them again in the backward pass. All
-results are nats, computed in float32 at least.
+Logits are the largest tensor of a training step: tokens x vocabulary. Four functions keep them small.
+`logits_at` makes a model's logits at chosen tokens only. `token_stats` reads given logits a chunk at a time
+and keeps nothing of their size for the backward pass but the logits themselves. `linear_log_probs` takes
+hidden states and the output embedding instead, so that logits exist for one chunk at a time.
+`exchanged_forward` puts it into a model.
 
-Alignment: the logits at position t - 1 predict token t, and results are stored at t; position 0 has none.
+All results are nats, computed in float32 at least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 _CHUNK_LOGITS = 1 << 20
+"""Logits that `token_stats` reads at a time: about as many as stay in a cache."""
+_HEAD_CHUNK_LOGITS = 1 << 21
+_HEAD_CHUNK_TOKENS = 256
+"""Tokens that `linear_log_probs` takes at a time, at least: fewer would read the weights too often."""
+KEEP_LOGITS = 1 << 24
 _LOWEST = -1e30
+"""Stands for a log-prob of -inf, so that its product with probability 0 is 0 and not nan."""
 
 
 class TokenStats(NamedTuple):
@@ -33,13 +40,19 @@ class TokenStats(NamedTuple):
     entropies: Tensor
 
 
-def token_stats(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> TokenStats:
+# From logits -----------------------------------------------------------------------------------------------
+
+
+def token_stats(
+    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, with_entropies: bool = True
+) -> TokenStats:
     """`log softmax(z / temperature)[ids]` and the entropy of `softmax(z / temperature)`.
 
     Args:
         logits: z, float[..., V]. Those of -inf have probability 0.
         ids: int64[...], the tokens whose log-probs are wanted.
         temperature: At which they were sampled.
+        with_entropies: Whether entropies are wanted; else they are 0.
 
     Returns:
         Both, shaped as `ids`.
@@ -47,83 +60,18 @@ def token_stats(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> Tok
     Raises:
         ValueError: Shapes that do not fit, or a temperature that is not positive.
     """
-    log_probs, entropies = _gather(logits, ids, temperature, with_entropies=True)
-    return TokenStats(log_probs, entropies)
-
-
-def gather_log_probs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """`log softmax(z / temperature)[ids]` alone; arguments and errors are those of `token_stats`."""
-    return _gather(logits, ids, temperature, with_entropies=False)[0]
-
-
-def trained_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    input_ids: Tensor,
-    turn_ids: Tensor,
-    *,
-    temperature: float = 1.0,
-    chunk_tokens: int = 1024,
-) -> TokenStats:
-    """Log-probs and entropies of the trained tokens straight from a model's last hidden states.
-
-    Only positions with a turn id are multiplied with the output embedding. With more than one chunk the
-    logits are made again in the backward pass, so at most one chunk of them exists at a time.
-
-    Args:
-        hidden: float[B, T, D], last hidden states.
-        weight: float[V, D], output embedding.
-        input_ids: int64[B, T].
-        turn_ids: int64[B, T], -1 where not trained; position 0 never is.
-        temperature: At which the tokens were sampled.
-        chunk_tokens: How many positions are taken at a time.
-
-    Returns:
-        Both [B, T], 0 where not trained.
-
-    Raises:
-        ValueError: Shapes that do not fit, or a temperature that is not positive.
-    """
-    if hidden.shape[:-1] != input_ids.shape or turn_ids.shape != input_ids.shape:
-        raise ValueError(
-            f"hidden [B, T, D], input_ids and turn_ids [B, T] must agree, got {list(hidden.shape)}, "
-            f"{list(input_ids.shape)}, {list(turn_ids.shape)}"
-        )
-    _check_temperature(temperature)
-    rows, columns = torch.nonzero(turn_ids[:, 1:] >= 0, as_tuple=True)
-    states = torch.split(hidden[rows, columns], chunk_tokens)
-    wanted = torch.split(input_ids[rows, columns + 1], chunk_tokens)
-    again = len(states) > 1 and torch.is_grad_enabled()
-    parts: list[tuple[Tensor, Tensor]] = []
-    for state, ids in zip(states, wanted, strict=True):
-        arguments = (state, weight, ids, temperature)
-        parts.append(checkpoint(_head, *arguments, use_reentrant=False) if again else _head(*arguments))
-    empty = torch.zeros(input_ids.shape, dtype=parts[0][0].dtype, device=hidden.device)
-    where = (rows, columns + 1)
-    return TokenStats(
-        empty.index_put(where, torch.cat([log_probs for log_probs, _ in parts])),
-        empty.index_put(where, torch.cat([entropies for _, entropies in parts])),
-    )
-
-
-def _head(states: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = torch.nn.functional.linear(states, weight)
-    return _gather(logits, ids, temperature, with_entropies=True)
-
-
-def _gather(
-    logits: Tensor, ids: Tensor, temperature: float, *, with_entropies: bool
-) -> tuple[Tensor, Tensor]:
     if not logits.is_floating_point() or logits.ndim == 0 or ids.shape != logits.shape[:-1]:
         raise ValueError(
             f"need float[..., V] and ids [...], got {logits.dtype}{list(logits.shape)} and {list(ids.shape)}"
         )
-    _check_temperature(temperature)
-    flat, wanted = logits.reshape(-1, logits.shape[-1]), ids.reshape(-1)
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature must be positive, got {temperature} (greedy decoding has no log-probs)"
+        )
     log_probs, entropies = _GatherLogProbs.apply(  # type: ignore[no-untyped-call]
-        flat, wanted, temperature, with_entropies
+        logits.reshape(-1, logits.shape[-1]), ids.reshape(-1), temperature, with_entropies
     )
-    return log_probs.view(ids.shape), entropies.view(ids.shape)
+    return TokenStats(log_probs.view(ids.shape), entropies.view(ids.shape))
 
 
 class _GatherLogProbs(torch.autograd.Function):
@@ -135,10 +83,11 @@ class _GatherLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logits, ids)
         ctx.temperature = temperature
-        log_probs = torch.zeros(len(ids), dtype=_wide(logits.dtype), device=logits.device)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        log_probs = torch.zeros(len(ids), dtype=wide, device=logits.device)
         entropies = torch.zeros_like(log_probs)
-        for part in _chunks(logits):
-            log_softmax = _scaled(logits[part], temperature).log_softmax(dim=-1)
+        for part in _chunks(len(ids), max(1, _CHUNK_LOGITS // max(logits.shape[1], 1))):
+            log_softmax = _tempered(logits[part], temperature).log_softmax(dim=-1)
             log_probs[part] = log_softmax.gather(-1, ids[part, None])[:, 0]
             if with_entropies:
                 surprisal = log_softmax.clamp(min=_LOWEST)
@@ -151,29 +100,184 @@ class _GatherLogProbs(torch.autograd.Function):
         logits, ids = ctx.saved_tensors
         scale = (grads[0] / ctx.temperature)[:, None]
         result = torch.empty_like(logits)
-        for part in _chunks(logits):
-            grad = _scaled(logits[part], ctx.temperature).softmax(dim=-1).mul_(-scale[part])
+        for part in _chunks(len(ids), max(1, _CHUNK_LOGITS // max(logits.shape[1], 1))):
+            grad = _tempered(logits[part], ctx.temperature).softmax(dim=-1).mul_(-scale[part])
             result[part] = grad.scatter_add_(-1, ids[part, None], scale[part])
         return result, None, None, None
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Rows that together hold about a million logits: small enough to stay in a cache."""
-    size = max(1, _CHUNK_LOGITS // max(logits.shape[1], 1))
-    return (slice(start, start + size) for start in range(0, len(logits), size))
-
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    wide = logits.to(_wide(logits.dtype))
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide if temperature == 1.0 else wide / temperature
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _chunks(tokens: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, tokens, size))
 
 
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature must be positive, got {temperature} (greedy decoding has no log-probs)"
+# From hidden states ----------------------------------------------------------------------------------------
+
+
+def linear_log_probs(
+    states: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    with_entropies: bool = False,
+    keep_logits: int = KEEP_LOGITS,
+) -> TokenStats:
+    """Log-probs of tokens straight from hidden states: output embedding and log-softmax as one operation.
+
+    `log softmax(h W' / temperature)[id]` needs only one number per token. The logits exist for a chunk of
+    tokens at a time; the backward pass makes them again, unless all of them are few (`keep_logits`): then one
+    tensor of their size is kept, `exp(z - max)`, and no second product is needed.
+
+    Args:
+        states: float[S, D], the hidden states that predict the tokens.
+        weight: float[V, D], output embedding.
+        ids: int64[S], the tokens.
+        bias: float[V], or None.
+        temperature: Logits are divided by it; positive.
+        with_entropies: Whether entropies are wanted; else they are 0.
+        keep_logits: Most logits that are kept for the backward pass instead of being made again.
+
+    Returns:
+        Both float[S], in float32 at least; products are made in autocast's number format where that is on.
+    """
+    if torch.is_autocast_enabled(states.device.type):
+        narrow = torch.get_autocast_dtype(states.device.type)
+        states, weight = states.to(narrow), weight.to(narrow)
+        bias = None if bias is None else bias.to(narrow)
+    else:
+        states = states.to(weight.dtype)
+    with torch.autocast(states.device.type, enabled=False):
+        return TokenStats(
+            *_LinearLogProbs.apply(  # type: ignore[no-untyped-call]
+                states, weight, bias, ids, 1.0 / temperature, with_entropies, keep_logits
+            )
         )
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        scale: float,
+        with_entropies: bool,
+        keep_logits: int,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(states.dtype, torch.float32)
+        log_probs = torch.empty(len(ids), dtype=wide, device=states.device)
+        entropies, normalisers = torch.zeros_like(log_probs), torch.empty_like(log_probs)
+        few = len(ids) * len(weight) <= keep_logits and any(ctx.needs_input_grad)
+        kept = []
+        for part in _head_chunks(ids, weight):
+            # With m = max z, e = exp(z - m) and n = sum e: log p = z[id] - m - log n. Everything happens in
+            # the memory of z, except that entropies need z - m beside e: H = log n - sum e (z - m) / n.
+            z = _scaled_logits(states[part], weight, bias, scale)
+            z -= z.amax(dim=-1, keepdim=True)
+            log_probs[part] = z.gather(-1, ids[part, None])[:, 0]
+            if with_entropies:
+                shifted = z.clone()
+            e = z.exp_()
+            normalisers[part] = e.sum(dim=-1)
+            if with_entropies:
+                mean = (e * shifted.clamp_(min=_LOWEST)).sum(dim=-1) / normalisers[part]
+                entropies[part] = normalisers[part].log() - mean
+            if few:
+                kept.append(e)
+        log_probs -= normalisers.log()
+        ctx.save_for_backward(states, weight, bias, ids, normalisers, *kept)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(entropies)
+        return log_probs, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, bias, ids, normalisers, *kept = ctx.saved_tensors
+        needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_states = torch.empty_like(states) if needs_states else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        scaled = (grad * ctx.scale)[:, None]
+        for number, part in enumerate(_head_chunks(ids, weight)):
+            # g = d loss / d (h W' + b) = grad * scale * (onehot - e / n), then the products of a linear
+            # layer.
+            if kept:
+                # A copy, so that a second backward pass of a retained graph finds what it needs.
+                g = kept[number] * (-scaled[part] / normalisers[part, None])
+            else:
+                z = _scaled_logits(states[part], weight, bias, ctx.scale)
+                g = z.sub_(z.amax(dim=-1, keepdim=True)).exp_()
+                g *= -scaled[part] / normalisers[part, None]
+            g.scatter_add_(-1, ids[part, None], scaled[part])
+            g = g.to(states.dtype)
+            if grad_states is not None:
+                torch.mm(g, weight, out=grad_states[part])
+            if grad_weight is not None:
+                grad_weight.addmm_(g.t(), states[part])
+            if grad_bias is not None:
+                grad_bias += g.sum(dim=0)
+        return grad_states, grad_weight, grad_bias, None, None, None, None
+
+
+def _scaled_logits(states: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """`(h W' + b) * scale`, in float32 at least, in memory of its own."""
+    z = torch.nn.functional.linear(states, weight, bias)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return z if scale == 1.0 else z.mul_(scale)
+
+
+def _head_chunks(ids: Tensor, weight: Tensor) -> Iterator[slice]:
+    return _chunks(len(ids), max(_HEAD_CHUNK_TOKENS, _HEAD_CHUNK_LOGITS // max(len(weight), 1)))
+
+
+# Within a model --------------------------------------------------------------------------------------------
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The output embedding of a model; None where it has none that transformers knows."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = None if get_head is None else get_head()
+    return head if isinstance(head, nn.Module) else None
+
+
+def logits_at(model: nn.Module, select: Callable[[Tensor], Tensor], **inputs: Any) -> Tensor:
+    """A model's logits at chosen tokens, and nowhere else.
+
+    Args:
+        model: A causal language model of transformers, or a module around one.
+        select: Takes the hidden states of the chosen tokens from the last ones, float[B, T, D].
+        inputs: Keywords of the model's call.
+    """
+    head = head_of(model)
+    assert head is not None
+    ordinary = head.forward
+    with exchanged_forward(head, lambda hidden: ordinary(select(hidden))):
+        logits: Tensor = model(**inputs).logits
+    return logits
+
+
+@contextmanager
+def exchanged_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute another function within the block; its hooks stay in force.
+
+    So a model can be called as a whole (adapters, sharding and recomputation hook in there), and only its
+    output embedding does something else.
+    """
+    own = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

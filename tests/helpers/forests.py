@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -85,14 +83,11 @@ def objective(name: str) -> Objective:
 
 def loss_learner(model: torch.nn.Module, name: str, budget: int, **changes) -> Learner:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    return replace(Learner(model, optimizer, objective(name), budget, 1.0), **changes)
+    return Learner(model, optimizer, objective(name), token_budget=budget, max_grad_norm=1.0, **changes)
 
 
 def gradient(one: Learner, batch, old, reference) -> tuple[torch.Tensor, dict[str, float]]:
-    one.model.zero_grad()
-    one.model.train(one.checkpointing)
-    figures = one._backward(batch, old, reference)
-    one.model.eval()
+    figures = one.backward(batch, old, reference)
     parts = [p.grad.flatten() for p in one.model.parameters() if p.grad is not None]
     return torch.cat(parts).double(), {name: float(value) for name, value in figures.items()}
 

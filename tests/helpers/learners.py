@@ -4,9 +4,9 @@ from torch import nn
 
 from at2po_agent.agents.model import ModelShape
 from at2po_agent.config.sections import AlgorithmConfig, OptimizerConfig
-from at2po_agent.learning.learner import Learner, make_optimizer
-from at2po_agent.learning.objective import give_credit, objective
-from at2po_agent.packing.rows import Batch, pack_rows
+from at2po_agent.learning.learner import Learner, Objective, make_optimizer
+from at2po_agent.learning.step import give_credit
+from at2po_agent.packing.rows import RowBatch, pack_rows
 from at2po_agent.rollout import RolloutConfig, rollout
 from helpers.guess_env import GuessEnv, GuessingPolicy, SmallTokenizer
 
@@ -30,7 +30,7 @@ class SmallGuesses(GuessingPolicy):
         return type(generation)(tuple(self.tokenizer.encode(text)), generation.log_probs, "stop")
 
 
-def sampled_batch(count: int = 4, advantages: str = "tree") -> Batch:
+def sampled_batch(count: int = 4, advantages: str = "tree") -> RowBatch:
     shape = RolloutConfig(chains=4, forks=2, rounds=1)
     trees = rollout([{"index": i} for i in range(count)], GuessEnv(), SmallGuesses(), shape, seed=1)
     credit = [give_credit(tree, AlgorithmConfig(credit=advantages)).advantages for tree in trees]
@@ -40,6 +40,6 @@ def sampled_batch(count: int = 4, advantages: str = "tree") -> Batch:
 def learner(
     model: nn.Module, *, budget: int = 10**6, loss: str = "atpo", lr: float = 1e-2, **options
 ) -> Learner:
-    settings = OptimizerConfig(lr=lr)
-    chosen = objective(AlgorithmConfig(loss=loss, loss_options=options))
-    return Learner(model, make_optimizer(model, settings), chosen, budget, max_grad_norm=1e9)
+    optimizer = make_optimizer(model, OptimizerConfig(lr=lr))
+    objective = Objective.of(AlgorithmConfig(loss=loss, loss_options=options))
+    return Learner(model, optimizer, objective, token_budget=budget, max_grad_norm=1e9)

@@ -1,18 +1,15 @@
 """Attention of a packed tree: every token sees its ancestors and itself.
 
-`tree_attention(model)` makes a transformers model use it; `TreePlan` says who sees whom. Each call of such a
-model takes the plan as the keyword `tree_plan`.
+`tree_attention(model)` (`interface`) makes a transformers model attend so; each call of it then takes the
+`prefixes.Layout` of the pack, which says who descends from whom, as the keyword `tree_layout`. `cpu` and
+`flex` do the work on a CPU and on a GPU.
 """
 
-from at2po_agent.packing.tree_attention.cpu import tree_attention_cpu
+from at2po_agent.packing.tree_attention.cpu import tree_attention_cpu, tree_attention_plain
 from at2po_agent.packing.tree_attention.interface import NAME, attention_implementation, tree_attention
-from at2po_agent.packing.tree_attention.plain import tree_attention_plain
-from at2po_agent.packing.tree_attention.plan import Call, TreePlan
 
 __all__ = [
     "NAME",
-    "Call",
-    "TreePlan",
     "attention_implementation",
     "tree_attention",
     "tree_attention_cpu",

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,11 +22,94 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
-from at2po_agent.packing.rows import move
-from at2po_agent.packing.tree_attention.plan import TreePlan
+from at2po_agent.packing.batch import move
+from at2po_agent.packing.prefixes import Layout
 from at2po_agent.types import BoolArray, IntArray
 
 BLOCK = 128
+
+
+def tree_attention_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of every token of a packed tree to its ancestors and itself; arguments as the plain one's.
+
+    Returns:
+        float[1, heads, P, width of the values].
+    """
+    # The mask is made for the first layer that asks; the others find it until the pack is gone.
+    masks = _masks.setdefault(layout, {})
+    which = (str(query.device), window)
+    if which not in masks:
+        masks[which] = block_mask(layout, query.device, window=window)
+    mask = masks[which]
+    tokens = query.shape[2]
+    more = int(mask.seq_lengths[0]) - tokens
+    padded = [pad(tensor, (0, 0, 0, more)) for tensor in (query, key, value)]
+    attend = _compiled() if query.device.type == "cuda" else flex_attention
+    out: Tensor = attend(*padded, score_mod=_soft_cap(softcap), block_mask=mask, scale=scale, enable_gqa=True)
+    return out[:, :, :tokens]
+
+
+_masks: WeakKeyDictionary[Layout, dict[tuple[str, int | None], BlockMask]] = WeakKeyDictionary()
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@lru_cache(maxsize=8)  # the same function object each time, or the kernel would be compiled again
+def _soft_cap(softcap: float | None) -> Callable[..., Tensor] | None:
+    if softcap is None:
+        return None
+
+    def capped(score: Tensor, *place: Tensor) -> Tensor:
+        del place
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
+
+
+def block_mask(layout: Layout, device: torch.device, *, window: int | None = None) -> BlockMask:
+    """The block mask of a packed tree, padded to its bucket; padding sees itself alone.
+
+    Args:
+        layout: Which tokens descend from which.
+        device: Where it is used.
+        window: How many positions back a query sees, itself included; None for all.
+    """
+    tokens = len(layout.last)
+    size = bucket(tokens)
+    last = np.concatenate([layout.last, np.arange(tokens + 1, size + 1)])
+    some, whole = block_visibility(last)
+    if window is not None and window < layout.longest:
+        # A window may hide any pair of tokens, so every block is looked at token by token.
+        whole = np.zeros_like(whole)
+    ends = move(torch.from_numpy(last.astype(np.int32)), device)
+    positions = move(torch.from_numpy(np.pad(layout.positions, (0, size - tokens)).astype(np.int32)), device)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del batch, head
+        seen = (key <= query) & (query < ends[key])
+        return seen if window is None else seen & (positions[query] - positions[key] < window)
+
+    # FlexAttention skips blocks that are in neither list, asks `visible` for each pair of tokens in those of
+    # the first, and asks nothing in those of the second.
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole, device),
+        *_listed(whole, device),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(size, size),
+    )
 
 
 def bucket(tokens: int) -> int:
@@ -47,112 +131,17 @@ def block_visibility(last: IntArray) -> tuple[BoolArray, BoolArray]:
     blocks = last.reshape(-1, BLOCK)
     first = np.arange(len(blocks)) * BLOCK
     below = first[:, None] > first
-    diagonal = np.eye(len(blocks), dtype=np.bool_)
-    some = (below & (blocks.max(axis=1) > first[:, None])) | diagonal
+    # In the blocks before its own, a query sees a key whose `last` is greater than the query's place. The
+    # first query of a block is seen by the most keys, and the last one by the fewest.
+    some = (below & (blocks.max(axis=1) > first[:, None])) | np.eye(len(blocks), dtype=np.bool_)
     whole = below & (blocks.min(axis=1) >= first[:, None] + BLOCK)
     return some, whole
 
 
-def block_mask(plan: TreePlan, device: torch.device, *, window: int | None = None) -> BlockMask:
-    """The block mask of a packed tree, padded to its bucket; padding sees itself alone.
-
-    Args:
-        plan: The descendants of each token.
-        device: Where it is used.
-        window: How many positions back a query sees, itself included; None for all.
-    """
-    tokens = len(plan.last)
-    size = bucket(tokens)
-    last = np.concatenate([plan.last, np.arange(tokens + 1, size + 1)])
-    some, whole = block_visibility(last)
-    if window is not None and window < plan.longest:
-        whole = np.zeros_like(whole)
-    ends = move(torch.from_numpy(last.astype(np.int32)), device)
-    places = move(torch.from_numpy(np.pad(plan.positions, (0, size - tokens)).astype(np.int32)), device)
-    return BlockMask.from_kv_blocks(
-        *_ordered(some & ~whole, device),
-        *_ordered(whole, device),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=_visible(ends, places, window),
-        seq_lengths=(size, size),
-    )
-
-
-def tree_attention_flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: TreePlan,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """Attention of every token of a packed tree to its ancestors and itself.
-
-    Args:
-        query: float[1, heads, P, width].
-        key: float[1, kv heads, P, width].
-        value: float[1, kv heads, P, width of the values].
-        plan: The descendants of each token.
-        scale: Factor of the scores; None means 1 / sqrt(width).
-        softcap: Scores become `softcap * tanh(score / softcap)`.
-        window: How many positions back a query sees, itself included.
-
-    Returns:
-        float[1, heads, P, width of the values].
-    """
-    mask = _mask_of(plan, query.device, window)
-    tokens = query.shape[2]
-    more = int(mask.seq_lengths[0]) - tokens
-    padded = [pad(tensor, (0, 0, 0, more)) for tensor in (query, key, value)]
-    attend = _compiled() if query.device.type == "cuda" else flex_attention
-    out: Tensor = attend(*padded, score_mod=_soft_cap(softcap), block_mask=mask, scale=scale, enable_gqa=True)
-    return out[:, :, :tokens]
-
-
-_masks: dict[tuple[int, str, int | None], tuple[TreePlan, BlockMask]] = {}
-
-
-def _mask_of(plan: TreePlan, device: torch.device, window: int | None) -> BlockMask:
-    """The mask of the plan in use, made once for all layers; those of earlier plans are dropped."""
-    key = (id(plan), str(device), window)
-    if key not in _masks:
-        for old in [old for old, (other, _) in _masks.items() if other is not plan]:
-            del _masks[old]
-        _masks[key] = (plan, block_mask(plan, device, window=window))
-    return _masks[key][1]
-
-
-def _ordered(blocks: BoolArray, device: torch.device) -> tuple[Tensor, Tensor]:
+def _listed(blocks: BoolArray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Number and indices of the blocks of keys of each block of queries, as BlockMask wants them."""
     counts = blocks.sum(axis=1).astype(np.int32)
     indices = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
-    pair = torch.from_numpy(counts)[None, None], torch.from_numpy(indices)[None, None]
-    return move(pair[0], device), move(pair[1], device)
-
-
-def _visible(ends: Tensor, places: Tensor, window: int | None) -> Callable[..., Tensor]:
-    def of_ancestors(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        del batch, head
-        seen = (key <= query) & (query < ends[key])
-        return seen if window is None else seen & (places[query] - places[key] < window)
-
-    return of_ancestors
-
-
-@lru_cache(maxsize=8)
-def _soft_cap(softcap: float | None) -> Callable[..., Tensor] | None:
-    if softcap is None:
-        return None
-
-    def capped(score: Tensor, *place: Tensor) -> Tensor:
-        del place
-        return softcap * torch.tanh(score / softcap)
-
-    return capped
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+    return move(torch.from_numpy(counts)[None, None], device), move(
+        torch.from_numpy(indices)[None, None], device
+    )

@@ -1,7 +1,7 @@
 """Tree attention as an attention implementation of transformers, under the name `at2po_tree`.
 
 Any decoder whose attention goes through transformers' `AttentionInterface` works unchanged. What a decoder
-does besides attention must not mix tokens; `packed_forward.check_model` finds out whether that is so.
+does besides attention must not mix tokens; `trees.check_model` finds out whether that is so.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from at2po_agent.packing.tree_attention.cpu import tree_attention_cpu
-from at2po_agent.packing.tree_attention.plain import tree_attention_plain
-from at2po_agent.packing.tree_attention.plan import TreePlan
+from at2po_agent.packing.prefixes import Layout
+from at2po_agent.packing.tree_attention.cpu import tree_attention_cpu, tree_attention_plain
 
 NAME = "at2po_tree"
 
@@ -54,37 +52,36 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    tree_plan: TreePlan | None = None,
+    tree_layout: Layout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
+    """Take the way that the device and the model's options need; signature and result are transformers'."""
     del module, attention_mask
-    if tree_plan is None:
-        raise ValueError(f"attention {NAME!r} needs the keyword tree_plan with every call of the model")
+    if tree_layout is None:
+        raise ValueError(f"attention {NAME!r} needs the keyword tree_layout with every call of the model")
     if dropout:
         raise ValueError("tree attention has no dropout: set the model's attention_dropout to 0")
     if others.get("s_aux") is not None or others.get("position_bias") is not None:
         raise ValueError("tree attention knows neither attention sinks nor biases; use train.packing: rows")
-    window = None if sliding_window is None or sliding_window >= tree_plan.longest else sliding_window
+    window = None if sliding_window is None or sliding_window >= tree_layout.longest else sliding_window
     if query.device.type == "cuda":
         # Imported where it is used: it brings the compiler.
         from at2po_agent.packing.tree_attention.flex import tree_attention_flex
 
-        out = tree_attention_flex(query, key, value, tree_plan, scale=scaling, softcap=softcap, window=window)
-    elif softcap is None and window is None and query.shape[-1] == value.shape[-1] and _fused(query.dtype):
-        out = tree_attention_cpu(query, key, value, tree_plan, scale=scaling)
+        out = tree_attention_flex(
+            query, key, value, tree_layout, scale=scaling, softcap=softcap, window=window
+        )
+    elif softcap is None and window is None and query.shape[-1] == value.shape[-1]:
+        out = tree_attention_cpu(query, key, value, tree_layout, scale=scaling)
     else:
         out = tree_attention_plain(
-            query, key, value, tree_plan, scale=scaling, softcap=softcap, window=window
+            query, key, value, tree_layout, scale=scaling, softcap=softcap, window=window
         )
     return out.transpose(1, 2).contiguous(), None
-
-
-def _fused(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 AttentionInterface.register(NAME, _attend)

@@ -1,7 +1,7 @@
 """A switch that changes nothing is a bug: every option of every part is turned, and something must move."""
 
-import dataclasses
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +16,9 @@ from at2po_agent.config.loading import load_config
 from at2po_agent.config.sections import AlgorithmConfig
 from at2po_agent.credit.registry import Credit, credit_rules
 from at2po_agent.environments import TaskOrder
-from at2po_agent.learning.objective import give_credit, objective
+from at2po_agent.learning.learner import Objective
 from at2po_agent.learning.reference import FILE, reference_learner, with_kl_in_reward
+from at2po_agent.learning.step import give_credit
 from at2po_agent.losses import get_loss, loss_names, make_loss
 from at2po_agent.losses.base import LossTotals
 from at2po_agent.packing.rows import pack_rows
@@ -104,14 +105,14 @@ def test_all_credit_rules_differ():
 
 
 def kl_learner(**settings):
-    chosen = objective(AlgorithmConfig(loss="grpo", **settings))
-    return dataclasses.replace(learner(build_model(SHAPE, seed=3)), objective=chosen)
+    chosen = Objective.of(AlgorithmConfig(loss="grpo", **settings))
+    one = learner(build_model(SHAPE, seed=3))
+    one.objective = chosen
+    return one
 
 
 def first_gradient(one, batch, ref):
-    for parameter in one.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    one._backward(batch, batch.sampled_log_probs, ref)
+    one.backward(batch, batch.sampled_log_probs, ref)
     return torch.cat([parameter.grad.flatten() for parameter in one.model.parameters()])
 
 
@@ -130,9 +131,9 @@ def test_a_kl_term_changes_the_gradient_and_its_estimator_counts():
 
 
 def test_kl_in_the_loss_reaches_rows_without_advantage():
-    assert objective(AlgorithmConfig(loss="grpo")).needs_advantage
-    assert not objective(AlgorithmConfig(loss="grpo", kl_weight=0.1)).needs_advantage
-    rewarded = objective(AlgorithmConfig(loss="grpo", kl_weight=0.1, kl_place="reward"))
+    assert Objective.of(AlgorithmConfig(loss="grpo")).needs_advantage
+    assert not Objective.of(AlgorithmConfig(loss="grpo", kl_weight=0.1)).needs_advantage
+    rewarded = Objective.of(AlgorithmConfig(loss="grpo", kl_weight=0.1, kl_place="reward"))
     assert rewarded.needs_advantage
     assert rewarded.kl_weight == 0.0
 
@@ -198,11 +199,12 @@ def test_entropy_and_kl_terms_do_not_depend_on_the_cut_into_micro_batches():
     batch = sampled_batch(advantages="group")
     old = learner(opinionated_model()).log_probs(batch)
     noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
-    batch = dataclasses.replace(batch, sampled_log_probs=old + 0.01 * noise)
+    batch = replace(batch, sampled_log_probs=old + 0.01 * noise)
     found = []
     for budget in (10**6, 300, 100, 1):
-        chosen = objective(AlgorithmConfig(loss="aepo", kl_weight=0.5))
-        one = dataclasses.replace(learner(opinionated_model()), objective=chosen, token_budget=budget)
+        chosen = Objective.of(AlgorithmConfig(loss="aepo", kl_weight=0.5))
+        one = learner(opinionated_model(), budget=budget)
+        one.objective = chosen
         found.append(first_gradient(one, batch, old - 0.3 * noise))
     for cut in found[1:]:
         assert float((cut - found[0]).norm() / found[0].norm()) < 1e-6

@@ -5,8 +5,8 @@ from torch import nn
 
 from at2po_agent.agents.model import build_model
 from at2po_agent.config.sections import OptimizerConfig
-from at2po_agent.learning.learner import Learner, Objective, TrainingError, make_optimizer, trained_log_probs
-from at2po_agent.packing.rows import Batch
+from at2po_agent.learning.learner import Learner, Objective, TrainingError, make_optimizer
+from at2po_agent.packing.rows import RowBatch
 
 
 @pytest.fixture
@@ -14,16 +14,14 @@ def model() -> nn.Module:
     return build_model(SHAPE, seed=3)
 
 
-def gradients(one: Learner, batch: Batch, old: torch.Tensor) -> torch.Tensor:
-    for parameter in one.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    one._backward(batch, old)
+def gradients(one: Learner, batch: RowBatch, old: torch.Tensor) -> torch.Tensor:
+    one.backward(batch, old)
     return torch.cat([parameter.grad.flatten() for parameter in one.model.parameters()])
 
 
 def test_log_probs_equal_a_plain_float64_forward_pass(model):
     batch = sampled_batch()
-    got = trained_log_probs(model, batch).detach()
+    got = batch.log_probs(model).detach()
     reference = build_model(SHAPE, seed=3).double()
     for row in range(len(batch.input_ids)):
         length = int(batch.lengths[row])
@@ -40,7 +38,7 @@ def test_log_probs_equal_a_plain_float64_forward_pass(model):
 
 def test_a_temperature_divides_the_logits(model):
     batch = sampled_batch(1)
-    got = trained_log_probs(model, batch, temperature=2.0).detach()
+    got = batch.log_probs(model, temperature=2.0).detach()
     logits = model(input_ids=batch.input_ids).logits / 2.0
     row, t = (int(index) for index in torch.nonzero(batch.turn_ids >= 0)[0])
     expected = logits.detach().log_softmax(dim=-1)[row, t - 1, batch.input_ids[row, t]]
@@ -57,9 +55,7 @@ def test_any_module_with_logits_can_learn(model):
             return self.inner(input_ids=input_ids)
 
     batch = sampled_batch(1)
-    assert torch.allclose(
-        trained_log_probs(OnlyLogits(model), batch), trained_log_probs(model, batch), atol=1e-6
-    )
+    assert torch.allclose(batch.log_probs(OnlyLogits(model)), batch.log_probs(model), atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["atpo", "grpo", "gspo", "dapo", "gppo", "sapo"])
@@ -81,13 +77,8 @@ def test_rows_without_advantage_are_left_out_and_change_nothing(model):
     one = learner(model)
     old = one.log_probs(batch)
     skipping = gradients(one, batch, old)
-    thorough = Learner(
-        model,
-        one.optimizer,
-        one.objective._replace(needs_advantage=False),
-        one.token_budget,
-        one.max_grad_norm,
-    )
+    thorough = learner(model)
+    thorough.objective = one.objective._replace(needs_advantage=False)
     assert torch.allclose(skipping, gradients(thorough, batch, old), atol=1e-7)
     # negative control: dropping rows that do carry an advantage is seen
     dropped = batch.select(torch.arange(len(silent) // 2))
@@ -115,7 +106,7 @@ def test_an_update_raises_the_log_prob_of_what_was_better_than_its_siblings(mode
 
 def test_a_minibatch_without_any_advantage_leaves_only_the_decay(model):
     batch = sampled_batch(1)
-    silent = Batch(**{**vars(batch), "advantages": torch.zeros_like(batch.advantages)})
+    silent = batch.with_advantages(torch.zeros_like(batch.advantages))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     figures = learner(model, lr=1e-3).update(silent, silent.sampled_log_probs)
     assert figures == {"loss": 0.0, "grad_norm": 0.0}
@@ -126,7 +117,7 @@ def test_a_minibatch_without_any_advantage_leaves_only_the_decay(model):
 def test_a_gradient_that_is_not_finite_changes_no_weight(model):
     batch = sampled_batch()
     old = learner(model).log_probs(batch)
-    broken = Batch(**{**vars(batch), "advantages": batch.advantages * torch.inf})
+    broken = batch.with_advantages(batch.advantages * torch.inf)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.raises(TrainingError, match=r"not finite.*lower optimizer\.lr"):
         learner(model).update(broken, old)
@@ -141,24 +132,25 @@ def test_a_loss_that_does_not_know_totals_gets_each_minibatch_whole(model):
         return -(advantages * (log_probs - old_log_probs)).mean(), {}
 
     batch = sampled_batch()
-    one = learner(model)
-    whole = Learner(model, one.optimizer, Objective(own_loss, divisible=False, needs_advantage=False), 1, 1.0)
-    whole.update(batch, one.log_probs(batch))
+    one = learner(model, budget=1)
+    one.objective = Objective(own_loss, divisible=False, needs_advantage=False)
+    one.update(batch, one.log_probs(batch))
     assert sizes == [len(batch.turn_ids)]
 
 
 def test_half_precision_products_stay_close_to_full_ones(model):
     batch = sampled_batch()
     one = learner(model)
-    half = Learner(model, one.optimizer, one.objective, 10**6, 1.0, autocast=torch.bfloat16)
+    half = learner(model)
+    half.autocast = torch.bfloat16
     exact, rough = one.log_probs(batch), half.log_probs(batch)
     assert not torch.equal(exact, rough)
     assert torch.allclose(exact, rough, atol=0.05)
 
 
-def test_weight_decay_and_moments_come_from_the_settings(model):
-    settings = OptimizerConfig(lr=0.5, weight_decay=0.2, beta1=0.8, beta2=0.7, eps=1e-3)
-    group = make_optimizer(model, settings).param_groups[0]
+def test_weight_decay_and_moments_come_from_the_configuration(model):
+    config = OptimizerConfig(lr=0.5, weight_decay=0.2, beta1=0.8, beta2=0.7, eps=1e-3)
+    group = make_optimizer(model, config).param_groups[0]
     assert {key: group[key] for key in ("lr", "weight_decay", "betas", "eps")} == {
         "lr": 0.5,
         "weight_decay": 0.2,

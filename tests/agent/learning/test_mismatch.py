@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -168,7 +166,7 @@ def test_weighing_advantages_weighs_the_loss_of_each_token(name):
 def test_packs_and_rows_get_the_same_weighed_gradient(name):
     model, (forest, advantages) = tiny_model(dtype=torch.float32), random_forest(9)
     one = loss_learner(model, name, 40)
-    one = replace(one, objective=one.objective._replace(kl_weight=0.0))
+    one.objective = one.objective._replace(kl_weight=0.0)
     packs, rows = pack_trees(forest, advantages), pack_rows(forest, advantages)
     old = one.log_probs(
         packs
@@ -178,9 +176,9 @@ def test_packs_and_rows_get_the_same_weighed_gradient(name):
     by_row, _ = importance_weights(as_rows(packs, old, rows), rows.sampled_log_probs, rows.turn_ids, **weigh)
     torch.testing.assert_close(as_rows(packs, by_pack, rows)[rows.turn_ids >= 0], by_row[rows.turn_ids >= 0])
     plain, _ = gradient(one, packs, old, None)
-    got, _ = gradient(one, replace(packs, advantages=packs.advantages * by_pack), old, None)
+    got, _ = gradient(one, packs.with_advantages(packs.advantages * by_pack), old, None)
     expected, _ = gradient(
-        one, replace(rows, advantages=rows.advantages * by_row), as_rows(packs, old, rows), None
+        one, rows.with_advantages(rows.advantages * by_row), as_rows(packs, old, rows), None
     )
     assert float((got - expected).norm() / expected.norm()) < 1e-5
     assert float((got - plain).norm() / plain.norm()) > 1e-2

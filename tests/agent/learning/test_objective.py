@@ -7,7 +7,8 @@ from at2po_agent.config.loading import load_config
 from at2po_agent.config.presets import PRESETS
 from at2po_agent.config.sections import AlgorithmConfig
 from at2po_agent.credit import Credit, credit_rules, register_credit
-from at2po_agent.learning.objective import give_credit, objective
+from at2po_agent.learning.learner import Objective
+from at2po_agent.learning.step import give_credit
 from at2po_agent.losses import register_loss
 from at2po_agent.rollout import RolloutConfig, expansion_rules, register_expansion, rollout
 from at2po_agent.tree import Tree
@@ -42,7 +43,7 @@ def test_every_preset_is_a_valid_configuration(name, tmp_path):
     config = load_config(path)
     assert config.algorithm.preset == name
     assert config.rollout.expansion in expansion_rules()
-    assert objective(config.algorithm).loss is not None
+    assert Objective.of(config.algorithm).loss is not None
 
 
 def test_tree_credit_is_at2pos():
@@ -154,7 +155,7 @@ def test_own_parts_are_one_pure_function_each():
         "loss_options": {"power": 3.0},
     }
     assert problems(algorithm=algorithm, rollout={"expansion": "test_deepest"}) == {}
-    chosen = objective(AlgorithmConfig(**algorithm))
+    chosen = Objective.of(AlgorithmConfig(**algorithm))
     assert not chosen.divisible
     assert not chosen.needs_advantage
     tree = small_tree([1.0, 0.0, 0.0], [0.5, 0.7, 0.7, 0.5])
@@ -167,6 +168,6 @@ def test_a_credit_name_cannot_be_taken_twice():
 
 
 def test_built_in_losses_can_be_cut_and_skip_rows_without_advantage():
-    chosen = objective(AlgorithmConfig(loss="gspo", loss_options={"clip_low": 0.1}))
+    chosen = Objective.of(AlgorithmConfig(loss="gspo", loss_options={"clip_low": 0.1}))
     assert chosen.divisible
     assert chosen.needs_advantage

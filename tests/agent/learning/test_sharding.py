@@ -8,8 +8,6 @@ import torch
 from helpers.forests import random_forest, tiny_model
 from torch import distributed, multiprocessing, nn
 
-from at2po_agent.packing.forward import check_model, packed_stats
-from at2po_agent.packing.tree_attention import tree_attention
 from at2po_agent.packing.trees import pack_trees
 
 PROCESSES = 2
@@ -18,10 +16,10 @@ PROCESSES = 2
 def gradient(model: nn.Module) -> torch.Tensor:
     """Of a sum over the log-probs of a forest, in several packs."""
     forest, advantages = random_forest(5)
-    check_model(model)
-    with tree_attention(model):
-        for _, piece in pack_trees(forest, advantages).micro_batches(40):
-            (packed_stats(model, piece).log_probs * piece.advantages).sum().backward()
+    batch = pack_trees(forest, advantages)
+    with batch.attention(model):
+        for _, pack in batch.micro_batches(40):
+            (pack.log_probs(model) * pack.advantages).sum().backward()
     grads = (p.grad for p in model.parameters() if p.grad is not None)
     return torch.cat([getattr(grad, "full_tensor", lambda grad=grad: grad)().flatten() for grad in grads])
 

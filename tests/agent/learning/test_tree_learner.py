@@ -12,14 +12,12 @@ from helpers.learners import SHAPE, SmallGuesses
 
 from at2po_agent.agents.model import build_model
 from at2po_agent.config.sections import Config
-from at2po_agent.learning.objective import give_credit
-from at2po_agent.learning.step import TreeLearner
-from at2po_agent.packing import forward as packed_forward
+from at2po_agent.learning.step import TreeLearner, give_credit
+from at2po_agent.packing import trees as packing_trees
 from at2po_agent.packing.prefixes import lay_out
 from at2po_agent.packing.rows import pack_rows
 from at2po_agent.packing.tree_attention.flex import block_mask
-from at2po_agent.packing.tree_attention.plan import TreePlan
-from at2po_agent.packing.trees import pack_trees
+from at2po_agent.packing.trees import check_model, pack_trees
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.rollout import RolloutConfig, rollout
 from at2po_agent.runs.clock import Clock
@@ -142,7 +140,7 @@ def far_device(monkeypatch):
 
     def model():
         made = tiny_model(dtype=torch.float32).to("meta")
-        packed_forward._FITNESS[made] = packed_forward.Fitness(fused_head=True)
+        packing_trees._LINEAR_HEAD[made] = True
         return made
 
     return model
@@ -168,7 +166,7 @@ def test_an_update_reads_nothing_from_the_device(far_device, pack, name):
     batch, one = pack(trees, advantages), loss_learner(far_device(), name, 20)
     assert len(list(batch.micro_batches(20))) > 1
     old = batch.sampled_log_probs
-    figures = one._backward(batch, old, old)
+    figures = one.backward(batch, old, old)
     assert all(figure.device.type == "meta" for figure in figures.values())
     assert all(parameter.grad is not None for parameter in one.model.parameters())
     assert one.log_probs(batch).device.type == "meta"
@@ -184,15 +182,15 @@ def test_a_loss_that_does_read_is_caught(far_device):
         return -(advantages * log_probs)[turn_ids >= 0].sum(), {}
 
     one = loss_learner(far_device(), "atpo", 20)
-    object.__setattr__(one, "objective", one.objective._replace(loss=reading_loss, kl_weight=0.0))
+    one.objective = one.objective._replace(loss=reading_loss, kl_weight=0.0)
     batch = pack_trees(trees, advantages)
     with pytest.raises(NotImplementedError, match="nonzero"):
-        one._backward(batch, batch.sampled_log_probs)
+        one.backward(batch, batch.sampled_log_probs)
 
 
 def test_the_mask_of_a_gpu_is_made_on_the_host():
-    plan = TreePlan.of(lay_out(np.array([200, 180, 150]), np.array([0, 100, 50])))
-    assert block_mask(plan, torch.device("meta")).kv_num_blocks.device.type == "meta"
+    layout = lay_out(np.array([200, 180, 150]), np.array([0, 100, 50]))
+    assert block_mask(layout, torch.device("meta")).kv_num_blocks.device.type == "meta"
 
 
 def test_rows_on_the_device_know_their_trained_tokens_from_the_host():
@@ -219,4 +217,4 @@ def test_an_unfit_model_says_why_rows_are_taken(tmp_path):
     assert said
     assert said[0].startswith("training on rows: ")
     with pytest.raises(ConfigError):
-        packed_forward.check_model(Opaque())
+        check_model(Opaque())

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from at2po_agent.losses import LossTotals
-from at2po_agent.packing.rows import Batch, Overflow, iter_micro_batches, length_order, pack_rows
+from at2po_agent.packing.branches import Overflow
+from at2po_agent.packing.rows import RowBatch, pack_rows
 from at2po_agent.tree import Tree
 from at2po_agent.types import Turn
 
@@ -98,10 +99,10 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="max_length must be at least 1"):
         pack_rows([tree], [np.ones(4)], max_length=0)
     with pytest.raises(ValueError, match=r"must be \[B, T\]"):
-        Batch(*[torch.zeros(2, 3)] * 5, torch.zeros(2, 4))
+        RowBatch(*[torch.zeros(2, 3)] * 5, torch.zeros(2, 4))
 
 
-def ragged(lengths: list[int]) -> Batch:
+def ragged(lengths: list[int]) -> RowBatch:
     trees = []
     for length in lengths:
         tree = Tree([0])
@@ -115,22 +116,23 @@ def ragged(lengths: list[int]) -> Batch:
 def test_micro_batches_keep_the_budget_and_every_row(lengths: list[int], budget: int) -> None:
     batch = ragged([*lengths, 2])
     seen: list[int] = []
-    for rows, piece in iter_micro_batches(batch, budget):
-        assert piece.input_ids.numel() <= budget or len(rows) == 1
-        assert piece.input_ids.shape[1] == int(piece.lengths.max())
-        assert torch.equal(piece.input_ids, batch.input_ids[rows, : piece.input_ids.shape[1]])
+    for rows, micro in batch.micro_batches(budget):
+        assert micro.input_ids.numel() <= budget or len(rows) == 1
+        assert micro.input_ids.shape[1] == int(micro.lengths.max())
+        assert torch.equal(micro.input_ids, batch.input_ids[rows, : micro.input_ids.shape[1]])
         seen += rows.tolist()
-    assert seen == length_order(batch).tolist()
+    lengths = batch.lengths.tolist()
+    assert seen == sorted(range(len(lengths)), key=lambda row: -lengths[row])  # a stable sort
     assert sorted(seen) == list(range(len(batch.lengths)))
 
 
 def test_micro_batches_of_chosen_rows() -> None:
     batch = ragged([5, 9, 3, 9])
-    chosen = [rows.tolist() for rows, _ in iter_micro_batches(batch, 14, rows=torch.tensor([0, 2, 3]))]
+    chosen = [rows.tolist() for rows, _ in batch.micro_batches(14, rows=torch.tensor([0, 2, 3]))]
     assert chosen == [[3], [0, 2]]
-    assert length_order(batch).tolist() == [1, 3, 0, 2]
+    assert [rows.tolist() for rows, _ in batch.micro_batches(9)] == [[1], [3], [0], [2]]
     with pytest.raises(ValueError, match="max_tokens must be at least 1"):
-        list(iter_micro_batches(batch, 0))
+        list(batch.micro_batches(0))
 
 
 def test_totals_of_a_packed_minibatch() -> None:

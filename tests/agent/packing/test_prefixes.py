@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from at2po_agent.packing.prefixes import cut_rows, lay_out, lower_bound, sort_rows
+from at2po_agent.packing.prefixes import cut_branches, lay_out, lower_bound, sort_branches
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=7)
 
@@ -19,26 +19,26 @@ def prefixes(rows: list[list[int]]) -> set[tuple[int, ...]]:
 
 def test_depth_first_order_by_hand():
     # 5 | 7 8 | 7 8 9 1 | 7 8 9 2, each row but what it shares with the one before: 5 | 7 8 | 9 1 | 2
-    rows = sort_rows(arrays([[7, 8, 9, 2], [7, 8], [5], [7, 8, 9, 1]]))
+    rows = sort_branches(arrays([[7, 8, 9, 2], [7, 8], [5], [7, 8, 9, 1]]))
     assert rows.order.tolist() == [2, 1, 3, 0]
     assert rows.shared.tolist() == [0, 0, 2, 3]
     assert rows.unique_tokens == 6
     layout = lay_out(rows.lengths, rows.shared)
     # places: 5 | 7 8 | 9 1 | 2
-    assert layout.chains == [(0, 1), (1, 3), (3, 5), (5, 6)]
+    assert layout.runs == [slice(0, 1), slice(1, 3), slice(3, 5), slice(5, 6)]
     assert layout.positions.tolist() == [0, 0, 1, 2, 3, 3]
     assert layout.last.tolist() == [1, 6, 6, 6, 5, 6]
     assert [path.tolist() for path in layout.paths] == [[0], [1, 2], [1, 2, 3, 4], [1, 2, 3, 5]]
 
 
 def test_large_ids_keep_their_order():
-    rows = sort_rows(arrays([[256, 1], [1, 256], [70000]]))
+    rows = sort_branches(arrays([[256, 1], [1, 256], [70000]]))
     assert rows.order.tolist() == [1, 0, 2]
 
 
 @given(ROWS)
 def test_every_unique_prefix_has_one_place_and_sees_its_ancestors(rows):
-    ordered = sort_rows(arrays(rows))
+    ordered = sort_branches(arrays(rows))
     layout = lay_out(ordered.lengths, ordered.shared)
     assert len(layout.last) == ordered.unique_tokens == len(prefixes(rows))
     place_of = {}
@@ -54,8 +54,8 @@ def test_every_unique_prefix_has_one_place_and_sees_its_ancestors(rows):
 @given(ROWS, st.data())
 def test_some_rows_share_what_they_share(rows, data):
     chosen = sorted(data.draw(st.sets(st.integers(0, len(rows) - 1), min_size=1)))
-    kept = sort_rows(arrays(rows)).keep(np.array(chosen))
-    fresh = sort_rows(arrays([rows[index] for index in chosen]))
+    kept = sort_branches(arrays(rows)).keep(np.array(chosen))
+    fresh = sort_branches(arrays([rows[index] for index in chosen]))
     assert kept.shared.tolist() == fresh.shared.tolist()
     assert kept.order.tolist() == [chosen[index] for index in fresh.order]
 
@@ -63,8 +63,8 @@ def test_some_rows_share_what_they_share(rows, data):
 @settings(max_examples=200)
 @given(ROWS, st.integers(1, 30))
 def test_cuts_keep_to_the_budget_and_no_other_cut_of_the_order_repeats_less(rows, budget):
-    ordered = sort_rows(arrays(rows))
-    cuts = cut_rows(ordered, budget)
+    ordered = sort_branches(arrays(rows))
+    cuts = cut_branches(ordered, budget)
     assert [i for cut in cuts for i in range(cut.start, cut.stop)] == list(range(len(rows)))
 
     def size(start: int, stop: int) -> int:
@@ -85,14 +85,14 @@ def test_cuts_keep_to_the_budget_and_no_other_cut_of_the_order_repeats_less(rows
 
 def test_the_lower_bound_is_met_by_an_even_tree():
     # prompt of 4, four branches of 3 more: 16 tokens; packs of 10 hold two branches each: 20.
-    rows = sort_rows(arrays([[0, 0, 0, 0, i, i, i] for i in range(4)]))
+    rows = sort_branches(arrays([[0, 0, 0, 0, i, i, i] for i in range(4)]))
     assert lower_bound(rows, 10) == sum(
-        int((rows.lengths[c] - rows.shared[c]).sum() + rows.shared[c.start]) for c in cut_rows(rows, 10)
+        int((rows.lengths[c] - rows.shared[c]).sum() + rows.shared[c.start]) for c in cut_branches(rows, 10)
     )
     assert lower_bound(rows, 10) == 20
 
 
 def test_packs_are_even_where_that_costs_nothing():
     # prompt of 2, six branches of 4 more: packs of 22 tokens could hold 5 + 1 branches; 3 + 3 are smaller
-    rows = sort_rows(arrays([[0, 0, i, i, i, i] for i in range(6)]))
-    assert cut_rows(rows, 22) == [slice(0, 3), slice(3, 6)]
+    rows = sort_branches(arrays([[0, 0, i, i, i, i] for i in range(6)]))
+    assert cut_branches(rows, 22) == [slice(0, 3), slice(3, 6)]

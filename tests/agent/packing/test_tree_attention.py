@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from at2po_agent.packing.prefixes import Layout, lay_out, sort_rows
-from at2po_agent.packing.tree_attention import TreePlan, tree_attention_cpu, tree_attention_plain
+from at2po_agent.packing.prefixes import Layout, lay_out, sort_branches
+from at2po_agent.packing.tree_attention import tree_attention_cpu, tree_attention_plain
 from at2po_agent.packing.tree_attention.flex import (
     BLOCK,
     block_mask,
@@ -23,7 +25,7 @@ SEEDS = st.integers(0, 10**6)
 def random_layout(seed: int, *, rows: int = 8, longest: int = 12) -> Layout:
     rng = np.random.default_rng(seed)
     ids = [rng.integers(2, size=rng.integers(1, longest)) for _ in range(rows)]
-    ordered = sort_rows(ids)
+    ordered = sort_branches(ids)
     return lay_out(ordered.lengths, ordered.shared)
 
 
@@ -62,21 +64,20 @@ def gradients(function, tensors):
 def test_values_and_gradients_are_those_of_the_dense_mask(attend, seed):
     layout = random_layout(seed)
     tensors = inputs(layout)
-    plan = TreePlan.of(layout)
     expected, expected_grads = gradients(lambda *x: dense(*x, layout), tensors)
-    got, grads = gradients(lambda *x: attend(*x, plan), tensors)
+    got, grads = gradients(lambda *x: attend(*x, layout), tensors)
     torch.testing.assert_close(got, expected)
     for one, other in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
-def test_narrow_numbers_and_long_chains(dtype, tolerance):
+def test_narrow_numbers_and_long_runs(dtype, tolerance):
     layout = random_layout(1, rows=5, longest=700)
     tensors = inputs(layout, dtype=torch.float64)
     expected, expected_grads = gradients(lambda *x: dense(*x, layout), tensors)
     narrow = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
-    got, grads = gradients(lambda *x: tree_attention_cpu(*x, TreePlan.of(layout)), narrow)
+    got, grads = gradients(lambda *x: tree_attention_cpu(*x, layout), narrow)
     for one, other in zip((got, *grads), (expected, *expected_grads), strict=True):
         assert float((one.double() - other).norm() / other.norm()) < tolerance
 
@@ -85,33 +86,29 @@ def test_narrow_numbers_and_long_chains(dtype, tolerance):
 @given(SEEDS)
 def test_windows_and_soft_caps(seed):
     layout = random_layout(seed)
-    tensors, plan = inputs(layout), TreePlan.of(layout)
+    tensors = inputs(layout)
     expected = dense(*tensors, layout, window=3, softcap=2.0)
-    got = tree_attention_plain(*tensors, plan, window=3, softcap=2.0)
+    got = tree_attention_plain(*tensors, layout, window=3, softcap=2.0)
     torch.testing.assert_close(got, expected)
 
 
 def test_calls_are_few():
-    # One causal call per chain, and per segment above: never more than two per branch.
+    # One causal call per run, and one per segment above: never more than two per branch.
     for seed in range(20):
         layout = random_layout(seed)
-        plan = TreePlan.of(layout)
-        assert len(plan.chains) == len(layout.chains) <= 8
-        assert len(plan.segments) < len(plan.chains) or not plan.segments
+        assert len(layout.runs) <= 8
+        assert len(layout.segments) < len(layout.runs) or not layout.segments
 
 
 @pytest.mark.parametrize("fault", ["missing ancestor", "sibling seen"])
-def test_a_wrong_plan_is_noticed(fault):
+def test_a_wrong_layout_is_noticed(fault):
     layout = random_layout(3)
     tensors = inputs(layout)
-    plan = TreePlan.of(layout)
     if fault == "missing ancestor":
-        wrong = TreePlan(plan.chains, plan.segments[1:], plan.last, plan.positions)
+        wrong = replace(layout, segments=layout.segments[1:])
     else:
-        first = plan.segments[0]
-        seen = first._replace(begin=plan.chains[-1].begin, end=plan.chains[-1].end, first=0, stop=1)
-        assert plan.last[0] <= seen.begin
-        wrong = TreePlan(plan.chains, (*plan.segments, seen), plan.last, plan.positions)
+        assert layout.last[0] <= layout.runs[-1].start
+        wrong = replace(layout, segments=[*layout.segments, (slice(0, 1), layout.runs[-1])])
     difference = tree_attention_cpu(*tensors, wrong) - dense(*tensors, layout)
     assert float(difference.detach().abs().max()) > 1e-2
 
@@ -128,7 +125,7 @@ def test_block_masks_hold_what_the_dense_mask_holds(seed):
     some, whole = block_visibility(last)
     assert np.array_equal(some, blocks.any(axis=(2, 3)))
     assert np.array_equal(whole, blocks.all(axis=(2, 3)))
-    mask = block_mask(TreePlan.of(layout), torch.device("cpu"))
+    mask = block_mask(layout, torch.device("cpu"))
     assert mask.to_dense().bool()[0, 0].numpy().tolist() == some.tolist()
 
 
@@ -137,7 +134,7 @@ def test_block_masks_hold_what_the_dense_mask_holds(seed):
 def test_flex_attention_equals_the_dense_mask(softcap, window):
     layout = random_layout(5, rows=6, longest=60)
     tensors = [tensor.detach() for tensor in inputs(layout)]
-    got = tree_attention_flex(*tensors, TreePlan.of(layout), softcap=softcap, window=window)
+    got = tree_attention_flex(*tensors, layout, softcap=softcap, window=window)
     torch.testing.assert_close(got, dense(*tensors, layout, softcap=softcap, window=window))
 
 

@@ -16,17 +16,12 @@ from helpers.forests import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from at2po_agent.learning.learner import (
-    checkpoint_activations,
-    trained_entropies,
-    trained_log_probs,
-)
+from at2po_agent.learning.learner import checkpoint_activations
 from at2po_agent.losses import loss_names, make_loss
-from at2po_agent.packing.forward import check_model, packed_stats
 from at2po_agent.packing.prefixes import Layout, lay_out
 from at2po_agent.packing.rows import pack_rows
 from at2po_agent.packing.tree_attention import tree_attention
-from at2po_agent.packing.trees import pack_trees
+from at2po_agent.packing.trees import check_model, pack_trees
 from at2po_agent.tree import Tree
 from at2po_agent.types import Turn
 from at2po_env.errors import ConfigError
@@ -54,15 +49,15 @@ def test_a_tree_by_hand():
     assert (batch.flattened_tokens, batch.unique_tokens) == (20, 9)
     assert batch.turn_ids.tolist() == [[0, 0, 1, -1], [0, 0, 1, 1], [0, 0, 1, -1]]
     assert batch.advantages.tolist() == [[0.5, 0.5, 1, 0], [0.5, 0.5, 2, 2], [0.5, 0.5, 3, 0]]
-    ((rows, piece),) = batch.micro_batches(100)
+    ((rows, pack),) = batch.micro_batches(100)
     assert rows.tolist() == [0, 1, 2]
-    assert piece.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
-    assert piece.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 6, 5]]
+    assert pack.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert pack.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 6, 5]]
     # trained: 3 4 6 8 9, each predicted by the token before it in its branch; the forced 7 is not
-    assert piece.targets.tolist() == [3, 4, 6, 8, 9]
-    assert piece.predicts.tolist() == [1, 2, 4, 5, 4]
-    assert piece.slots.tolist() == [[0, 1, 2, 5], [0, 1, 2, 3], [0, 1, 4, 5]]
-    assert piece.to_rows(torch.tensor([3.0, 4, 6, 8, 9])).tolist() == [
+    assert pack.targets.tolist() == [3, 4, 6, 8, 9]
+    assert pack.predicts.tolist() == [1, 2, 4, 5, 4]
+    assert pack.slots.tolist() == [[0, 1, 2, 5], [0, 1, 2, 3], [0, 1, 4, 5]]
+    assert pack.to_rows(torch.tensor([3.0, 4, 6, 8, 9])).tolist() == [
         [3, 4, 6, 0],
         [3, 4, 6, 8],
         [3, 4, 9, 0],
@@ -73,10 +68,10 @@ def test_packs_keep_to_the_budget_and_hold_every_branch_once():
     forest, advantages = random_forest(1, trees=3, turns=12)
     batch = pack_trees(forest, advantages)
     for budget in (1, 30, 60, 10**6):
-        pieces = list(batch.micro_batches(budget))
-        assert sorted(torch.cat([rows for rows, _ in pieces]).tolist()) == list(range(len(batch.turn_ids)))
+        found = list(batch.micro_batches(budget))
+        assert sorted(torch.cat([rows for rows, _ in found]).tolist()) == list(range(len(batch.turn_ids)))
         longest = int(batch.prefixes.lengths.max())
-        assert all(piece.input_ids.shape[1] <= max(budget, longest) for _, piece in pieces)
+        assert all(pack.input_ids.shape[1] <= max(budget, longest) for _, pack in found)
     with pytest.raises(ValueError, match="at least 1"):
         next(batch.micro_batches(0))
 
@@ -110,7 +105,7 @@ def test_every_loss_has_the_gradient_of_rows_however_packs_are_cut(seed, name, b
 def test_families_of_models(family):
     model = tiny_model(family, dtype=torch.float32)
     assert compare(model, 5, "atpo", 40) < 1e-5
-    assert check_model(model).fused_head == (family != "gemma2")  # its logits have a soft cap
+    assert check_model(model) == (family != "gemma2")  # its logits have a soft cap
 
 
 def test_sliding_windows():
@@ -140,22 +135,20 @@ def test_log_probs_and_entropies_of_branches_in_float64():
     forest, advantages = random_forest(3)
     packs, rows = pack_trees(forest, advantages), pack_rows(forest, advantages)
     trained = rows.turn_ids >= 0
-    ((order, piece),) = packs.micro_batches(10**6)
+    ((order, pack),) = packs.micro_batches(10**6)
     check_model(model)
     with torch.no_grad():
         expected = model(input_ids=rows.input_ids).logits[:, :-1].log_softmax(-1)
         with tree_attention(model):
-            stats = packed_stats(model, piece, with_entropies=True)
+            stats = pack.stats(model, with_entropies=True)
     chosen = expected.gather(-1, rows.input_ids[:, 1:, None])[..., 0][trained[:, 1:]]
     back = torch.argsort(order)
-    here = (piece.turn_ids >= 0)[back]
+    here = (pack.turn_ids >= 0)[back]
     torch.testing.assert_close(stats.log_probs[back][here], chosen)
     entropy = -(expected.exp() * expected).sum(-1)[trained[:, 1:]]
     torch.testing.assert_close(stats.entropies[back][here], entropy)
-    torch.testing.assert_close(
-        trained_entropies(model, rows)[trained].double(), entropy, atol=1e-5, rtol=1e-5
-    )
-    torch.testing.assert_close(trained_log_probs(model, rows)[trained].double(), chosen, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rows.entropies(model)[trained].double(), entropy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rows.log_probs(model)[trained].double(), chosen, atol=1e-5, rtol=1e-5)
 
 
 # What must fail --------------------------------------------------------------------------------------------
@@ -164,14 +157,13 @@ def test_log_probs_and_entropies_of_branches_in_float64():
 def shift_position(layout: Layout) -> Layout:
     positions = layout.positions.copy()
     positions[len(positions) // 2 :] += 1
-    return layout._replace(positions=positions)
+    return replace(layout, positions=positions)
 
 
 def lose_ancestor(layout: Layout) -> Layout:
-    last = layout.last.copy()
-    begin, end = layout.chains[0]
-    last[begin] = end
-    return layout._replace(last=last)
+    keys, queries = layout.segments[0]
+    fewer = (slice(keys.start + 1, keys.stop), queries)
+    return replace(layout, segments=[fewer, *layout.segments[1:]])
 
 
 @pytest.mark.parametrize("fault", [shift_position, lose_ancestor])
@@ -194,17 +186,17 @@ def test_a_weight_of_one_on_shared_tokens_changes_the_gradient():
 
     def packed_gradient(first_branch_alone: bool) -> torch.Tensor:
         model.zero_grad()
-        ((_, piece),) = packs.micro_batches(10**6)
-        seen = np.zeros(len(piece.targets) + 1, dtype=bool)
-        weights = torch.ones(piece.turn_ids.shape)
+        ((_, pack),) = packs.micro_batches(10**6)
+        seen = np.zeros(len(pack.targets) + 1, dtype=bool)
+        weights = torch.ones(pack.turn_ids.shape)
         for row in range(len(weights)) if first_branch_alone else ():
-            slots = piece.slots[row].numpy()
+            slots = pack.slots[row].numpy()
             weights[row] = torch.from_numpy(~seen[slots]).float()
             seen[slots] = True
         with tree_attention(model):
-            log_probs = packed_stats(model, piece).log_probs
+            log_probs = pack.log_probs(model)
             loss, _ = make_loss("grpo")(
-                log_probs, log_probs.detach(), piece.advantages, piece.turn_ids, weights=weights
+                log_probs, log_probs.detach(), pack.advantages, pack.turn_ids, weights=weights
             )
             loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -227,7 +219,7 @@ def test_models_that_mix_tokens_otherwise_are_refused():
 def test_the_models_own_attention_comes_back():
     model = tiny_model()
     before = model.config._attn_implementation
-    with pytest.raises(ValueError, match="tree_plan"), tree_attention(model):
+    with pytest.raises(ValueError, match="tree_layout"), tree_attention(model):
         model(input_ids=torch.tensor([[1, 2]]))
     assert model.config._attn_implementation == before
 
@@ -249,10 +241,14 @@ def test_branches_without_advantage_are_not_computed():
     advantages = np.zeros(leaves)
     advantages[0] = 1.0
     packs = pack_trees(forest, [advantages])
-    one = loss_learner(tiny_model(dtype=torch.float32), "atpo", 10**6)
-    ((rows, piece),) = one._pieces(packs)
-    assert rows.tolist() == [0]
-    assert piece.input_ids.shape[1] == len(forest[0].branch_ids(forest[0].leaves()[0]))
+    model = tiny_model(dtype=torch.float32)
+    check_model(model)
+    computed = []
+    note = lambda _, args, inputs: computed.append(inputs["input_ids"].tolist())  # noqa: E731, ARG005
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    one = loss_learner(model, "atpo", 10**6)
+    one.backward(packs, packs.sampled_log_probs, packs.sampled_log_probs)
+    assert computed == [[forest[0].branch_ids(forest[0].leaves()[0])]]
 
 
 @pytest.mark.gpu
