@@ -65,7 +65,7 @@ def run_training(
             torch.set_num_threads(config.run.threads)
         try:
             ready = agent if isinstance(agent, Agent) else (agent or build_agent)(config)
-            own = contextlib.nullcontext() if isinstance(agent, Agent) else contextlib.closing(ready)
+            own = contextlib.nullcontext() if isinstance(agent, Agent) else contextlib.closing(ready.sampler)
             with own:
                 trainer = Trainer(
                     config, ready, folder, listener, env=env, eval_env=eval_env, started=started
@@ -128,7 +128,7 @@ def _cold_start(config: Config, trainer: Trainer, progress: Progress) -> None:
     )
     figures = cold_start(agent.model, demonstrations, config.cold_start, rng=rng, progress=progress)
     trainer.state.cold_start = {**figures, "seconds": time.monotonic() - started}
-    agent.weights_changed()
+    agent.sampler.weights_changed()
 
 
 def _modes(config: Config) -> tuple[str, ...]:

@@ -134,15 +134,15 @@ class Trainer:
         clock, counters, number = Clock(), EnvCounters(), self.state.step + 1
         # Collect: the policy grows the trees of the step's questions.
         collected = self._collect(number, clock)
-        self.agent.rest()
+        self.agent.sampler.rest()
         # Credit: an advantage for every turn.
         trees = self._learner.with_kl(collected.trees, number)
         credits = [give_credit(tree, self.config.algorithm) for tree in trees]
         clock.lap("credit")
         # Learn: the updates of the step, and new weights for the policy.
-        figures = staleness_metrics(trees, self.agent.version)
+        figures = staleness_metrics(trees, self.agent.sampler.version)
         figures |= self._learner.learn(trees, credits, step=number, clock=clock)
-        self.agent.weights_changed()
+        self.agent.sampler.weights_changed()
         self.state.step, self.state.cursor = number, collected.cursor
         self.state.sampled_tokens += collected.tokens
         # Log: some trees with their credit, and one line of figures.
@@ -204,7 +204,7 @@ class Trainer:
         self._saved_step = self.state.step
         self._first_step = self.state.step + 1
         self.folder.rewind_metrics(self.state.step)
-        self.agent.weights_changed()
+        self.agent.sampler.weights_changed()
         return restored
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Builds what learns from a configuration: a model, its tokenizer, and a policy that samples with it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,7 @@ from at2po_agent.agents.cold_start import record_demonstrations
 from at2po_agent.agents.model import ModelShape, build_model, load_model, train_tokenizer
 from at2po_agent.config.sections import Config, ModelConfig
 from at2po_agent.environments import make_cold_start_env, make_training_env
-from at2po_agent.policies.base import Policy
+from at2po_agent.policies.base import Policy, TrainablePolicy, as_trainable
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.policies.vllm import VLLMPolicy
 from at2po_agent.policies.vllm.config import VLLMConfig
@@ -31,39 +31,21 @@ class Agent:
 
     Attributes:
         model: A causal language model of transformers, or any module whose output has `logits`.
-        policy: Samples; its method `weights_changed`, where it has one, is called after each step.
+        policy: Samples turns; anything that implements `Policy`.
+        sampler: What a learner calls of the policy; defaults for a policy that only generates.
     """
 
     model: nn.Module
     policy: Policy
+    sampler: TrainablePolicy = field(init=False, repr=False)
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The policy's tokenizer."""
         return self.policy.tokenizer
 
-    @property
-    def version(self) -> int:
-        """Version of the policy's weights, as it counts them; 0 where it does not."""
-        return int(getattr(self.policy, "version", 0))
-
-    def weights_changed(self) -> None:
-        """Tell the policy that the model's weights are new."""
-        notify: Callable[[], object] | None = getattr(self.policy, "weights_changed", None)
-        if notify is not None:
-            notify()
-
-    def rest(self) -> None:
-        """Let the policy give back what it holds on the learner's device, until it samples again."""
-        rest: Callable[[], object] | None = getattr(self.policy, "rest", None)
-        if rest is not None:
-            rest()
-
-    def close(self) -> None:
-        """End what the policy has started."""
-        close: Callable[[], object] | None = getattr(self.policy, "close", None)
-        if close is not None:
-            close()
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", as_trainable(self.policy))
 
 
 def build_agent(config: Config) -> Agent:

@@ -57,7 +57,8 @@ def evaluate_config(config: Config, progress: Progress, modes: Sequence[str]) ->
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with contextlib.closing(build_agent(config)) as agent:
+    agent = build_agent(config)
+    with contextlib.closing(agent.sampler):
         env = make_eval_env(config)
         return {mode: evaluate_mode(config, mode, env, agent.policy, progress) for mode in modes}
 

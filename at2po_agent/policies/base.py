@@ -1,7 +1,8 @@
-"""What every policy is: token ids in; sampled ids, their log-probs and the stop reason out.
+"""Defines policies: token ids in; sampled ids, their log-probs and the stop reason out.
 
-A custom agent implements `Policy` and goes into the tree trainer unchanged. One that can work on a changing
-set of requests implements `StreamingPolicy`; `SteppingPolicy` gives it `generate` and `poll`.
+A custom agent implements `Policy` and goes into the tree trainer unchanged. Two classes declare what a
+policy may do besides. `StreamingPolicy`: requests come and go while it decodes. `TrainablePolicy`: it samples
+with weights that a learner changes, or holds resources. `SteppingPolicy` is a base class for both.
 """
 
 from __future__ import annotations
@@ -151,8 +152,46 @@ class StreamingPolicy(Policy, Protocol):
         ...
 
 
-class SteppingPolicy(ABC):
-    """The part of a streaming policy that does not depend on what decodes: `generate` and `poll`.
+class TrainablePolicy:
+    """Declares what a learner calls of the policy that samples with its weights.
+
+    A policy subclasses it beside implementing `Policy`, and overrides what applies: the defaults do nothing.
+    """
+
+    @property
+    def version(self) -> int:
+        """Counts updates of the weights; 0 where the policy does not count them."""
+        return 0
+
+    def weights_changed(self) -> None:
+        """Take over the learner's new weights; called after every update."""
+
+    def rest(self) -> None:
+        """Give back memory of a device that the learner shares, until the next request."""
+
+    def close(self) -> None:
+        """End whatever the policy has started."""
+
+
+def as_trainable(policy: Policy) -> TrainablePolicy:
+    """Return what a learner calls of any policy: the policy itself, or defaults where it only generates.
+
+    Raises:
+        PolicyError: The policy has a method of `TrainablePolicy` without being one: it would not be called.
+    """
+    if isinstance(policy, TrainablePolicy):
+        return policy
+    undeclared = [name for name in ("version", "weights_changed", "rest", "close") if hasattr(policy, name)]
+    if undeclared:
+        raise PolicyError(
+            f"{type(policy).__name__} has {', '.join(undeclared)}, but only a subclass of "
+            "at2po_agent.policies.base.TrainablePolicy is called. Fix: subclass it; its methods do nothing"
+        )
+    return TrainablePolicy()
+
+
+class SteppingPolicy(TrainablePolicy, ABC):
+    """Gives a streaming policy `generate` and `poll`.
 
     A subclass decodes in `_advance`, and keeps what has finished in `_finished`, by ticket.
     """

@@ -21,7 +21,7 @@ from at2po_agent.agents.model import build_model
 from at2po_agent.config.loading import load_config
 from at2po_agent.config.sections import Config
 from at2po_agent.learning.learner import TrainingError
-from at2po_agent.policies.base import Request
+from at2po_agent.policies.base import Request, TrainablePolicy
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.run import run_training
 from at2po_agent.runs.folder import RunFolderError, newest_run, open_run
@@ -358,7 +358,7 @@ def test_recomputed_log_probs_agree_with_the_sampler(whole_run, tmp_path):
     assert recomputed["grad_norm"] == pytest.approx(sampled["grad_norm"], rel=1e-2)
 
 
-class Lagging:
+class Lagging(TrainablePolicy):
     """Samples with the current weights and says that they are older."""
 
     def __init__(self, inner: HFPolicy, versions: int) -> None:
