@@ -16,9 +16,9 @@ from at2po_agent.policies.vllm import VLLMPolicy
 from at2po_agent.policies.vllm.config import VLLMConfig
 from at2po_agent.policies.vllm.spec import check_installed
 from at2po_agent.runs.seeding import RunPurpose, run_generator, run_seed
+from at2po_agent.transcripts.chat import ChatTranscript
 from at2po_agent.transcripts.chat_templates import OWN, template_marks
 from at2po_agent.transcripts.tokenizer import HFTokenizer, Tokenizer
-from at2po_agent.transcripts.transcripts import ChatTranscript
 from at2po_env.errors import ConfigError
 
 _TOKENIZER_EPISODES = 300

@@ -19,8 +19,8 @@ from torch.nn import functional
 from at2po_agent.agents.expert import ExpertConfig, demonstrate
 from at2po_agent.config.sections import ColdStartConfig
 from at2po_agent.runs.progress import NoProgress, Progress
+from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
-from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
 from at2po_env.data.tasks import Task
 
 PHASE = "cold start"

@@ -13,19 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
+from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
-from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
 from at2po_agent.types import Float32Array, Generation
 from at2po_env.errors import PolicyError
 
-_DRAWS_AT_ONCE = 64
-
 
 @dataclass(frozen=True)
-class Step:
-    """What an intervention sees before each token of its request is chosen.
+class NextToken:
+    """Shows an intervention the distribution of the token that is about to be chosen.
 
     Attributes:
         ids: The ids generated so far, forced ones included.
@@ -50,10 +46,10 @@ class Intervention(Protocol):
 
     @property
     def top_log_probs(self) -> int:
-        """How many of the largest log-probs `Step` must carry; 0 for none."""
+        """How many of the largest log-probs `NextToken` must carry; 0 for none."""
         ...
 
-    def __call__(self, step: Step) -> Sequence[int]:
+    def __call__(self, coming: NextToken, /) -> Sequence[int]:
         """Ids to force from this position on; empty lets the token be sampled."""
         ...
 
@@ -235,18 +231,3 @@ class SteppingPolicy(TrainablePolicy, ABC):
         finished = sorted(self._finished.items())
         self._finished.clear()
         return finished
-
-
-class Draws(list[float]):
-    """The uniform draws of a request so far: the float64 stream in [0, 1) of Philox with key `seed`."""
-
-    __slots__ = ("_generator",)
-
-    def __init__(self, seed: int) -> None:
-        self._generator = np.random.Generator(np.random.Philox(key=seed))
-        super().__init__()
-        self.more()
-
-    def more(self) -> None:
-        """Append the next 64 draws."""
-        self += self._generator.random(_DRAWS_AT_ONCE).tolist()

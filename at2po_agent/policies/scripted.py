@@ -8,8 +8,8 @@ from typing import TypeAlias
 import numpy as np
 
 from at2po_agent.policies.base import Request
+from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
-from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
 from at2po_agent.types import Float32Array, Generation, StopReason
 from at2po_env.errors import PolicyError
 

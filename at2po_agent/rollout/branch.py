@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from at2po_agent.credit.groups import overlong_penalty
 from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.rollout.steps import Env, Stepped
+from at2po_agent.transcripts.inline import Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
-from at2po_agent.transcripts.transcripts import Transcript
 from at2po_agent.types import Generation, Turn
 from at2po_env import Snapshot
 

@@ -23,7 +23,7 @@ from at2po_agent.rollout.question import EnvPool, Question
 from at2po_agent.rollout.requests import PolicyRequests
 from at2po_agent.rollout.steps import Env, Steps
 from at2po_agent.rollout.watch import Watch, vocabulary_size
-from at2po_agent.transcripts.transcripts import Transcript
+from at2po_agent.transcripts.inline import Transcript
 from at2po_agent.tree import Tree
 from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError

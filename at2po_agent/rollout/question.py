@@ -9,7 +9,7 @@ from at2po_agent.expansion.registry import Expansion
 from at2po_agent.rollout.branch import Branch, BranchOrigin
 from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.rollout.steps import Env
-from at2po_agent.transcripts.transcripts import Transcript
+from at2po_agent.transcripts.inline import Transcript
 from at2po_agent.tree import ROOT, Tree
 from at2po_agent.types import IntArray
 from at2po_env import Snapshot, fork, restore, snapshot

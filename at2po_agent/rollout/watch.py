@@ -7,7 +7,7 @@ tokens.
 from collections.abc import Sequence
 
 from at2po_agent.expansion import top_entropy
-from at2po_agent.policies.base import Policy, Step
+from at2po_agent.policies.base import NextToken, Policy
 from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.rollout.uncertainty import RunningSignal, has_stalled, is_repetitive, turn_uncertainty
 from at2po_agent.transcripts.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class Watch:
         self._thinking_since: int | None = None
         self._intervened = False
 
-    def __call__(self, step: Step) -> Sequence[int]:
+    def __call__(self, step: NextToken) -> Sequence[int]:
         """Measure the distribution of the next token; returns ids to force instead of it, mostly none."""
         self._asked = True
         if self._probe and len(self._first) < FIRST_TOKENS:

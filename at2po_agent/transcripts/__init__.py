@@ -1,6 +1,6 @@
-"""What an environment shows, as token ids.
+"""Turns what an environment shows into token ids.
 
-Read `transcripts` (inline text, or messages of a chat), `chat_templates` and `chat_rendering`
-(templates that keep every message), `tokenizer` (Hugging Face tokenizers behind the `Tokenizer`
+Read `inline` (the protocol, and running text), `chat` (messages of a chat, by templates that keep every
+message), `chat_templates` (the templates), `tokenizer` (Hugging Face tokenizers behind the `Tokenizer`
 protocol).
 """

@@ -2,7 +2,7 @@
 
 A template renders messages to text. The published ones are made for serving: Qwen3's drops the thoughts of
 earlier turns, Llama 3's strips the assistant's text. What a model is trained on here is what it saw, so
-neither will do; `chat_rendering` finds such templates out, and these stand in for them. They are written for
+neither will do; `chat` finds such templates out, and these stand in for them. They are written for
 this project, after the formats that the models' cards describe; none is a copy.
 """
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from at2po_agent.policies.base import Step
+from at2po_agent.policies.base import NextToken
 
 
 class Hurry:
@@ -14,7 +14,7 @@ class Hurry:
         self.limit, self.forced = limit, list(forced)
         self.seen: list[tuple[int, float, float]] = []
 
-    def __call__(self, step: Step) -> Sequence[int]:
+    def __call__(self, step: NextToken) -> Sequence[int]:
         self.seen.append((len(step.ids), step.entropy, float(step.top_log_probs[0])))
         return self.forced if len(step.ids) == self.limit else ()
 
@@ -24,7 +24,7 @@ class Broken:
 
     top_log_probs = 0
 
-    def __call__(self, step: Step) -> Sequence[int]:
+    def __call__(self, step: NextToken) -> Sequence[int]:
         if len(step.ids) == 2:
             raise RuntimeError("this rule is broken")
         return ()
@@ -35,5 +35,5 @@ class OutOfRange:
 
     top_log_probs = 0
 
-    def __call__(self, step: Step) -> Sequence[int]:
+    def __call__(self, step: NextToken) -> Sequence[int]:
         return [10_000 + len(step.ids)]

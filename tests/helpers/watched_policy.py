@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from at2po_agent.policies.base import Request, Step
+from at2po_agent.policies.base import NextToken, Request
 from at2po_agent.types import Generation
 from helpers.guess_env import CharTokenizer
 
@@ -66,8 +66,8 @@ class WatchedPolicy:
         scores = np.array(log_probs, dtype=np.float32)
         return Generation(tuple(ids), scores, "stop" if done else "length", np.array(sampled))
 
-    def _step(self, ids: list[int], text: str, request: Request) -> Step:
+    def _step(self, ids: list[int], text: str, request: Request) -> NextToken:
         entropy = self._entropy(text, request)
         first = -entropy / 2
         rest = math.log((1 - math.exp(first) + 1e-9) / 20)
-        return Step(tuple(ids), entropy, np.array([first] + [rest] * 9, dtype=np.float32))
+        return NextToken(tuple(ids), entropy, np.array([first] + [rest] * 9, dtype=np.float32))

@@ -1,8 +1,11 @@
 """Attention of a packed batch over arenas: one row of N tokens from many sequences.
 
-The batch holds prompt tokens first and then the newest token of every seat, in seat order. A `Plan` says
-where each token's KV are written (to several places, where sequences of one step share a prompt) and who
-attends to whom: one call for the newest tokens of each arena, one for each group of prompt pieces.
+The batch holds prompt tokens first, then padding, then the newest token of every seat, in seat order.
+`PackedAttention` works out once for a batch, and then uses in every layer:
+
+- where each token's KV are written: its own seat, and others that share the prompt in the same step;
+- who attends to whom: one call of dense attention for the newest tokens of each arena, whose seats lie side
+  by side, and one for each group of prompt runs of similar length in one arena.
 
 The same sequence gets the same numbers whatever it shares a batch with, bit for bit in float32 on the CPUs
 that were tried: how many positions a query reads depends on its own position alone, and the number of rows of
@@ -30,15 +33,15 @@ _FEWEST_ROWS = 16
 _ROWS_MULTIPLE = 4
 
 
-class Write(NamedTuple):
-    """A token's KV also go to another seat: index in the packed batch, seat, position."""
+class ExtraWrite(NamedTuple):
+    """Sends a token's KV to another seat too: index in the packed batch, seat, position."""
 
     source: int
     seat: Seat
     position: int
 
 
-class Piece(NamedTuple):
+class PromptRun(NamedTuple):
     """Consecutive prompt tokens of a seat: position and packed index of the first, and how many."""
 
     seat: Seat
@@ -78,8 +81,8 @@ class _Group(NamedTuple):
     reach: int
 
 
-class Plan:
-    """Where the tokens of one packed batch go, and what they attend to.
+class PackedAttention:
+    """Stores the KV of one packed batch, and attends with its queries.
 
     Args:
         slots: The storage.
@@ -89,7 +92,7 @@ class Plan:
     """
 
     def __init__(
-        self, slots: Slots, order: Sequence[Seat], pieces: Sequence[Piece], writes: Sequence[Write]
+        self, slots: Slots, order: Sequence[Seat], pieces: Sequence[PromptRun], writes: Sequence[ExtraWrite]
     ) -> None:
         self._device = slots.device
         prompts, live = sum(piece.length for piece in pieces), len(order)
@@ -223,7 +226,7 @@ def _spans(order: Sequence[Seat], slots: Slots) -> list[_Span]:
     return spans
 
 
-def _groups(pieces: Sequence[Piece], slots: Slots) -> list[_Group]:
+def _groups(pieces: Sequence[PromptRun], slots: Slots) -> list[_Group]:
     """Pieces of similar length that sit in one arena and read equally far, together."""
     cuts = sorted(
         ((cut.seat.arena, slots.room_for(cut.position + 1), -cut.length, cut.seat.index, cut.position), cut)
@@ -242,16 +245,16 @@ def _groups(pieces: Sequence[Piece], slots: Slots) -> list[_Group]:
     return groups
 
 
-def _cut(piece: Piece, slots: Slots) -> Iterator[Piece]:
+def _cut(piece: PromptRun, slots: Slots) -> Iterator[PromptRun]:
     """Cut a piece where its queries begin to read further, and where it is long."""
     seat, position, first, length = piece
     while length:
         size = min(length, slots.room_for(position + 1) - position, _LONGEST_PIECE)
-        yield Piece(seat, position, first, size)
+        yield PromptRun(seat, position, first, size)
         position, first, length = position + size, first + size, length - size
 
 
-def _group(cuts: Sequence[Piece], reach: int, device: torch.device) -> _Group:
+def _group(cuts: Sequence[PromptRun], reach: int, device: torch.device) -> _Group:
     count, longest = len(cuts), max(cut.length for cut in cuts)
     steps = np.arange(-(-longest // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
     sizes = np.array([cut.length for cut in cuts])[:, None]

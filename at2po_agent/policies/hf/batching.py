@@ -1,12 +1,17 @@
-"""Continuous batching: rows come and go, every step is one forward pass over a packed batch.
+"""Continuous batching: requests come and go, and every step is one forward pass over a packed batch.
 
-A step feeds the newest token of every live row and the uncached part of every admitted prefix. Prefixes are
-looked up in the prefix tree; where rows admitted in the same step share an uncached prefix, its tokens are
-fed once and their KV written to each. A row whose whole prefix is known takes its seat after the forward pass
-and is sampled from the stored logits. What a step does depends on the requests and their order, never on the
-clock.
+A step works in this order:
 
-Knows seats and the tree; no text, no model class.
+1. Make room: drop old KV from the prefix tree, and move sequences that outgrow their seat to a larger one.
+2. Admit waiting requests while there are seats. The prefix tree says how much of a prefix is known: known KV
+   are copied into the seat, the rest is fed. Where requests of one step share an unknown prefix, its tokens
+   are fed once and their KV are written to every seat.
+3. Run the model over [unknown prompt tokens | padding | newest token of every seat].
+4. Give the tree the KV of the new prefixes, and the logits after them.
+5. Seat the requests whose whole prefix was known (or became known in 4); the stored logits serve them.
+
+The policy then draws one token for each live request. What a step does depends on the requests and their
+order, never on the clock. This module knows seats and the tree; no text, no model class.
 """
 
 from __future__ import annotations
@@ -19,19 +24,43 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from at2po_agent.policies.hf.attention import Piece, Plan, Write, rows_for
+from at2po_agent.policies.hf.attention import ExtraWrite, PackedAttention, PromptRun, rows_for
 from at2po_agent.policies.hf.prefix_cache import Node, PrefixCache
-from at2po_agent.policies.hf.rows import Row
 from at2po_agent.policies.hf.slots import Seat, Slots
+from at2po_agent.policies.sampling import ActiveRequest
 from at2po_env.errors import PolicyError
 
 _PATIENCE = 4  # steps that a request waits for company: one forward pass for several prefixes costs less
 _COMPANY = 8  # ... unless so many wait: one eighth of the live rows
 
 
+@dataclass(kw_only=True, eq=False, slots=True)
+class SeatedRequest(ActiveRequest):
+    """An active request and where its keys and values are.
+
+    Attributes:
+        ticket: Its name outside.
+        context: Ids whose KV it needs before it goes on: the prefix, and what was generated before a restart.
+        seat: Where its KV are, while live.
+        node: Where `context` ends in the prefix tree, while live.
+        waited: Steps that it has waited.
+    """
+
+    ticket: int
+    context: tuple[int, ...] = ()
+    seat: Seat | None = None
+    node: Node | None = None
+    waited: int = 0
+
+    def rewind(self) -> None:
+        """Forget seat and node; what was generated becomes context."""
+        self.seat = self.node = None
+        self.context = self.request.prefix_ids + tuple(self.ids)
+
+
 @dataclass
 class PolicyStats:
-    """What a policy computed since it was made.
+    """Counts what a policy computed since it was made.
 
     Attributes:
         prefill_tokens: Prefix tokens that went through the model.
@@ -47,9 +76,9 @@ class PolicyStats:
 
 
 class Decoder(Protocol):
-    """What runs a packed batch."""
+    """Runs a packed batch."""
 
-    def forward(self, tokens: Tensor, positions: Tensor, plan: Plan, slots: Slots) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, attention: PackedAttention, slots: Slots) -> Tensor:
         """Logits [n, V] after each seat's newest token."""
         ...
 
@@ -60,7 +89,7 @@ class _Packing:
 
     Attributes:
         tokens: Prompt ids but the last of each prefix, which is fed as its row's newest token.
-        pieces: Whose they are.
+        prompts: Whose they are.
         shared: (packed index, seat, position): KV that another row's tokens bring too; an index -1 - i is the
             newest token of admitted row i.
         admitted: Rows that get their prefix computed.
@@ -68,10 +97,10 @@ class _Packing:
     """
 
     tokens: list[int] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
-    shared: list[Write] = field(default_factory=list)
-    admitted: list[Row] = field(default_factory=list)
-    known: list[Row] = field(default_factory=list)
+    prompts: list[PromptRun] = field(default_factory=list)
+    shared: list[ExtraWrite] = field(default_factory=list)
+    admitted: list[SeatedRequest] = field(default_factory=list)
+    known: list[SeatedRequest] = field(default_factory=list)
 
 
 class Batcher:
@@ -95,19 +124,19 @@ class Batcher:
         self._cache = cache
         self._max_rows = max_rows
         self._max_prefill = max_prefill
-        self._queue: deque[Row] = deque()
-        self._live: dict[int, Row] = {}
+        self._queue: deque[SeatedRequest] = deque()
+        self._live: dict[int, SeatedRequest] = {}
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing is live."""
         return not self._queue and not self._live
 
-    def submit(self, row: Row) -> None:
+    def submit(self, row: SeatedRequest) -> None:
         """Queue a row."""
         self._queue.append(row)
 
-    def remove(self, ticket: int) -> Row | None:
+    def remove(self, ticket: int) -> SeatedRequest | None:
         """Take a row out, wherever it is; None when it is not here."""
         row = self._live.get(ticket)
         if row is not None:
@@ -143,7 +172,7 @@ class Batcher:
         self._cache.clear()
         self._slots.clear()
 
-    def step(self) -> tuple[list[Row], Tensor | None]:
+    def step(self) -> tuple[list[SeatedRequest], Tensor | None]:
         """One forward pass.
 
         Returns:
@@ -177,7 +206,7 @@ class Batcher:
             parts.append(stored[None])
         return rows, torch.cat(parts) if parts else None
 
-    def leave(self, row: Row) -> None:
+    def leave(self, row: SeatedRequest) -> None:
         """End a live row; the tree keeps the KV of what it generated."""
         seat, node = row.seat, row.node
         assert seat is not None
@@ -202,7 +231,7 @@ class Batcher:
             youngest.rewind()
             self._requeue([youngest])
 
-    def _requeue(self, rows: Iterable[Row]) -> None:
+    def _requeue(self, rows: Iterable[SeatedRequest]) -> None:
         for row in sorted(rows, key=lambda row: row.ticket, reverse=True):
             self._queue.appendleft(row)
 
@@ -231,7 +260,7 @@ class Batcher:
             ends.add(self._plan_prefill(row, seat, path, packing))
         return packing
 
-    def _enter(self, row: Row, seat: Seat) -> None:
+    def _enter(self, row: SeatedRequest, seat: Seat) -> None:
         row.seat = seat
         self._live[row.ticket] = row
         if not row.ids:
@@ -253,16 +282,18 @@ class Batcher:
                 self._slots.write(seat, node.start, node.segment, length)
                 continue
             assert node.packed is not None
-            packing.shared += [Write(node.packed[i], seat, node.start + i) for i in range(length)]
+            packing.shared += [ExtraWrite(node.packed[i], seat, node.start + i) for i in range(length)]
 
-    def _plan_prefill(self, row: Row, seat: Seat, path: list[tuple[Node, int]], packing: _Packing) -> Node:
+    def _plan_prefill(
+        self, row: SeatedRequest, seat: Seat, path: list[tuple[Node, int]], packing: _Packing
+    ) -> Node:
         """Feed what is not known of a row's context, at least its last id; returns the node where it ends."""
         matched = sum(length for _, length in path)
         known = min(matched, len(row.context) - 1)
         first, inner = len(packing.tokens), len(row.context) - 1 - known
         packing.tokens += row.context[known:-1]
         if inner:
-            packing.pieces.append(Piece(seat, known, first, inner))
+            packing.prompts.append(PromptRun(seat, known, first, inner))
         node = self._cache.extend(path, row.context[matched:])
         if matched == known:
             node.packed = [*range(first, first + inner), -1 - len(packing.admitted)]
@@ -274,9 +305,9 @@ class Batcher:
         self.stats.prefill_tokens += inner + 1
         return node
 
-    def _forward(self, packing: _Packing, order: list[Seat], rows: list[Row]) -> Tensor:
-        prompts = len(packing.tokens)
-        before = rows_for(prompts + len(rows)) - len(rows)
+    def _forward(self, packing: _Packing, order: list[Seat], rows: list[SeatedRequest]) -> Tensor:
+        fed = len(packing.tokens)
+        before = rows_for(fed + len(rows)) - len(rows)
         writes = []
         for write in packing.shared:
             source = write.source
@@ -284,19 +315,19 @@ class Batcher:
                 owner = packing.admitted[-1 - source].seat
                 assert owner is not None
                 source = before + owner.number
-            writes.append(Write(source, write.seat, write.position))
-        plan = Plan(self._slots, order, packing.pieces, writes)
+            writes.append(ExtraWrite(source, write.seat, write.position))
+        attention = PackedAttention(self._slots, order, packing.prompts, writes)
         newest = [row.ids[-1] if row.ids else row.context[-1] for row in rows]
-        padding = [0] * (before - prompts)
+        padding = [0] * (before - fed)
         tokens = torch.tensor(packing.tokens + padding + newest, device=self._slots.device)
-        positions = torch.from_numpy(plan.positions).to(self._slots.device)
-        logits = self._decoder.forward(tokens, positions, plan, self._slots)
+        positions = torch.from_numpy(attention.positions).to(self._slots.device)
+        logits = self._decoder.forward(tokens, positions, attention, self._slots)
         for seat in order:
             seat.length += 1
         self.stats.steps += 1
         return logits
 
-    def _record(self, row: Row, seat: Seat, logits: Tensor) -> None:
+    def _record(self, row: SeatedRequest, seat: Seat, logits: Tensor) -> None:
         """Give the tree what the forward pass computed for an admitted row."""
         node = row.node
         assert node is not None
@@ -306,7 +337,7 @@ class Batcher:
             self._cache.fill(above, self._slots.read(seat, above.start, above.end))
             above = above.parent
 
-    def _seat_known(self, row: Row) -> Tensor | None:
+    def _seat_known(self, row: SeatedRequest) -> Tensor | None:
         """Seat a row whose whole prefix the tree holds; returns the logits after it, None without room."""
         seat = self._slots.seat(row.ticket, len(row.context))
         if seat is None:

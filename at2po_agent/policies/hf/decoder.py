@@ -1,8 +1,8 @@
 """Running a transformers model on a packed batch, through its own cache and attention interfaces.
 
-The model's layers call `update` of our cache, which stores what the plan says, and then the attention
-function registered here. Any decoder whose attention goes through transformers' `AttentionInterface` works
-unchanged.
+The model's layers call `update` of our cache, which stores keys and values in their seats, and then the
+attention function registered here. Any decoder whose attention goes through transformers'
+`AttentionInterface` works unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from at2po_agent.policies.hf.attention import Plan, rows_for
+from at2po_agent.policies.hf.attention import PackedAttention, rows_for
 from at2po_agent.policies.hf.slots import LayerShape, LayerViews, Slots
 from at2po_env.errors import PolicyError
 
@@ -28,7 +28,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.plan: Plan | None = None
+        self.batch: PackedAttention | None = None
         self.views: LayerViews | None = None
         self.is_initialized = True
 
@@ -38,14 +38,14 @@ class _SlotLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Store KV [1, heads, N, width]; returns the layer's storage, for the attention function alone."""
         del args, kwargs
-        assert self.plan is not None
+        assert self.batch is not None
         assert self.views is not None
-        self.plan.write(key_states[0].transpose(0, 1), self.views.keys)
-        self.plan.write(value_states[0].transpose(0, 1), self.views.values)
+        self.batch.write(key_states[0].transpose(0, 1), self.views.keys)
+        self.batch.write(value_states[0].transpose(0, 1), self.views.values)
         return self.views, None
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Unused: the plan knows who sees whom."""
+        """Unused: the packed batch knows who sees whom."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
@@ -77,11 +77,11 @@ class ModelDecoder:
     def refresh(self) -> None:
         """The weights have changed; nothing is kept of them here."""
 
-    def forward(self, tokens: Tensor, positions: Tensor, plan: Plan, slots: Slots) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, batch: PackedAttention, slots: Slots) -> Tensor:
         """Run a packed batch of N tokens; returns the logits [n, V] after each seat's newest token."""
         model, config = self._model, self._model.config
         for layer, views in zip(self._layers, slots.layers, strict=True):
-            layer.plan, layer.views = plan, views
+            layer.batch, layer.views = batch, views
         training, implementation = model.training, config._attn_implementation
         try:
             if training:
@@ -92,14 +92,14 @@ class ModelDecoder:
                 position_ids=positions[None],
                 past_key_values=self._cache,
                 use_cache=True,
-                logits_to_keep=rows_for(plan.live),
-                slot_plan=plan,
+                logits_to_keep=rows_for(batch.live),
+                packed_batch=batch,
             )
         finally:
             config._attn_implementation = implementation
             if training:
                 model.train()
-        logits: Tensor = output.logits[0, -plan.live :]
+        logits: Tensor = output.logits[0, -batch.live :]
         return logits
 
 
@@ -134,8 +134,8 @@ def _slot_attention(
     del module, value, attention_mask
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise PolicyError("attention with soft-capped scores or sinks is not supported by the sampler")
-    plan: Plan = kwargs["slot_plan"]
-    attended = plan.attend(
+    batch: PackedAttention = kwargs["packed_batch"]
+    attended = batch.attend(
         query[0].transpose(0, 1), key, scale=kwargs.get("scaling"), window=kwargs.get("sliding_window")
     )
     return attended.unsqueeze(0), None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from at2po_agent.policies.hf.attention import Plan, rows_for
+from at2po_agent.policies.hf.attention import PackedAttention, rows_for
 from at2po_agent.policies.hf.slots import Slots
 
 _FAMILIES = (Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM)
@@ -89,7 +89,7 @@ class FusedDecoder:
         self._layers = [self._fuse(layer) for layer in inner.layers]
         self._head = _folded([self._model.lm_head], inner.norm.weight)
 
-    def forward(self, tokens: Tensor, positions: Tensor, plan: Plan, slots: Slots) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, batch: PackedAttention, slots: Slots) -> Tensor:
         """Run a packed batch of N tokens; returns the logits [n, V] after each seat's newest token."""
         x = F.embedding(tokens, self._embedding)
         cos, sin = self._rotation(positions)
@@ -100,15 +100,15 @@ class FusedDecoder:
             if layer.qk_norm is not None:
                 qk = self._norm(qk).mul_(layer.qk_norm)
             qk = torch.addcmul(qk * cos, qk.roll(self._width // 2, -1), sin)
-            plan.write(qk[:, self._heads :], views.keys)
-            plan.write(qkv[:, rotated:], views.values)
-            attended = plan.attend(qk[:, : self._heads], views).flatten(1)
+            batch.write(qk[:, self._heads :], views.keys)
+            batch.write(qkv[:, rotated:], views.values)
+            attended = batch.attend(qk[:, : self._heads], views).flatten(1)
             if number == len(self._layers) - 1:
-                x, attended = x[-rows_for(plan.live) :], attended[-rows_for(plan.live) :]
+                x, attended = x[-rows_for(batch.live) :], attended[-rows_for(batch.live) :]
             x = layer.out.added_to(x, attended)
             gate, up = layer.gate_up(self._norm(x)).chunk(2, dim=-1)
             x = layer.down.added_to(x, F.silu(gate).mul_(up))
-        return self._head(self._norm(x))[-plan.live :]
+        return self._head(self._norm(x))[-batch.live :]
 
     def _norm(self, x: Tensor) -> Tensor:
         """Root mean square norm, x / sqrt(mean x^2 + eps); its weight is folded into the next matrix."""

@@ -21,17 +21,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from at2po_agent.policies.base import Draws, Request, SteppingPolicy
-from at2po_agent.policies.choosing import choose
-from at2po_agent.policies.hf.batching import Batcher, PolicyStats
+from at2po_agent.policies.base import Request, SteppingPolicy
+from at2po_agent.policies.hf.batching import Batcher, PolicyStats, SeatedRequest
 from at2po_agent.policies.hf.decoder import ModelDecoder
 from at2po_agent.policies.hf.fused import FusedDecoder, fits
 from at2po_agent.policies.hf.prefix_cache import PrefixCache
-from at2po_agent.policies.hf.rows import Row
 from at2po_agent.policies.hf.slots import LayerShape, Slots
+from at2po_agent.policies.sampling import choose
 from at2po_agent.policies.stops import StopTable
+from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
-from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
 from at2po_agent.types import Generation
 from at2po_env.errors import PolicyError
 
@@ -129,12 +128,10 @@ class HFPolicy(SteppingPolicy):
             )
             return ticket
         self._batcher.submit(
-            Row(
+            SeatedRequest(
                 ticket=ticket,
                 request=request,
                 stop=self._stops.number(request.stop),
-                draws=Draws(request.seed),
-                plain=request.temperature == request.top_p == 1.0 and request.intervention is None,
                 version=self.version,
                 context=request.prefix_ids,
             )

@@ -28,7 +28,7 @@ from at2po_agent.policies.openai.generation import make_generation
 from at2po_agent.policies.openai.messages import ENDPOINTS, Dialect, request_body
 from at2po_agent.policies.openai.stats import Prices, ServedStats
 from at2po_agent.policies.openai.tokens import ByteTokenizer, RoleTranscript
-from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
+from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError, PolicyError
 

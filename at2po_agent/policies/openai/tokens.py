@@ -51,7 +51,7 @@ class ByteTokenizer:
 
 
 class RoleTranscript:
-    """Prompt and observations as messages of a chat (`transcripts.Transcript`).
+    """Prompt and observations as messages of a chat (`transcripts.inline.Transcript`).
 
     Args:
         system: A system message before the prompt; None for none.

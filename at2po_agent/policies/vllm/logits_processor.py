@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
-from at2po_agent.policies.base import Draws, Intervention, Request, Step
-from at2po_agent.policies.choosing import draw_tokens
-from at2po_agent.policies.hf.rows import Row
+from at2po_agent.policies.base import Intervention, NextToken, Request
+from at2po_agent.policies.sampling import ActiveRequest, draw_tokens
 from at2po_env.errors import PolicyError
 
 ARGUMENT = "at2po"
@@ -72,12 +71,12 @@ class Guard:
         self.error: Exception | None = None
         self._vocabulary = vocabulary
 
-    def __call__(self, step: Step) -> Sequence[int]:
+    def __call__(self, coming: NextToken) -> Sequence[int]:
         """Ids to force; none once it has failed."""
         if self.error is not None:
             return ()
         try:
-            forced = list(self.rule(step))
+            forced = list(self.rule(coming))
         except Exception as error:  # noqa: BLE001  foreign code; the policy raises what it raised
             self.error = error
             return ()
@@ -87,7 +86,7 @@ class Guard:
         return forced
 
 
-_watched: dict[int, Row] = {}
+_watched: dict[int, ActiveRequest] = {}
 
 
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there when types are checked
@@ -95,7 +94,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ther
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         del device, is_pin_memory
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, ActiveRequest] = {}
         self._vocabulary = int(vllm_config.model_config.get_vocab_size())
 
     def is_argmax_invariant(self) -> bool:
@@ -129,7 +128,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ther
         logits[index, drawn.tokens] = drawn.log_probs
         return logits
 
-    def _row(self, params: Any, prompt_ids: list[int] | None, output_ids: list[int]) -> Row | None:
+    def _row(self, params: Any, prompt_ids: list[int] | None, output_ids: list[int]) -> ActiveRequest | None:
         """The row of a request that enters the batch, perhaps again after it was put back."""
         del prompt_ids
         order: Order | None = (params.extra_args or {}).get(ARGUMENT)
@@ -139,20 +138,12 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ther
         row.ids = output_ids  # the engine's own list: it grows as tokens are accepted
         return row
 
-    def _new_row(self, order: Order) -> Row:
+    def _new_row(self, order: Order) -> ActiveRequest:
         request = order.request
         watched = request.intervention is not None
         if request.intervention is not None:
             request = replace(request, intervention=Guard(request.intervention, self._vocabulary))
-        row = Row(
-            ticket=order.key,
-            request=request,
-            stop=0,
-            draws=Draws(request.seed),
-            plain=request.temperature == request.top_p == 1.0 and not watched,
-            version=0,
-            context=(),
-        )
+        row = ActiveRequest(request=request)
         if watched:
             _watched[order.key] = row
         return row
@@ -169,7 +160,7 @@ def take_reports(worker: Any, ended: Sequence[int]) -> dict[int, Report]:
     return reports
 
 
-def _guard(row: Row) -> Guard:
+def _guard(row: ActiveRequest) -> Guard:
     guard = row.request.intervention
     assert isinstance(guard, Guard)
     return guard

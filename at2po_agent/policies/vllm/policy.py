@@ -41,8 +41,8 @@ from at2po_agent.policies.vllm.weights import (
     named_weights,
     save_model,
 )
+from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
-from at2po_agent.transcripts.transcripts import InlineTranscript, Transcript
 from at2po_agent.types import Generation
 from at2po_env.errors import PolicyError
 

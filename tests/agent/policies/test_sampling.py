@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from at2po_agent.policies.base import Draws
-from at2po_agent.policies.sampling import distribution, draw, entropy
+from at2po_agent.policies.sampling import Draws, distribution, draw, entropy
 
 # Probabilities 1/8, 1/2, 0, 1/4, 1/8: the CDF is 0.125, 0.625, 0.625, 0.875, 1.
 PROBS = torch.tensor([[0.125, 0.5, 0.0, 0.25, 0.125]])

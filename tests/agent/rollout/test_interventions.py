@@ -7,7 +7,7 @@ from helpers.watched_policy import CountedTokenizer, WatchedPolicy, guess, seede
 
 from at2po_agent.evaluation.metrics import tree_metrics
 from at2po_agent.packing.rows import pack_rows
-from at2po_agent.policies.base import Step
+from at2po_agent.policies.base import NextToken
 from at2po_agent.rollout import RolloutConfig, rollout
 from at2po_agent.rollout.watch import Watch
 from at2po_env.errors import ConfigError, PolicyError
@@ -195,7 +195,7 @@ def test_the_first_entropy_is_that_of_the_first_twenty_tokens():
     certain[0] = 0.0
     for index in range(25):
         top = certain if index < 20 else even
-        assert watch(Step((), 0.0, top.astype(np.float32))) == ()
+        assert watch(NextToken((), 0.0, top.astype(np.float32))) == ()
     assert watch.first_entropy == 0.0  # the later tokens, of entropy ln 10, do not count
 
 

@@ -26,7 +26,7 @@ from at2po_agent.policies.scripted import ScriptedPolicy
 from at2po_agent.rollout import RolloutConfig, rollout
 from at2po_agent.run import run_training
 from at2po_agent.runs.progress import NoProgress
-from at2po_agent.transcripts.transcripts import ChatTranscript
+from at2po_agent.transcripts.chat import ChatTranscript
 from at2po_agent.tree import Tree
 from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError

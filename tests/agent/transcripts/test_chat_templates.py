@@ -1,8 +1,8 @@
 import pytest
 from helpers.chat_samples import LLAMA31, QWEN3, tokenizer_of
 
+from at2po_agent.transcripts.chat import ChatTranscript
 from at2po_agent.transcripts.chat_templates import TEMPLATES
-from at2po_agent.transcripts.transcripts import ChatTranscript
 from at2po_env.errors import ConfigError
 
 CHATML = TEMPLATES["chatml"].text

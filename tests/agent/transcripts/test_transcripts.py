@@ -4,8 +4,9 @@ from helpers.guess_env import CharTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from at2po_agent.transcripts.chat import ChatTranscript
 from at2po_agent.transcripts.chat_templates import TEMPLATES
-from at2po_agent.transcripts.transcripts import ChatTranscript, InlineTranscript, Transcript
+from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 
 CHATML = TEMPLATES["chatml"].text
 NAMES = [("chatml", "qwen"), ("qwen3-preserving", "qwen"), ("llama3", "llama")]

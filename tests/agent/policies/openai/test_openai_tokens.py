@@ -19,8 +19,8 @@ from at2po_agent.policies.openai.tokens import (
     inline_text,
     split_action,
 )
+from at2po_agent.transcripts.inline import Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
-from at2po_agent.transcripts.transcripts import Transcript
 from at2po_env import HermesProtocol, ToolCall
 from at2po_env.errors import PolicyError
 

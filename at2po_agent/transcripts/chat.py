@@ -1,4 +1,4 @@
-"""Conversations rendered by a chat template, and the check that a template preserves prefixes.
+"""Writes episodes as chats, and refuses chat templates that do not preserve prefixes.
 
 A template preserves prefixes if the rendering of a conversation begins with the rendering of its beginning:
 the generation prompt and the assistant's text stay, letter by letter, when further messages follow. Only then
@@ -10,12 +10,15 @@ to something else; so each rendering of a run is compared with its beginning too
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
-from at2po_agent.transcripts.chat_templates import SETTING, remedy
+from at2po_agent.transcripts.chat_templates import OWN, SETTING, find_template, remedy, template_marks
+from at2po_agent.transcripts.tokenizer import HFTokenizer
 from at2po_env.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +47,82 @@ _PROBES = {
 }
 
 
+class ChatTranscript:
+    """Writes an episode as a chat: a prompt of the user, actions of the assistant, observations between them.
+
+    The tokens that the template writes around messages belong to the observations. An action that did not end
+    with the token that closes a message (it completed a stop string, or was cut) is closed by the next piece.
+    The template's special tokens in a prompt or an observation are text from outside; they are broken up, so
+    that a retrieved page can neither end its message nor speak as the assistant.
+
+    Args:
+        tokenizer: The model's; the policy is to be given the transcript's own `tokenizer`, which knows the
+            template and ends a sequence where the template ends a message.
+        template: A name of `chat_templates.TEMPLATES`, "tokenizer" for its own, or a .jinja file.
+        system: The system message, if any.
+        observation_role: Whose messages observations are.
+        template_options: Variables for the template, such as `enable_thinking`.
+
+    Raises:
+        ConfigError: The template does not preserve prefixes, reads the clock, refuses the roles, or does not
+            close a message with a special token; the message names a template that does.
+    """
+
+    def __init__(
+        self,
+        tokenizer: HFTokenizer,
+        *,
+        template: str = OWN,
+        system: str | None = None,
+        observation_role: Literal["user", "tool"] = "user",
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        hf, options = tokenizer.hf, template_options or {}
+        text = find_template(template, hf, options)
+        self._renderer = Renderer(hf, text, system=system, role=observation_role, options=options)
+        self._renderer.check()
+
+        # A turn ends with the special token that closes an assistant's message: the first after an action.
+        rest = self._renderer.between(_RESULT)
+        first = hf.convert_ids_to_tokens(hf.encode(rest, add_special_tokens=False)[:1])
+        end = str(first[0]) if first else ""
+        if end not in hf.get_added_vocab() or not rest.startswith(end):
+            raise ConfigError(
+                f"{SETTING}: after an assistant's message the template writes {rest[:40]!r}, but a turn has "
+                f"to end with a special token that can be sampled. {remedy(hf, text)}"
+            )
+
+        # A checkpoint is served as it was trained if its tokenizer has this end and this template.
+        self.tokenizer = tokenizer
+        if hf.eos_token != end or hf.chat_template != text:
+            own = copy.deepcopy(hf)
+            own.eos_token, own.chat_template = end, text
+            self.tokenizer = HFTokenizer(own)
+
+        flagged = {token.content for token in hf.added_tokens_decoder.values() if token.special}
+        specials = {*flagged, *hf.all_special_tokens, *template_marks(template), end}
+        longest_first = sorted(specials, key=len, reverse=True)
+        self._specials = re.compile("|".join(re.escape(token) for token in longest_first))
+
+    def open(self, prompt: str) -> list[int]:
+        """Ids of the system message, the prompt and the opening of the assistant's message."""
+        return self.tokenizer.encode(self._renderer.opening(self._as_text(prompt)))
+
+    def observe(self, observation: str, *, closed: bool) -> list[int]:
+        """Ids from the end of the assistant's message to the opening of its next.
+
+        Raises:
+            ConfigError: With this observation the template changes what precedes it.
+        """
+        ids = self.tokenizer.encode(self._renderer.between(self._as_text(observation)))
+        assert ids[0] == self.tokenizer.eos_id, "the piece begins with the token that was found at first"
+        return ids[1:] if closed else ids
+
+    def _as_text(self, content: str) -> str:
+        """Content without tokens that would be the template's: `<|im_end|>` becomes `< |im_end|>`."""
+        return self._specials.sub(lambda match: match[0][0] + " " + match[0][1:], content)
+
+
 class Renderer:
     """Renders the conversation of an episode with one template.
 
@@ -67,7 +146,7 @@ class Renderer:
         self.hf = hf
         self.template = template
         self.role = role
-        self._system: list[Message] = [] if system is None else [_message("system", system)]
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._options = dict(options)
         self._before = [self.opening(_QUESTION), _ACTION]
 
@@ -78,11 +157,11 @@ class Renderer:
             prompt: What the environment opened with.
             turns: Action and following observation of each turn; None where none follows.
         """
-        messages = [*self._system, _message("user", prompt)]
+        messages = [*self._system, {"role": "user", "content": prompt}]
         for action, observation in turns:
-            messages.append(_message("assistant", action))
+            messages.append({"role": "assistant", "content": action})
             if observation is not None:
-                messages.append(_message(self.role, observation))
+                messages.append({"role": self.role, "content": observation})
         return messages
 
     def render(self, messages: Sequence[Message], *, opened: bool = True, preamble: str = "") -> str:
@@ -158,39 +237,25 @@ class Renderer:
     def _refusal(
         self, kind: str, messages: Sequence[Message], pieces: Sequence[str], text: str
     ) -> ConfigError:
-        first = len(self._system)
-        place = _first_difference(pieces, text, [message["content"] for message in messages[first:]])
-        number = first + 1 + place.message
-        role = messages[number - 1]["role"]
+        """Say which message first leaves the text that was expected, and what to set instead."""
+        expected = "".join(pieces)
+        pairs = enumerate(zip(expected, text, strict=False))
+        place = next((index for index, (a, b) in pairs if a != b), min(len(expected), len(text)))
+        # Find the piece that holds this place; pieces alternate between the environment's and the action's.
+        piece, start = 0, 0
+        while piece < len(pieces) - 1 and place >= start + len(pieces[piece]):
+            start += len(pieces[piece])
+            piece += 1
+        # The end of an environment's piece opens the assistant's message, and belongs to that one.
+        contents = [message["content"] for message in messages[len(self._system) :]]
+        number, content = piece, contents[piece].strip()
+        if piece % 2 == 0 and place > start + pieces[piece].rfind(content) + len(content):
+            number = min(piece + 1, len(contents) - 1)
+        number += len(self._system) + 1
+        shown = slice(max(start, place - 10), max(start, place - 10) + _SHOWN)
         return ConfigError(
             f"{SETTING}: the template does not preserve prefixes, so that a model would be trained on "
             f"another text than it saw. With {kind}, in a conversation of {len(messages)} messages, message "
-            f"{number} ({role}) should read {place.expected!r} but reads {place.got!r}. "
-            f"{remedy(self.hf, self.template)}"
+            f"{number} ({messages[number - 1]['role']}) should read {expected[shown]!r} but reads "
+            f"{text[shown]!r}. {remedy(self.hf, self.template)}"
         )
-
-
-class _Difference(NamedTuple):
-    message: int
-    expected: str
-    got: str
-
-
-def _first_difference(pieces: Sequence[str], text: str, contents: Sequence[str]) -> _Difference:
-    """Where a text first leaves the concatenation of its pieces, and what stands there."""
-    expected = "".join(pieces)
-    pairs = enumerate(zip(expected, text, strict=False))
-    place = next((index for index, (a, b) in pairs if a != b), min(len(expected), len(text)))
-    message, start = 0, 0
-    while message < len(pieces) - 1 and place >= start + len(pieces[message]):
-        start += len(pieces[message])
-        message += 1
-    content = contents[message].strip()
-    if message % 2 == 0 and place > start + pieces[message].rfind(content) + len(content):
-        message = min(message + 1, len(contents) - 1)  # what opens the assistant's message belongs to it
-    shown = max(start, place - 10)
-    return _Difference(message, expected[shown : shown + _SHOWN], text[shown : shown + _SHOWN])
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
