@@ -202,6 +202,9 @@ def train_tokenizer(
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
+        # The trainer flags all of them as special, which ends of sequence and marks are, and tags are not.
+        tags = [str(token.content) for token in added if token.lstrip]
+        tokenizer.add_tokens([AddedToken(tag, lstrip=True, normalized=False, special=False) for tag in tags])
     tokenizer.decoder = decoders.ByteLevel()
     wrap: Any = PreTrainedTokenizerFast
     return HFTokenizer(wrap(tokenizer_object=tokenizer, eos_token=eos_token, pad_token=eos_token))

@@ -11,14 +11,13 @@ to something else; so each rendering of a run is compared with its beginning too
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
 from at2po_agent.transcripts.chat_templates import OWN, SETTING, find_template, remedy, template_marks
-from at2po_agent.transcripts.tokenizer import HFTokenizer
+from at2po_agent.transcripts.tokenizer import HFTokenizer, OutsideText
 from at2po_env.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -99,10 +98,7 @@ class ChatTranscript:
             own.eos_token, own.chat_template = end, text
             self.tokenizer = HFTokenizer(own)
 
-        flagged = {token.content for token in hf.added_tokens_decoder.values() if token.special}
-        specials = {*flagged, *hf.all_special_tokens, *template_marks(template), end}
-        longest_first = sorted(specials, key=len, reverse=True)
-        self._specials = re.compile("|".join(re.escape(token) for token in longest_first))
+        self._as_text = OutsideText([*tokenizer.control_tokens, *template_marks(template), end])
 
     def open(self, prompt: str) -> list[int]:
         """Ids of the system message, the prompt and the opening of the assistant's message."""
@@ -117,10 +113,6 @@ class ChatTranscript:
         ids = self.tokenizer.encode(self._renderer.between(self._as_text(observation)))
         assert ids[0] == self.tokenizer.eos_id, "the piece begins with the token that was found at first"
         return ids[1:] if closed else ids
-
-    def _as_text(self, content: str) -> str:
-        """Content without tokens that would be the template's: `<|im_end|>` becomes `< |im_end|>`."""
-        return self._specials.sub(lambda match: match[0][0] + " " + match[0][1:], content)
 
 
 class Renderer:

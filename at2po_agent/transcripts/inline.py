@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from at2po_agent.transcripts.tokenizer import Tokenizer
+from at2po_agent.transcripts.tokenizer import HasControlTokens, OutsideText, Tokenizer
 
 
 @runtime_checkable
@@ -32,18 +32,23 @@ class Transcript(Protocol):
 class InlineTranscript:
     """Writes prompt, actions and observations as one running text, as AT2PO and Search-R1 do.
 
+    Control tokens in a prompt or an observation are text from outside; they are broken up (`OutsideText`).
+
     Args:
         tokenizer: Encodes each piece by itself.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._as_text = OutsideText(
+            tokenizer.control_tokens if isinstance(tokenizer, HasControlTokens) else ()
+        )
 
     def open(self, prompt: str) -> list[int]:
         """Ids of the prompt."""
-        return self._tokenizer.encode(prompt)
+        return self._tokenizer.encode(self._as_text(prompt))
 
     def observe(self, observation: str, *, closed: bool) -> list[int]:
         """Ids of the observation, whatever the action ended with."""
         del closed
-        return self._tokenizer.encode(observation)
+        return self._tokenizer.encode(self._as_text(observation))

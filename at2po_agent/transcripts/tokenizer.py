@@ -6,7 +6,8 @@ a sampled turn is exactly what the model wrote. This module knows no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
@@ -26,12 +27,44 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens added."""
+        """Ids of a text, without special tokens added.
+
+        A tokenizer that parses control tokens written in a text lists them in `control_tokens`, as
+        `HFTokenizer` does; transcripts then break them up in what an environment shows.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, verbatim."""
         ...
+
+
+@runtime_checkable
+class HasControlTokens(Protocol):
+    """A tokenizer that parses control tokens written in a text."""
+
+    @property
+    def control_tokens(self) -> Sequence[str]:
+        """The control tokens."""
+        ...
+
+
+class OutsideText:
+    """Breaks up control tokens in text from outside, so that it is encoded as text: `< |im_end|>`.
+
+    A retrieved page then can neither end the sequence or its message nor speak as the assistant.
+
+    Args:
+        control_tokens: The tokens.
+    """
+
+    def __init__(self, control_tokens: Iterable[str]) -> None:
+        longest_first = sorted(set(control_tokens), key=len, reverse=True)
+        self._tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def __call__(self, text: str) -> str:
+        """The text, with a space after the first character of each control token."""
+        return self._tokens.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
 class HFTokenizer:
@@ -67,6 +100,12 @@ class HFTokenizer:
     def eos_id(self) -> int:
         """The id that ends a sequence."""
         return self._eos_id
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Tokens that steer a model: ends, padding, marks of messages; no added words such as `<think>`."""
+        flagged = {token.content for token in self.hf.added_tokens_decoder.values() if token.special}
+        return tuple(sorted(flagged | set(self.hf.all_special_tokens)))
 
     def __len__(self) -> int:
         return len(self.hf)

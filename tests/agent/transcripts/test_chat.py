@@ -1,12 +1,11 @@
 import pytest
 from helpers.chat_samples import QWEN3, joining_tokenizer, tokenizer_of
-from helpers.guess_env import CharTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from at2po_agent.transcripts.chat import ChatTranscript
 from at2po_agent.transcripts.chat_templates import TEMPLATES
-from at2po_agent.transcripts.inline import InlineTranscript, Transcript
+from at2po_agent.transcripts.inline import Transcript
 
 CHATML = TEMPLATES["chatml"].text
 NAMES = [("chatml", "qwen"), ("qwen3-preserving", "qwen"), ("llama3", "llama")]
@@ -73,14 +72,6 @@ def pieces(transcript, prompt, turns, *, closed):
         ids += tokenizer.encode(action) + [tokenizer.eos_id] * closed
         ids += transcript.observe(observation, closed=closed)
     return ids
-
-
-@pytest.mark.parametrize("closed", [False, True])
-def test_inline_pieces_are_the_texts_themselves(closed):
-    transcript = InlineTranscript(CharTokenizer())
-    assert isinstance(transcript, Transcript)
-    assert transcript.open("ab\n") == [97, 98, 10]
-    assert transcript.observe(" c ", closed=closed) == [32, 99, 32]
 
 
 def test_a_chat_wraps_prompt_and_observation_and_closes_the_action():
