@@ -235,7 +235,7 @@ def vllm(work: policy_benchmark.Workload, rounds: int) -> dict[str, Any]:
         from at2po_agent.policies.vllm import VLLMPolicy
         from at2po_agent.policies.vllm.config import VLLMConfig
 
-        for name, exact in (("vllm", None), ("vllm_blocks", False)):
+        for name, exact in (("vllm", "auto"), ("vllm_blocks", False)):
             settings = VLLMConfig(exact_prefixes=exact)
             policies[name] = VLLMPolicy(model, tokenizer, settings=settings, slots=work.slots, eos_ids=())
         best, prefill = dict.fromkeys(policies, 0.0), {}

@@ -36,10 +36,10 @@ class VLLMConfig(BaseModel):
     block_size: int | None = Field(
         None, ge=1, description="Tokens of a block, the unit of prefix caching; none takes 16 (CPU: 32)."
     )
-    exact_prefixes: bool | None = Field(
-        None,
-        description="Share prefixes to the last token, not in whole blocks; none does so where every layer "
-        "of the model attends to all tokens.",
+    exact_prefixes: Literal["auto"] | bool = Field(
+        "auto",
+        description="Share prefixes to the last token, not in whole blocks; auto does so with a version of "
+        "vLLM that this was tested with, where every layer of the model attends to all tokens.",
     )
     enforce_eager: bool | None = Field(
         None, description="Do not compile the model; none compiles on GPUs and does not on CPU."

@@ -5,7 +5,7 @@ top-p, in nats. Token t is drawn with uniform t of Philox(seed) by a logits proc
 (`vllm.sampling`), whatever the platform, so in exact arithmetic the tokens are those of `HFPolicy`; what
 differs is rounding, which depends on the batch.
 
-A fork's prefix is found to its last token (`fork_connector`), so each request computes what is new in it, one
+A fork's prefix is found to its last token (`exact_prefixes`), so each request computes what is new in it, one
 token at least.
 
 This module knows no environment, no tree and no training, and imports without vLLM.

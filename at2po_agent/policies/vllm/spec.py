@@ -15,10 +15,10 @@ import torch
 
 from at2po_agent.policies.hf.batching import PolicyStats
 from at2po_agent.policies.vllm.config import VLLMConfig
+from at2po_agent.policies.vllm.exact_prefixes import CONNECTOR, shares_to_the_token
 from at2po_env.errors import PolicyError, require
 
 _SAMPLER = "at2po_agent.policies.vllm.logits_processor:SeededSampling"
-_CONNECTOR = "at2po_agent.policies.vllm.fork_connector"
 _NEEDED = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core runs where it is made; processes are ours
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # our logits processor has the interface of the V1 sampler
@@ -166,6 +166,7 @@ def make_engine(spec: EngineSpec) -> tuple[Any, Counters]:
     counters = Counters()
     prepare_environment()
     with _keeping_torch():
+        import vllm
         from vllm import EngineArgs, LLMEngine
         from vllm.config import KVTransferConfig
         from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, has_kv_transfer_group
@@ -176,11 +177,13 @@ def make_engine(spec: EngineSpec) -> tuple[Any, Counters]:
                 "first, or set model.vllm.asynchronous=true, which gives each engine a process of its own"
             )
         arguments = EngineArgs(**engine_arguments(spec, on_cpu=_on_cpu()))
-        wanted = spec.settings.exact_prefixes
-        exact = attends_to_all(arguments.create_model_config()) if wanted is None else wanted
-        if exact:
+        if shares_to_the_token(
+            spec.settings.exact_prefixes,
+            version=vllm.__version__,
+            attends_to_all=attends_to_all(arguments.create_model_config()),
+        ):
             arguments.kv_transfer_config = KVTransferConfig(
-                kv_connector="ForkConnector", kv_connector_module_path=_CONNECTOR, kv_role="kv_both"
+                kv_connector="ForkConnector", kv_connector_module_path=CONNECTOR, kv_role="kv_both"
             )
         try:
             engine = LLMEngine.from_engine_args(arguments)

@@ -3,7 +3,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from at2po_agent.policies.vllm.block_index import BlockIndex, Found
+from at2po_agent.policies.vllm.exact_prefixes.block_index import BlockIndex, Found
 
 
 def agreement(left, right):

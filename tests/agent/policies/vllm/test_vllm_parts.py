@@ -17,6 +17,7 @@ from at2po_agent.agents.model import ModelShape, build_model
 from at2po_agent.config.loading import load_config
 from at2po_agent.policies.vllm import VLLMPolicy
 from at2po_agent.policies.vllm.config import VLLMConfig
+from at2po_agent.policies.vllm.exact_prefixes import shares_to_the_token
 from at2po_agent.policies.vllm.routing import Router
 from at2po_agent.policies.vllm.spec import (
     EngineSpec,
@@ -46,6 +47,21 @@ def test_without_vllm_the_error_names_the_extra():
         VLLMPolicy("nowhere", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'at2po\[vllm\]'"):
         build_agent(load_config("qwen3-4b-multihop"))  # before any weight is loaded
+
+
+@pytest.mark.parametrize(
+    ("choice", "version", "attends", "expected"),
+    [
+        ("auto", "0.32.0", True, True),
+        ("auto", "0.32.0+cpu", True, True),
+        ("auto", "0.32.1", True, False),  # its internals may be others
+        ("auto", "0.32.0", False, False),
+        (True, "0.33.0", True, True),  # an explicit choice holds
+        (False, "0.32.0", True, False),
+    ],
+)
+def test_exact_prefixes_are_for_tested_versions(choice, version, attends, expected):
+    assert shares_to_the_token(choice, version=version, attends_to_all=attends) is expected
 
 
 # Routing ----------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def model() -> Any:
     return tiny_model(seed=4)
 
 
-@pytest.fixture(scope="module", params=[None, False], ids=["exact", "blocks"])
+@pytest.fixture(scope="module", params=["auto", False], ids=["exact", "blocks"])
 def engine(model: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """Some 75 blocks of 32 tokens."""
     before = semaphores()
@@ -40,7 +40,7 @@ def test_prefixes_are_shared_to_the_token_or_to_the_block(engine: Any) -> None:
     engine.generate([Request(prompt, 3)])
     before = engine.stats.prefill_tokens
     engine.generate([Request((*prompt, 9), 3)])
-    exact = engine.settings.exact_prefixes is None
+    exact = engine.settings.exact_prefixes == "auto"
     assert engine.stats.prefill_tokens - before == (1 if exact else 61 - 32)
 
 

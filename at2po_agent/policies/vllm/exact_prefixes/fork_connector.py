@@ -31,7 +31,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
-from at2po_agent.policies.vllm.block_index import BlockIndex
+from at2po_agent.policies.vllm.exact_prefixes.block_index import BlockIndex
 
 _CACHED = make_block_hash_with_group_id(BlockHash(b"part of a block"), 0)
 """Marks a block that is not full as cached; no lookup finds it by this hash."""
