@@ -160,6 +160,19 @@ def load_episode(data: Mapping[str, Any]) -> Episode:
     """
     try:
         task = data["task"]
+        texts = [task["id"], task["question"], *task["golden_answers"], data["prompt"], data["ended"]]
+        for action, observation, reward, outcome in data["turns"]:
+            texts += [action, observation, outcome]
+            if type(reward) not in (int, float):
+                raise TypeError(f"a reward is {reward!r:.80}")
+        for text in texts:
+            if type(text) is not str:
+                raise TypeError(f"{text!r:.80} is no text")
+        for count in (data["turn"], data["tool_calls"], data["seed"]):
+            if type(count) is not int or not 0 <= count < 1 << 1024:
+                raise ValueError(f"{count!r:.80} is no count")
+        if not isinstance(data["tool_states"], dict):
+            raise TypeError(f"tool_states is {data['tool_states']!r:.80}")
         return Episode(
             task=Task(
                 id=task["id"],
