@@ -132,17 +132,23 @@ def fork(env: EnvT) -> EnvT:
     """Return an environment that stands where this one stands, and is independent of it from here on.
 
     The same actions give the same observations, rewards and infos in both, and neither can change the other.
-    Costs a few microseconds, however long the episode: the past is shared.
+    Costs a few microseconds, however long the episode: the past is shared. Takes no lock: step, fork and
+    capture an environment in one thread at a time.
 
     Args:
         env: A `ForkableEnv` under any number of wrappers.
 
     Raises:
-        SnapshotError: If the environment is not forkable, or a wrapper holds something that cannot be copied.
+        SnapshotError: If the environment is not forkable, a wrapper holds something that cannot be copied, or
+            another thread is seen to change it meanwhile.
     """
     wrappers, base = _unstack(env)
     child: Any = base._fork()
-    return fork_layers(wrappers, base, child) if wrappers else child  # type: ignore[no-any-return]
+    try:
+        return fork_layers(wrappers, base, child) if wrappers else child  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        _refuse_motion(error)
+        raise
 
 
 def snapshot(env: gymnasium.Env[Any, Any]) -> Snapshot:
@@ -152,10 +158,14 @@ def snapshot(env: gymnasium.Env[Any, Any]) -> Snapshot:
         env: A `ForkableEnv` under any number of wrappers.
 
     Raises:
-        SnapshotError: If the environment is not forkable, or a wrapper holds something that cannot be copied.
+        SnapshotError: As in `fork`.
     """
     wrappers, base = _unstack(env)
-    captured = capture_layers(wrappers, base) if wrappers else ()
+    try:
+        captured = capture_layers(wrappers, base) if wrappers else ()
+    except RuntimeError as error:
+        _refuse_motion(error)
+        raise
     return Snapshot.of(
         env_id(base),
         LazyJson(base._get_base(), write_base(base.dump_state)),
@@ -192,6 +202,15 @@ def restore(env: gymnasium.Env[Any, Any], snap: Snapshot) -> None:
     base._set_base(snap.state.live)
     if wrappers:
         restore_layers(wrappers, base, captured)
+
+
+def _refuse_motion(error: RuntimeError) -> None:
+    """Name the cause where a container changed while it was copied."""
+    if "during iteration" in str(error):
+        raise SnapshotError(
+            f"The environment changed while it was copied ({error}): another thread steps it. Fix: step, "
+            "fork and capture an environment in one thread at a time"
+        ) from error
 
 
 def _restore_json(

@@ -400,6 +400,34 @@ def test_what_does_not_fit_is_refused_before_anything_changes() -> None:
     assert snapshot(env).digest == before
 
 
+@pytest.mark.parametrize("kind", [deque, dict])
+def test_a_parent_that_another_thread_changes_is_refused(kind: Any) -> None:
+    """What a thread does in the middle of a copy, done here by the copy of an element."""
+
+    class Meddler:
+        def __deepcopy__(self, memo: Any) -> Any:
+            things.update({len(things): 0}) if kind is dict else things.append(0)
+            return self
+
+    things: Any = {0: Meddler(), 1: Meddler()} if kind is dict else kind([Meddler(), Meddler()])
+    env = Holder(PigEnv(), things)
+    env.reset(seed=0)
+    for operation in (fork, snapshot):
+        with pytest.raises(SnapshotError, match=r"during iteration\): another thread steps it\. Fix"):
+            operation(env)
+
+
+def test_other_errors_of_a_copy_are_not_hidden() -> None:
+    class Odd(gymnasium.Wrapper[Any, Any, Any, Any]):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "__dict__":
+                raise RuntimeError("odd")
+            return super().__getattribute__(name)
+
+    with pytest.raises(RuntimeError, match="odd"):
+        fork(Odd(PigEnv()))
+
+
 def test_only_forkable_environments_fork() -> None:
     with pytest.raises(SnapshotError, match=r"CartPoleEnv cannot be forked\. Expected a subclass"):
         fork(TimeLimit(CartPoleEnv(), 5))
