@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from at2po_env import SearchTool, TextVectorEnv, ToolEnv, vector
 from at2po_env.data import Task, TaskSource, load_qa, resolve_corpus, resolve_dataset
-from at2po_env.episodes.actions import ActionProtocol
-from at2po_env.episodes.prompts import Prompt
 from at2po_env.retrieval import Retriever, open_retriever
 from at2po_envs.search_qa.miniwiki import make_miniwiki
 
@@ -28,7 +26,7 @@ def make_vector(**options: Any) -> TextVectorEnv:
     return vector.make_vector(make, **options)
 
 
-def make_qa(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
+def make_qa(
     name: str,
     *,
     dataset: str | Path | None = None,
@@ -37,16 +35,12 @@ def make_qa(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
     retriever: str | Retriever = "bm25",
     retriever_options: Mapping[str, Any] | None = None,
     topk: int = 3,
-    max_turns: int = 7,
-    protocol: str | ActionProtocol = "tagged",
     answer_format: str = "boxed",
-    on_malformed: Literal["end", "notice"] = "end",
-    prompt: Prompt | None = None,
     tool_timeout_s: float | None = None,
     tool_retries: int = 0,
-    render_mode: str | None = None,
+    **options: Any,
 ) -> ToolEnv:
-    r"""Questions of a data set, answered by searching a corpus.
+    r"""Make an environment of the questions of a data set, answered by searching a corpus.
 
     Args:
         name: The data set: HotpotQA, 2WikiMultihopQA, MuSiQue, Bamboogle, NaturalQuestions, TriviaQA or
@@ -58,15 +52,11 @@ def make_qa(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
             retriever. Only kinds within the process need a corpus.
         retriever_options: Keywords of the retriever.
         topk: Passages shown by a search, each cut at 1,000 characters.
-        max_turns: Turns of an episode; the last has to answer.
-        protocol: "tagged" (AT²PO), "search_r1" (results in `<information>`) or "hermes" (JSON tool calls).
         answer_format: The reward: "boxed" (AT²PO: -1 for a wrong format, else the EM of `\boxed{}`), "tag"
             (Search-R1: the EM of `<answer>`) or "structured" (Tree-GRPO).
-        on_malformed: A turn without call and answer leads to the "end" (AT²PO) or to a "notice" (Search-R1).
-        prompt: Another prompt: a template, a name, or a function of the task.
         tool_timeout_s: Seconds a search may take. Default: no limit, for retrievers within the process.
         tool_retries: Further attempts of a failed search.
-        render_mode: "ansi" for transcripts.
+        **options: max_turns, protocol, on_malformed, prompt and render_mode of `ToolEnv`.
     """
     tasks = Questions(load_qa(resolve_dataset(name, split, dataset)))
     if isinstance(retriever, str):
@@ -74,16 +64,7 @@ def make_qa(  # noqa: PLR0913 - the keyword arguments of gymnasium.make
         path = None if remote else resolve_corpus(name, corpus)
         retriever = open_retriever(retriever, path, **(retriever_options or {}))
     tool = SearchTool(retriever, topk=topk, timeout_s=tool_timeout_s, retries=tool_retries)
-    return ToolEnv(
-        tasks=tasks,
-        tools=[tool],
-        reward=answer_format,
-        protocol=protocol,
-        prompt=prompt,
-        max_turns=max_turns,
-        on_malformed=on_malformed,
-        render_mode=render_mode,
-    )
+    return ToolEnv(tasks=tasks, tools=[tool], reward=answer_format, **options)
 
 
 class Questions:
