@@ -23,7 +23,7 @@ import tempfile
 import textwrap
 import time
 from pathlib import Path
-from typing import IO, ClassVar, NamedTuple
+from typing import IO, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -62,26 +62,6 @@ class PythonArguments(BaseModel):
     code: str = Field(description="a complete program; what it prints is shown")
 
 
-class Run(NamedTuple):
-    """The output of a program and how it ended.
-
-    Attributes:
-        output: The beginning of stdout and stderr together.
-        cut: Whether there was more.
-        end: The last characters of it.
-        flooded: Whether the program was killed because it wrote more than `MAX_READ` bytes.
-        timed_out: Whether it was killed because its time was over.
-        status: Exit status; negative for a signal.
-    """
-
-    output: str
-    cut: bool
-    end: str
-    flooded: bool
-    timed_out: bool
-    status: int
-
-
 class PythonTool(Tool):
     """Runs a Python program and shows what it prints; every call starts a fresh process.
 
@@ -116,55 +96,48 @@ class PythonTool(Tool):
         self.max_output = max_output
 
     def run(self, arguments: PythonArguments, context: ToolContext) -> str:
-        """Run the program to its end or its limits."""
+        """Run the program in a process group of its own, which is gone when this returns."""
         del context
-        done = run_python(
-            arguments.code, timeout_s=self.run_timeout_s, memory_mb=self.memory_mb, max_output=self.max_output
-        )
-        output = done.output.rstrip() + ("\n[output cut]" if done.cut else "")
-        if done.timed_out:
-            raise ToolError(f"timed out after {self.run_timeout_s:g} s\n{output}"[:400].rstrip())
-        if done.flooded:
-            raise ToolError(f"stopped after {MAX_READ >> 20} MiB of output\n{output}"[:400].rstrip())
-        if done.status != 0:
-            how = f"signal {-done.status}" if done.status < 0 else f"exit status {done.status}"
-            raise ToolError(f"{how}\n{done.end}".rstrip())
-        return output or "[no output]"
-
-
-def run_python(code: str, *, timeout_s: float, memory_mb: int, max_output: int) -> Run:
-    """Run a program in a process group of its own, which is gone when this returns."""
-    with tempfile.TemporaryDirectory(prefix="at2po-python-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "code.py"
-        path.write_bytes(textwrap.dedent(code).encode("utf-8", "replace"))
-        command = [sys.executable, "-P", "-s", "-S", "-c", _CHILD]
-        with subprocess.Popen(
-            [*command, str(int(timeout_s) + 1), str(memory_mb << 20), str(path)],
-            cwd=folder,
-            env={"LANG": "C.UTF-8", "HOME": folder, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        ) as process:
-            try:
-                assert process.stdout is not None
-                deadline = time.monotonic() + timeout_s
-                head, end, size = _read(process, process.stdout, keep=max_output * 4 + 1, deadline=deadline)
-                flooded = size >= MAX_READ
-                timed_out = False
-                if not flooded:
-                    try:  # it may have closed its output and gone on
+        failure = ""
+        with tempfile.TemporaryDirectory(prefix="at2po-python-", ignore_cleanup_errors=True) as folder:
+            path = Path(folder) / "code.py"
+            path.write_bytes(textwrap.dedent(arguments.code).encode("utf-8", "replace"))
+            limits = [str(int(self.run_timeout_s) + 1), str(self.memory_mb << 20)]
+            with subprocess.Popen(
+                [sys.executable, "-P", "-s", "-S", "-c", _CHILD, *limits, str(path)],
+                cwd=folder,
+                env={"LANG": "C.UTF-8", "HOME": folder, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            ) as process:
+                try:
+                    assert process.stdout is not None
+                    deadline = time.monotonic() + self.run_timeout_s
+                    keep = self.max_output * 4 + 1  # a character has at most four bytes
+                    head, end, size = _read(process, process.stdout, keep=keep, deadline=deadline)
+                    if size >= MAX_READ:
+                        failure = f"stopped after {MAX_READ >> 20} MiB of output"
+                    else:  # it may have closed its output and gone on
                         process.wait(max(deadline - time.monotonic(), 0.0))
-                    except subprocess.TimeoutExpired:
-                        timed_out = True
-            finally:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
-    text = head.decode("utf-8", "replace")
-    ending = end.decode("utf-8", "replace").rstrip()[-_END_CHARS:]
-    return Run(text[:max_output], len(text) > max_output, ending, flooded, timed_out, status)
+                except subprocess.TimeoutExpired:
+                    failure = f"timed out after {self.run_timeout_s:g} s"
+                finally:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                status = process.wait()
+        output = head.decode("utf-8", "replace")
+        if len(output) > self.max_output:
+            output = output[: self.max_output].rstrip() + "\n[output cut]"
+        output = output.rstrip()
+        if failure:
+            raise ToolError(f"{failure}\n{output}"[:_END_CHARS].rstrip())
+        if status != 0:
+            how = f"signal {-status}" if status < 0 else f"exit status {status}"
+            ending = end.decode("utf-8", "replace").rstrip()[-_END_CHARS:]
+            raise ToolError(f"{how}\n{ending}".rstrip())
+        return output or "[no output]"
 
 
 def _read(
