@@ -126,7 +126,9 @@ def rollout(
         )
         for index, options in enumerate(tasks)
     ]
-    scheduler = Scheduler(questions, policy, config, transcript=transcript, watch=watch, on_leaf=on_leaf)
+    scheduler = Scheduler(
+        questions, policy, config, env=env, transcript=transcript, watch=watch, on_leaf=on_leaf
+    )
     scheduler.run()
     asked, steps = scheduler.requests, scheduler.steps
     rest = time.perf_counter() - start - asked.seconds
@@ -141,6 +143,7 @@ class Scheduler:
         questions: The trees to grow; a branch knows the index of its question.
         policy: Samples the actions.
         config: Shape and limits.
+        env: The environment whose forks are stepped; its hung steps are bounded over all rollouts.
         transcript: Makes the ids of observations.
         watch: Makes the intervention of one request, or None.
         on_leaf: Called whenever a branch has ended.
@@ -157,6 +160,7 @@ class Scheduler:
         policy: Policy,
         config: RolloutConfig,
         *,
+        env: Env,
         transcript: Transcript,
         watch: Callable[[], Watch | None],
         on_leaf: Callable[[], None] | None,
@@ -170,7 +174,7 @@ class Scheduler:
         self._ready: deque[Branch] = deque()  # wait for a place at the policy
         self._asked: dict[int, tuple[Branch, Watch | None]] = {}  # by ticket
         self.requests = PolicyRequests(policy)
-        self.steps: Steps[Branch] = Steps(config.tool_workers, config.tool_deadline_s)
+        self.steps: Steps[Branch] = Steps(config.tool_workers, config.tool_deadline_s, owner=env.unwrapped)
         self.turns = 0
 
     def run(self) -> None:

@@ -335,6 +335,29 @@ def test_an_environment_that_hangs_is_never_used_again():
     assert not reused
 
 
+def test_hung_steps_are_bounded_for_each_environment_over_all_rollouts(monkeypatch):
+    monkeypatch.setattr(deadlines, "MAX_ABANDONED", 2)
+    shape = changed(IN_THREADS, tool_workers=2, tool_deadline_s=0.2, chains=12, forks=0, rounds=0)
+
+    def late(env: SlowEnv) -> int:
+        trees = rollout(tasks(2), TimeLimit(env, 100), GuessingPolicy(), shape, seed=1)
+        return [outcome["outcome"] for tree in trees for outcome in tree.outcomes if outcome].count(
+            "env_timeout"
+        )
+
+    hangs = Hangs()
+    with hangs.released_at_the_end():
+        hung = SlowEnv(hangs)
+        assert late(hung) > 2
+        assert deadlines.abandoned_calls(hung) in (
+            2,
+            3,
+        )  # two, and one begun before
+        assert late(hung) == 24  # no thread is left for it
+        assert late(SlowEnv()) == 0
+    assert late(hung) == 0
+
+
 def test_a_deadline_needs_threads():
     with pytest.raises(ValueError, match="tool_deadline_s needs threads"):
         RolloutConfig(tool_workers=0, tool_deadline_s=1.0)
