@@ -77,7 +77,8 @@ class Tree:
     @property
     def is_leaf(self) -> BoolArray:
         """bool[N]: whether the node's turn ended the episode (an unfinished turn is no leaf)."""
-        return np.logical_not(np.isnan(self._reward[: len(self)]))
+        open_turns: BoolArray = np.isnan(self._reward[: len(self)])
+        return ~open_turns
 
     def add(self, parent: int, turn: Turn, *, prefix_ids: Sequence[int] | None = None) -> int:
         """Append a turn below a node.
