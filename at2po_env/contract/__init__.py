@@ -1,4 +1,4 @@
-"""Is my environment right? The rules of forking, a checker that applies them, and a contract to inherit.
+"""Checks whether an environment is right: the rules of forking, a checker, and a contract to inherit.
 
 Read `rules` first (each rule is one function), then `checker` (`check_env`) and `testing`
 (`EnvContract` for pytest, and `PigEnv`, the smallest complete environment).

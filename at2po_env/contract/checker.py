@@ -1,4 +1,4 @@
-"""`check_env`: Gymnasium's own checker, then the fork contract, then a round trip through another process."""
+"""Checks an environment: Gymnasium's rules, the fork contract, a round trip through another process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import env_checker
 
-from at2po_env.contract.rules import CHECKS, Env, Play, Step, build
+from at2po_env.contract.rules import CHECKS, Env, Play, StepResult, build
 from at2po_env.errors import ContractError
 from at2po_env.forking.base import ForkableEnv, fork, restore, snapshot
 from at2po_env.forking.snapshots import Snapshot
@@ -39,16 +39,17 @@ def check_env(
 
     Args:
         env: The environment, under any wrappers; they are checked too.
-        actions: What to play: useful actions in order, at least one. Default: the environment's own
+        actions: The actions to play, in order, at least one. Default: the environment's own
             `example_actions`; through a wrapper that changes the action space, samples of that space.
         seed: Seed of every reset.
         options: Options of every reset.
         ignore_info: Keys of `info` that may differ between two runs of the same episode, such as clocks.
-        process: Whether to restore a snapshot in another Python process. Default: if the environment can be
-            built from its spec there.
+        process: Also restore a snapshot in another Python process. Default: if the environment can be built
+            from its spec there.
 
     Raises:
-        ContractError: With the broken rule, what was expected, what happened, and the likely cause.
+        ContractError: With the broken rule, the expected and the actual value, and the likely cause.
+        SnapshotError: If a wrapper holds state and does not say how to write it as JSON.
 
     Example:
         >>> from at2po_env.contract.testing import PigEnv
@@ -105,7 +106,7 @@ def check_process(env: Env, play: Play, *, required: bool | None = None) -> None
 
     Args:
         env: The environment.
-        play: What to play.
+        play: The actions, the seed and the options.
         required: `True`: an environment that cannot be rebuilt from its spec is an error; `None`: it is
             skipped; `False`: never run.
 
@@ -126,7 +127,25 @@ def check_process(env: Env, play: Play, *, required: bool | None = None) -> None
     text = snapshot(env).to_json()
     job = {"spec": spec, "snapshot": text, "actions": list(play.actions), "ignore": list(play.ignore_info)}
     expected = play.run(fork(env), 1)
-    reply = _run_elsewhere(job)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from at2po_env.contract.checker import replay_from_stdin; replay_from_stdin()",
+        ],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        timeout=PROCESS_TIMEOUT_S,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        check=False,
+    )
+    if done.returncode != 0:
+        raise ContractError(
+            "Broken: a snapshot fits an environment in another process\n"
+            f"  actual: the process failed with\n{done.stderr[-2000:]}"
+        )
+    reply = json.loads(done.stdout.splitlines()[-1])
     if reply["digest"] != Snapshot.from_json(text).digest:
         raise ContractError("Broken: a snapshot restored in another process is the same state")
     if reply["steps"] != _portable(expected):
@@ -149,28 +168,8 @@ def _portable_spec(env: Env, play: Play) -> str | None:
         return None
 
 
-def _run_elsewhere(job: dict[str, Any]) -> dict[str, Any]:
-    code = "from at2po_env.contract.checker import replay_from_stdin; replay_from_stdin()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        timeout=PROCESS_TIMEOUT_S,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        check=False,
-    )
-    if done.returncode != 0:
-        raise ContractError(
-            "Broken: a snapshot fits an environment in another process\n"
-            f"  actual: the process failed with\n{done.stderr[-2000:]}"
-        )
-    reply: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return reply
-
-
 def replay_from_stdin() -> None:
-    """The other process: rebuild, restore, play, and write what happened as one line of JSON."""
+    """Rebuild, restore and play in the other process, and write the steps as one line of JSON."""
     job = json.load(sys.stdin)
     env = gymnasium.make(EnvSpec.from_json(job["spec"]))
     restore(env, Snapshot.from_json(job["snapshot"]))
@@ -179,5 +178,5 @@ def replay_from_stdin() -> None:
     sys.stdout.write(json.dumps({"digest": digest, "steps": _portable(steps)}) + "\n")
 
 
-def _portable(steps: Sequence[Step]) -> Any:
+def _portable(steps: Sequence[StepResult]) -> Any:
     return json.loads(json.dumps(steps, default=repr))

@@ -1,8 +1,8 @@
-"""The fork contract: a fork is the same episode, and independent of the one it came from.
+"""Checks the fork contract: a fork is the same episode, and independent of the one it came from.
 
-Each check plays the same actions from the same point along two roads (parent and fork, before and after
-`restore`, live and through JSON) and demands the same observations, rewards, ends and infos. A failed check
-raises `ContractError` with what was expected, what happened and the likely cause.
+Each check plays the same actions twice from the same point (in parent and fork, before and after `restore`,
+live and through JSON) and demands the same observations, rewards, ends and infos. A failed check raises
+`ContractError` with the expected and the actual value and the likely cause.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _RNGS = (np.random.Generator, np.random.RandomState, random.Random, np.random.Bi
 _PLAIN = (bool, int, float, str)
 
 
-class Step(NamedTuple):
-    """What one call of `step` returned."""
+class StepResult(NamedTuple):
+    """The five values that one call of `step` returned."""
 
     observation: Any
     reward: Any
@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
 
 class Play(NamedTuple):
-    """How the checks play: where an episode begins and which actions it takes.
+    """A script for the checks: where an episode begins and which actions it takes.
 
     Attributes:
         actions: Played in order, and over again until the episode ends or after 32 turns.
@@ -60,10 +60,14 @@ class Play(NamedTuple):
         env.reset(seed=self.seed, options=copy.deepcopy(self.options))
         return not any(step.terminated or step.truncated for step in self.run(env, 0, turns))
 
-    def run(self, env: Env, start: int, count: int = MAX_TURNS) -> list[Step]:
+    def run(self, env: Env, start: int, count: int = MAX_TURNS) -> list[StepResult]:
         """Take turns until the episode ends, at most `count`; actions are chosen by turn number."""
         steps = []
-        clocks = {layer._stats_key for layer in _layers(env) if isinstance(layer, RecordEpisodeStatistics)}
+        clocks, layer = set[str](), env
+        while isinstance(layer, gymnasium.Wrapper):
+            if isinstance(layer, RecordEpisodeStatistics):
+                clocks.add(layer._stats_key)
+            layer = layer.env
         for turn in range(start, start + count):
             observation, reward, terminated, truncated, info = env.step(
                 self.actions[turn % len(self.actions)]
@@ -71,16 +75,15 @@ class Play(NamedTuple):
             kept = {key: value for key, value in info.items() if key not in self.ignore_info}
             for clock in clocks & kept.keys():
                 kept[clock] = {key: value for key, value in kept[clock].items() if key != "t"}
-            steps.append(copy.deepcopy(Step(observation, reward, terminated, truncated, kept)))
+            steps.append(copy.deepcopy(StepResult(observation, reward, terminated, truncated, kept)))
             if terminated or truncated:
                 break
         return steps
 
 
 def plays_of(play: Play) -> list[Play]:
-    """The actions in order, and each of the first two alone over and over, which exhausts budgets."""
-    alone = [play._replace(actions=[action]) for action in play.actions[:2]]
-    return [play, *alone]
+    """Return the play, and its first two actions each alone over and over, which exhausts budgets."""
+    return [play, *[play._replace(actions=[action]) for action in play.actions[:2]]]
 
 
 def points_of(env: Env, play: Play) -> Iterator[tuple[Play, int]]:
@@ -95,7 +98,9 @@ def check_fork(env: Env, play: Play) -> None:
     """A fork has the state of its parent; the same actions give the same in both; forks can be forked."""
     for script, turn in points_of(env, play):
         child, grandchild = fork(env), fork(fork(env))
-        _expect_same_state(env, child, "a fork's state is its parent's", _shared(env, child))
+        if child is env or child.unwrapped is env.unwrapped:
+            _fail("fork returns another environment", "two objects", "one", "a fork method that returns self")
+        _expect_digest(snapshot(env), snapshot(child), "a fork's state is its parent's", _shared(env, child))
         expected = script.run(child, turn)
         _expect_equal(
             expected, script.run(grandchild, turn), turn, "the fork", "a fork of a fork", env, child
@@ -140,7 +145,15 @@ def check_restore(env: Env, play: Play) -> None:
         expected = script.run(env, turn)
         restore(env, snap)
         _expect_digest(snap, snapshot(env), "restore brings the captured state back", "")
-        _expect_scalars(plain, _scalars(env))
+        after = _scalars(env)
+        for name, value in plain.items():
+            if name in after and type(after[name]) is type(value) and after[name] != value:
+                _fail(
+                    "restore rewinds everything that changes during an episode",
+                    f"attribute {name} = {value!r}",
+                    f"{name} = {after[name]!r}",
+                    f"{name} is not part of get_state/set_state",
+                )
         _expect_equal(expected, script.run(env, turn), turn, "the first time", "after restore", env, env)
         script.run(child, turn, 1)
         restore(child, snap)
@@ -169,9 +182,9 @@ def check_copies(env: Env, play: Play) -> None:
     """`copy.deepcopy` and `pickle` either refuse or keep the episode; losing it silently is an error."""
     for script, turn in points_of(env, play):
         expected = script.run(fork(env), turn)
-        for name, duplicate in (("deepcopy", copy.deepcopy), ("pickle", _through_pickle)):
+        for name in ("deepcopy", "pickle"):
             try:
-                twin = duplicate(env)
+                twin: Env = copy.deepcopy(env) if name == "deepcopy" else pickle.loads(pickle.dumps(env))
             except Exception:  # noqa: BLE001  # a loud refusal is allowed, whatever its type
                 continue
             cause = "gymnasium.utils.EzPickle rebuilds the environment without its episode: do not inherit it"
@@ -239,64 +252,27 @@ def build(spec: EnvSpec | None) -> Env | None:
         return None  # a wrapper that does not record its arguments, an object among the kwargs
 
 
-def _through_pickle(env: Env) -> Env:
-    copied: Env = pickle.loads(pickle.dumps(env))
-    return copied
-
-
-def _layers(env: Env) -> Iterator[Env]:
-    while isinstance(env, gymnasium.Wrapper):
-        yield env
-        env = env.env
-    yield env
-
-
 def _scalars(env: Env) -> dict[str, Any]:
-    """Plain attributes of the environment under the wrappers; the generator's are restored for it."""
+    """Return the plain attributes of the environment under the wrappers, but those of `ForkableEnv`."""
     own = vars(ForkableEnv)
-    return {
-        name: value
-        for name, value in vars(env.unwrapped).items()
-        if type(value) in _PLAIN and name not in own
-    }
-
-
-def _expect_scalars(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    for name, value in before.items():
-        if name in after and type(after[name]) is type(value) and after[name] != value:
-            _fail(
-                "restore rewinds everything that changes during an episode",
-                f"attribute {name} = {value!r}",
-                f"{name} = {after[name]!r}",
-                f"{name} is not part of get_state/set_state",
-            )
+    held = vars(env.unwrapped).items()
+    return {name: value for name, value in held if type(value) in _PLAIN and name not in own}
 
 
 def _shared(env: Env, child: Env) -> str:
     """Name the mutable objects that both sides hold: the usual way in which a fork leaks."""
     base = env.unwrapped
     held = vars(child.unwrapped)
-    names = [
-        f"{type(base).__name__}.{name} ({type(value).__name__})"
-        for name, value in vars(base).items()
-        if held.get(name) is value and _may_change(value)
-    ]
+    names = []
+    for name, value in vars(base).items():
+        function = isinstance(value, type) or (type(value).__module__ == "builtins" and callable(value))
+        mutable = isinstance(value, (list, dict, set, np.ndarray, bytearray, *_RNGS))
+        if held.get(name) is value and not function and (mutable or hasattr(value, "__dict__")):
+            names.append(f"{type(base).__name__}.{name} ({type(value).__name__})")
     shared = (
         ", ".join(names) or "none among the environment's attributes: look for globals and class attributes"
     )
     return f"mutable state outside get_state(). Objects that fork shares: {shared}"
-
-
-def _may_change(value: Any) -> bool:
-    if isinstance(value, type) or (type(value).__module__ == "builtins" and callable(value)):
-        return False
-    return isinstance(value, (list, dict, set, np.ndarray, bytearray, *_RNGS)) or hasattr(value, "__dict__")
-
-
-def _expect_same_state(env: Env, child: Env, rule: str, cause: str) -> None:
-    if child is env or child.unwrapped is env.unwrapped:
-        _fail("fork returns another environment", "two objects", "one", "a fork method that returns self")
-    _expect_digest(snapshot(env), snapshot(child), rule, cause)
 
 
 def _expect_digest(expected: Snapshot, actual: Snapshot, rule: str, cause: str) -> None:
@@ -311,7 +287,7 @@ def _expect_digest(expected: Snapshot, actual: Snapshot, rule: str, cause: str) 
 
 
 def first_difference(left: Any, right: Any, path: str) -> tuple[str, str, str]:
-    """Where two JSON values first differ: the path and both values, shortened."""
+    """Return the path at which two JSON values first differ, and both values, shortened."""
     if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
         pairs = [(f"{path}.{key}", left[key], right[key]) for key in left]
     elif isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
@@ -324,11 +300,18 @@ def first_difference(left: Any, right: Any, path: str) -> tuple[str, str, str]:
     return path, _short(left), _short(right)
 
 
-def _expect_equal(expected: Sequence[Step], actual: Sequence[Step], turn: int, *who: Any) -> None:
+def _expect_equal(
+    expected: Sequence[StepResult],
+    actual: Sequence[StepResult],
+    turn: int,
+    one: str,
+    other: str,
+    env: Env,
+    child: Env,
+) -> None:
     """Raise at the first turn where two runs of the same actions differ."""
-    one, other, env, child = who
     for number, (left, right) in enumerate(zip(expected, actual, strict=False), turn + 1):
-        for field, mine, theirs in zip(Step._fields, left, right, strict=True):
+        for field, mine, theirs in zip(StepResult._fields, left, right, strict=True):
             if not data_equivalence(mine, theirs, exact=True):
                 if isinstance(mine, dict) and isinstance(theirs, dict):
                     field, mine, theirs = first_difference(mine, theirs, field)

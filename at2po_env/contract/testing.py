@@ -1,4 +1,4 @@
-"""For authors of environments: a contract to inherit, and the smallest complete environment to copy.
+"""Offers authors of environments a contract to inherit, and the smallest complete environment to copy.
 
 A class in a test file
 
@@ -29,7 +29,7 @@ class EnvContract:
         actions: Useful actions in order; by default the environment's `example_actions`.
         options: Options of every reset.
         ignore_info: Keys of `info` that may differ between two runs, such as clocks.
-        another_process: Whether the environment must be restorable in another process; `None`: if it can be.
+        another_process: `True`: it must be restorable in another process; `None`: if it can be built there.
     """
 
     actions: ClassVar[Sequence[Any] | None] = None

@@ -1,4 +1,4 @@
-"""Environments that can be forked at any turn, through any stack of Gymnasium wrappers.
+"""Forks environments at any turn, through any stack of Gymnasium wrappers.
 
 A `ForkableEnv` keeps everything that changes during an episode in one immutable value. `fork` hands that
 value to a twin; `snapshot` keeps it; `restore` puts it back. Around it, the state of each wrapper (time
@@ -59,14 +59,14 @@ class ForkableEnv(gymnasium.Env[str, str], ABC):
 
     @abstractmethod
     def dump_state(self, state: Any) -> Any:
-        """Return a JSON value for a state; must not depend on where this environment stands."""
+        """Return a JSON value for a state; must depend on nothing else that changes."""
 
     @abstractmethod
     def load_state(self, data: Any) -> Any:
         """Return the state that `dump_state` wrote; must not change this environment."""
 
     def example_actions(self) -> Sequence[str]:
-        """Actions that exercise this environment, in order; `check_env` and the contract tests play them."""
+        """Return actions that exercise this environment; `check_env` and the contract tests play them."""
         return [self.action_space.sample() for _ in range(4)]
 
     def reset(
@@ -129,7 +129,7 @@ class ForkableEnv(gymnasium.Env[str, str], ABC):
 
 
 def fork(env: EnvT) -> EnvT:
-    """Return an environment that stands where this one stands, and is independent of it from here on.
+    """Return an independent environment in the same state.
 
     The same actions give the same observations, rewards and infos in both, and neither can change the other.
     Costs a few microseconds, however long the episode: the past is shared. Takes no lock: step, fork and
@@ -152,7 +152,7 @@ def fork(env: EnvT) -> EnvT:
 
 
 def snapshot(env: gymnasium.Env[Any, Any]) -> Snapshot:
-    """Keep where an environment stands; costs a few microseconds, and is written to JSON only when asked.
+    """Keep the state of an environment; costs a few microseconds, and JSON is written only when asked for.
 
     Args:
         env: A `ForkableEnv` under any number of wrappers.
@@ -174,14 +174,14 @@ def snapshot(env: gymnasium.Env[Any, Any]) -> Snapshot:
 
 
 def restore(env: gymnasium.Env[Any, Any], snap: Snapshot) -> None:
-    """Put an environment back to where a snapshot was taken, in this process or another.
+    """Put an environment back into the state that a snapshot keeps, of this process or another.
 
     The environment must be built like the one that was captured: same id, same wrappers, same arguments. On a
     `SnapshotError` nothing has changed.
 
     Args:
         env: The environment to change; it need not have been reset.
-        snap: What `snapshot` or `Snapshot.from_json` returned.
+        snap: A result of `snapshot` or `Snapshot.from_json`.
 
     Raises:
         SnapshotError: If the snapshot does not fit the environment.
@@ -239,25 +239,21 @@ def _unstack(env: gymnasium.Env[Any, Any]) -> tuple[list[Layer], ForkableEnv]:
         wrappers.append(layer)
         layer = layer.env
     if type(layer) not in _FORKABLE:
-        _expect_forkable(layer)
+        if not isinstance(layer, ForkableEnv):
+            raise SnapshotError(
+                f"{type(layer).__name__} cannot be forked. Expected a subclass of at2po_env.ForkableEnv "
+                "under the wrappers. Fix: derive it from ForkableEnv, the episode being one immutable value"
+            )
+        _FORKABLE.add(type(layer))
     return wrappers, layer
 
 
 _FORKABLE: set[type] = set()
-"""Classes known to be forkable: asking an abstract base class costs more than the rest of the walk."""
-
-
-def _expect_forkable(layer: object) -> None:
-    if not isinstance(layer, ForkableEnv):
-        raise SnapshotError(
-            f"{type(layer).__name__} cannot be forked. Expected a subclass of at2po_env.ForkableEnv under "
-            "the wrappers. Fix: derive it from ForkableEnv and keep the episode in one immutable value"
-        )
-    _FORKABLE.add(type(layer))
+"""Classes known to be forkable: `isinstance` of an abstract class costs more than the rest of the walk."""
 
 
 def env_id(base: gymnasium.Env[Any, Any]) -> str:
-    """The registered id of an environment; of one that was built directly, its class."""
+    """Return the registered id of an environment; of one that was built directly, its class."""
     if base.spec is not None:
         return base.spec.id
     return f"{type(base).__module__}:{type(base).__qualname__}"

@@ -1,9 +1,9 @@
-"""What a wrapper holds: its state is copied, its configuration is shared.
+"""Copies the state that a wrapper holds, and shares its configuration.
 
 State is everything that can differ between two moments of an episode: scalars, containers, arrays, generators
-and plain objects made of these. Configuration is what was decided when the stack was built: callables,
-specs, spaces (whose samplers are nevertheless copied), and whatever a wrapper class names in `fork_config`.
-Anything else (locks, sockets, open files, running generators) cannot be captured, and says so.
+and plain objects made of these. Configuration was decided when the stack was built: callables, specs, spaces
+(whose samplers are nevertheless copied), and the attributes that a wrapper class names in `fork_config`.
+Anything else (locks, sockets, open files, running generators) is refused.
 
 A memo maps `id(old)` to the new object, as in `copy.deepcopy`, so that aliases stay aliases and a reference
 to a layer of the old stack becomes one to the same layer of the new stack.
@@ -18,6 +18,7 @@ import enum
 import fractions
 import functools
 import logging
+import operator
 import pathlib
 import random
 import types
@@ -62,7 +63,7 @@ class UncapturableError(Exception):
 
 
 def is_config(value: object) -> bool:
-    """Whether a value is configuration by its type: anything callable, modules, specs, loggers."""
+    """Return True for what is configuration by its type: callables, modules, specs, loggers."""
     return callable(value) or isinstance(value, CONFIG_TYPES)
 
 
@@ -70,7 +71,7 @@ def copy_value(value: Any, memo: Memo) -> Any:
     """Copy state, share configuration.
 
     Args:
-        value: Anything that a wrapper holds.
+        value: Any value that a wrapper holds.
         memo: `id(old) -> new`; extended in place.
 
     Returns:
@@ -125,13 +126,9 @@ def _copy_list(value: list[Any], memo: Memo) -> Any:
 
 def _copy_tuple(value: tuple[Any, ...], memo: Memo) -> Any:
     items = [copy_value(item, memo) for item in value]
-    if all(map(_same, items, value)):
+    if all(map(operator.is_, items, value)):
         return value
     return memo.setdefault(id(value), tuple.__new__(type(value), items))
-
-
-def _same(left: object, right: object) -> bool:
-    return left is right
 
 
 def _copy_dict(value: dict[Any, Any], memo: Memo) -> Any:
@@ -170,8 +167,9 @@ def _copy_function(value: types.FunctionType, memo: Memo) -> Any:
     cells = value.__closure__
     if not cells:
         return value
-    contents = [memo.get(id(_cell(cell)), _cell(cell)) for cell in cells]
-    if all(map(_same, contents, [_cell(cell) for cell in cells])):
+    held = [_cell(cell) for cell in cells]
+    contents = [memo.get(id(content), content) for content in held]
+    if all(map(operator.is_, contents, held)):
         return value
     closure = tuple([types.CellType(content) for content in contents])
     twin = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
@@ -199,7 +197,7 @@ def _copy_builtin(value: types.BuiltinMethodType, memo: Memo) -> Any:
     return value
 
 
-def _share(value: Any, memo: Memo) -> Any:  # noqa: ARG001  (one signature for all copiers)
+def _share(value: Any, memo: Memo) -> Any:  # noqa: ARG001  (one signature for all)
     return value
 
 
@@ -225,29 +223,26 @@ def _copy_object(value: Any, memo: Memo) -> Any:
 
 
 def _copy_attributes(value: Any, twin: Any, memo: Memo) -> Any:
-    for name, item in attributes_of(value).items():
+    for name, item in _attributes_of(value).items():
         object.__setattr__(twin, name, copy_value(item, memo))
     return twin
 
 
-def attributes_of(value: Any) -> dict[str, Any]:
-    """Everything stored on an instance, in its `__dict__` and in the slots of its classes."""
+def _attributes_of(value: Any) -> dict[str, Any]:
+    """Return everything stored on an instance, in its `__dict__` and in the slots of its classes."""
     found = dict(getattr(value, "__dict__", ()))
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
         for slot in (slots,) if isinstance(slots, str) else slots:
-            name = f"_{kind.__name__.lstrip('_')}{slot}" if _is_private(slot) else slot
+            private = slot.startswith("__") and not slot.endswith("__")
+            name = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
             if slot not in ("__dict__", "__weakref__") and hasattr(value, name):
                 found[name] = getattr(value, name)
     return found
 
 
-def _is_private(name: str) -> bool:
-    return name.startswith("__") and not name.endswith("__")
-
-
 def _copy_by_protocol(value: Any, memo: Memo) -> Any:
-    """Last resort: the value's own idea of a deep copy."""
+    """Copy with `copy.deepcopy`, as a last resort."""
     try:
         return copy.deepcopy(value, memo)
     except Exception as error:  # foreign code: whatever it raises means that it cannot be copied
@@ -275,7 +270,7 @@ def _choose(kind: type) -> Callable[[Any, Memo], Any]:
 
 
 def _is_plain(kind: type) -> bool:
-    """Whether instances are made by Python code alone: `object.__new__` plus attributes rebuilds them."""
+    """Return True if `object.__new__` plus attributes rebuilds an instance: no class is written in C."""
     bases = [base for base in kind.__mro__ if base is not object]
     return all(base.__flags__ & (1 << 9) for base in bases) and any(
         "__dict__" in vars(base) or "__slots__" in vars(base) for base in bases

@@ -1,7 +1,7 @@
-"""Immutable JSON values: what a tool keeps between the turns of an episode.
+"""Freezes JSON values, so that an episode and its forks can share them.
 
-A frozen value is shared between an episode and its forks, so nobody may change it in place: objects become
-`FrozenDict`, arrays become tuples. `thaw` gives plain JSON containers back.
+Tools keep such values between turns. Objects become `FrozenDict`, arrays become tuples; neither can be
+changed in place. `thaw` gives plain JSON containers back.
 """
 
 from __future__ import annotations
