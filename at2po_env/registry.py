@@ -1,4 +1,4 @@
-"""Environment ids: the shipped ones, tool environments of users, plug-ins of third parties.
+"""Registers environment ids: the shipped ones, tool environments of users, plug-ins of third parties.
 
 Importing `at2po_env` registers everything; nothing is built, opened or read before `gymnasium.make`. Specs
 hold string entry points and plain arguments, so they go through JSON.
@@ -87,11 +87,10 @@ def register_tool_env(
         "reward": reward,
         **options,
     }
-    ToolEnv(**{**recipe, "tasks": [{"question": "?"}]})  # say now, not at make, what cannot work
+    ToolEnv(**{**recipe, "tasks": [{"question": "?"}]})  # so that errors are raised now and not at make
     home = _home(sys._getframe(1))
-    if (
-        home is None
-    ):  # no other process can repeat this registration, so the spec must not claim to be portable
+    if home is None:
+        # No other process can repeat this registration, so the spec must not claim to be portable.
         entry: Any = functools.partial(make_tool_env, recipe=id)
         vector: Any = functools.partial(make_vector, entry)
         gymnasium.register(id, entry_point=entry, vector_entry_point=vector, **NO_WRAPPERS)
@@ -107,7 +106,7 @@ def register_tool_env(
 
 
 def _home(caller: FrameType) -> str | None:
-    """The module whose import repeats a registration made by `caller`; None when there is none."""
+    """Return the module whose import repeats a registration made by `caller`, if there is one."""
     if _loading_plugins:
         return __name__
     name = caller.f_globals.get("__name__", "__main__")
@@ -121,7 +120,7 @@ def make_tool_env(*, recipe: str, module: str | None = None, **options: Any) -> 
 
     Args:
         recipe: Its id.
-        module: The module that registers it, imported where that has not happened yet.
+        module: The module that registers it; it is imported if the recipe is not there yet.
         **options: Arguments of `ToolEnv` over those registered.
 
     Raises:
@@ -140,7 +139,7 @@ def make_tool_env(*, recipe: str, module: str | None = None, **options: Any) -> 
 
 
 def make_tool_env_vector(**options: Any) -> TextVectorEnv:
-    """Build many, stepped concurrently; see `vector.make_vector`."""
+    """Build many of a registered tool environment; see `vector.make_vector`."""
     return make_vector(make_tool_env, **options)
 
 
@@ -164,22 +163,18 @@ def load_plugins() -> None:
     global _loading_plugins
     _loading_plugins = True
     try:
-        _load_plugins()
+        for point in importlib.metadata.entry_points(group=PLUGIN_GROUP):
+            try:
+                loaded = point.load()
+                if callable(loaded):
+                    loaded()
+            except Exception as error:  # noqa: BLE001 - third-party code must not break the import
+                distribution = point.dist.name if point.dist is not None else "unknown"
+                warnings.warn(
+                    f"the plug-in {point.name!r} ({point.value}) of {distribution!r} could not be loaded: "
+                    f"{type(error).__name__}: {error}. Its environments are missing",
+                    PluginWarning,
+                    stacklevel=2,
+                )
     finally:
         _loading_plugins = False
-
-
-def _load_plugins() -> None:
-    for point in importlib.metadata.entry_points(group=PLUGIN_GROUP):
-        try:
-            loaded = point.load()
-            if callable(loaded):
-                loaded()
-        except Exception as error:  # noqa: BLE001 - third-party code: whatever it raises must not break the import
-            distribution = point.dist.name if point.dist is not None else "unknown"
-            warnings.warn(
-                f"the plug-in {point.name!r} ({point.value}) of {distribution!r} could not be loaded: "
-                f"{type(error).__name__}: {error}. Its environments are missing",
-                PluginWarning,
-                stacklevel=3,
-            )

@@ -1,11 +1,11 @@
-"""Many text episodes at once: stepped concurrently, each failing for itself.
+"""Steps many text environments concurrently; each fails for itself.
 
-Steps of tool environments wait (for retrieval servers, sandboxes, models), so a thread per episode is what
-helps. Gymnasium's `AsyncVectorEnv` is no choice here: its shared memory silently turns text into garbage.
+Steps of tool environments wait (for retrieval servers, sandboxes, models), so each episode has a thread.
+Gymnasium's `AsyncVectorEnv` cannot be used: its shared memory silently turns text into garbage.
 
 The error model: an exception in one environment (a bug in a tool, say, or `sys.exit`) ends that episode and
 no other. It is recorded in `infos["error"]` and `infos["traceback"]`, the episode is truncated, and the next
-reset begins a new one. Only a reset in which every environment fails, as with a wrong option, raises.
+reset begins a new one. A reset raises only if every environment fails in it, as with a wrong option.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_WORKERS = 64
 
 
 class Outcome(NamedTuple):
-    """What one environment gave in one call."""
+    """The result of one call of one environment."""
 
     observation: str
     reward: float = 0.0
@@ -52,9 +52,9 @@ class TextVectorEnv(VectorEnv[Texts, Sequence[str], npt.NDArray[Any]]):
         env_fns: One function per environment that builds it.
         max_workers: Threads; 0 steps the environments one after the other in the caller's thread. Default:
             one per environment, at most 64.
-        autoreset_mode: When an ended episode begins anew, as in Gymnasium: at the next step (default), in the
-            same step (its last observation and info are then in `infos["final_obs"]` and
-            `infos["final_info"]`), or never by itself.
+        autoreset_mode: An ended episode begins anew, as in Gymnasium, at the next step (default), in the same
+            step (its last observation and info are then in `infos["final_obs"]` and `infos["final_info"]`),
+            or never by itself.
 
     Raises:
         EnvError: If no environment is given, or one is no text environment.
@@ -75,17 +75,33 @@ class TextVectorEnv(VectorEnv[Texts, Sequence[str], npt.NDArray[Any]]):
         max_workers: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ) -> None:
-        self.autoreset_mode = _mode(autoreset_mode)
+        try:
+            self.autoreset_mode = AutoresetMode(autoreset_mode)
+        except ValueError:
+            known = [member.value for member in AutoresetMode]
+            raise EnvError(
+                f"autoreset_mode is {autoreset_mode!r}. Expected an AutoresetMode or one of {known}"
+            ) from None
         self.envs: tuple[Env, ...] = tuple([build() for build in env_fns])
         self.num_envs = len(self.envs)
-        _check_spaces(self.envs)
+        if not self.envs:
+            raise EnvError("TextVectorEnv got no environment. Expected at least one function in env_fns")
+        for number, env in enumerate(self.envs):
+            for space in (env.observation_space, env.action_space):
+                if not isinstance(space, Text | gymnasium.spaces.Text):
+                    raise EnvError(
+                        f"Environment {number} has the space {space}. Expected text; for others use "
+                        "gymnasium.vector.SyncVectorEnv"
+                    )
         first = self.envs[0]
         self.metadata = {**first.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = first.render_mode
         self.single_observation_space = first.observation_space
         self.single_action_space = first.action_space
-        self.observation_space = _batch([env.observation_space for env in self.envs])
-        self.action_space = _batch([env.action_space for env in self.envs])
+        self.observation_space = gymnasium.spaces.Tuple(
+            [clone_space(env.observation_space) for env in self.envs]
+        )
+        self.action_space = gymnasium.spaces.Tuple([clone_space(env.action_space) for env in self.envs])
         self._observations = [""] * self.num_envs
         self._ended = np.zeros(self.num_envs, dtype=np.bool_)
         self._begun = np.zeros(self.num_envs, dtype=np.bool_)
@@ -100,16 +116,23 @@ class TextVectorEnv(VectorEnv[Texts, Sequence[str], npt.NDArray[Any]]):
         Args:
             seed: One seed per environment, or the first of consecutive ones.
             options: Options of every reset. Two keys are for this class: `reset_mask`, a boolean array that
-                says which environments begin anew, and `per_env`, one dict of options per environment.
+                selects the environments that begin anew, and `per_env`, one dict of options per environment.
 
         Returns:
             The observations (of environments that the mask leaves out: the last ones), and the infos.
 
         Raises:
             EnvError: If an argument has the wrong length.
-            Exception: What the first environment raises, if every one of them does.
+            Exception: If every environment raises: the first one's error.
         """
-        seeds = _seeds(seed, self.num_envs)
+        if seed is None or isinstance(seed, int):
+            seeds: list[int | None] = [
+                None if seed is None else seed + number for number in range(self.num_envs)
+            ]
+        else:
+            seeds = list(seed)
+        if len(seeds) != self.num_envs:
+            raise EnvError(f"Expected {self.num_envs} seeds, one per environment, got {len(seeds)}")
         per_env, mask = _split_options(options, self.num_envs)
         numbers = np.flatnonzero(mask).tolist()
         outcomes = self._map(lambda number: self._reset_one(number, seeds[number], per_env[number]), numbers)
@@ -128,7 +151,7 @@ class TextVectorEnv(VectorEnv[Texts, Sequence[str], npt.NDArray[Any]]):
 
         Returns:
             Observations, rewards, terminated, truncated, infos. An environment that raised has the
-            observation "", is truncated, and tells why in `infos["error"]`.
+            observation "", is truncated, and has the reason in `infos["error"]`.
 
         Raises:
             EnvError: If the number of actions is wrong, an environment was never reset, or one has ended and
@@ -194,7 +217,7 @@ class TextVectorEnv(VectorEnv[Texts, Sequence[str], npt.NDArray[Any]]):
         return infos
 
     def render(self) -> tuple[Any, ...]:
-        """What each environment renders."""
+        """Render every environment."""
         return tuple([env.render() for env in self.envs])
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -239,11 +262,11 @@ def make_vector(
     max_episode_steps: int | None = None,
     **options: Any,
 ) -> TextVectorEnv:
-    """Build many environments alike: what a `vector_entry_point` calls.
+    """Build many environments alike; a `vector_entry_point` calls it.
 
     Args:
         make: Builds one environment from `options`.
-        num_envs: How many.
+        num_envs: Number of environments.
         max_workers: Threads, see `TextVectorEnv`.
         autoreset_mode: See `TextVectorEnv`.
         max_episode_steps: Truncates each episode after so many steps.
@@ -269,43 +292,8 @@ def _failed(error: Exception | SystemExit) -> Outcome:
     return Outcome("", truncated=True, info=info, ended=True, error=error)
 
 
-def _mode(mode: AutoresetMode | str) -> AutoresetMode:
-    try:
-        return AutoresetMode(mode)
-    except ValueError:
-        known = [member.value for member in AutoresetMode]
-        raise EnvError(f"autoreset_mode is {mode!r}. Expected an AutoresetMode or one of {known}") from None
-
-
-def _check_spaces(envs: Sequence[Env]) -> None:
-    if not envs:
-        raise EnvError("TextVectorEnv got no environment. Expected at least one function in env_fns")
-    for number, env in enumerate(envs):
-        for space in (env.observation_space, env.action_space):
-            if not isinstance(space, Text | gymnasium.spaces.Text):
-                raise EnvError(
-                    f"Environment {number} has the space {space}. Expected text; for others use "
-                    "gymnasium.vector.SyncVectorEnv"
-                )
-
-
-def _batch(spaces: Sequence[Any]) -> gymnasium.Space[Texts]:
-    return gymnasium.spaces.Tuple([clone_space(space) for space in spaces])
-
-
-def _seeds(seed: int | Sequence[int | None] | None, count: int) -> list[int | None]:
-    if seed is None:
-        return [None] * count
-    if isinstance(seed, int):
-        return [seed + number for number in range(count)]
-    seeds = list(seed)
-    if len(seeds) != count:
-        raise EnvError(f"Expected {count} seeds, one per environment, got {len(seeds)}")
-    return seeds
-
-
 def _split_options(options: dict[str, Any] | None, count: int) -> tuple[list[dict[str, Any] | None], Flags]:
-    """Separate what is for every environment from `per_env` and `reset_mask`."""
+    """Return the options of each environment, and the mask of those that begin anew."""
     common = dict(options or {})
     mask = np.asarray(common.pop("reset_mask", np.ones(count, np.bool_)))
     per_env = common.pop("per_env", None) or [None] * count
