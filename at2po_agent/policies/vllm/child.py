@@ -1,13 +1,15 @@
-"""What runs in an engine's process: steps while there are requests, messages between steps, and its end.
+"""Runs an engine in a process of its own: steps while there are requests, takes messages between steps, ends.
 
-The owner's side is `process.RemoteEngine`.
+The owner's side is `process.RemoteEngine`; both sides read and write messages by `Wire`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing.util
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -17,7 +19,6 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from at2po_agent.policies.vllm.channel import Wire
 from at2po_agent.policies.vllm.engine import Engine
 from at2po_agent.policies.vllm.spec import EngineSpec
 from at2po_agent.transcripts.tokenizer import Tokenizer
@@ -26,6 +27,41 @@ from at2po_env.errors import At2poError, PolicyError
 _BEAT_S = 1.0
 _LEAVING_S = 5.0
 _TEXT = 300
+_TOKENIZER = "tokenizer"
+
+
+class Wire:
+    """Pickles messages; the tokenizer, which interventions often hold, stays at home."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def dumps(self, message: Any) -> bytes:
+        """Bytes of a message."""
+        buffer, tokenizer = io.BytesIO(), self._tokenizer
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, obj: Any) -> str | None:
+                return _TOKENIZER if obj is tokenizer else None
+
+        try:
+            Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(message)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise PolicyError(
+                f"a request cannot travel to the engine's process: {error}. Fix: define the intervention in "
+                "a module, without open files or lambdas, or set model.vllm.asynchronous=false"
+            ) from error
+        return buffer.getvalue()
+
+    def loads(self, data: bytes) -> Any:
+        """The message of bytes."""
+        tokenizer = self._tokenizer
+
+        class Unpickler(pickle.Unpickler):
+            def persistent_load(self, pid: Any) -> Any:  # noqa: ARG002  there is only one
+                return tokenizer
+
+        return Unpickler(io.BytesIO(data)).load()
 
 
 class _ParentIsGone(Exception):

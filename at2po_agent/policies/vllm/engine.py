@@ -21,7 +21,7 @@ from at2po_agent.policies.base import Intervention, Request
 from at2po_agent.policies.hf.batching import PolicyStats
 from at2po_agent.policies.stops import StopTable
 from at2po_agent.policies.vllm.spec import EngineSpec, Limits, make_engine
-from at2po_agent.policies.vllm.weights import Place, load_file, reload_weights
+from at2po_agent.policies.vllm.weights import FileWeight, load_file, reload_weights
 from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_agent.types import Generation, StopReason
 from at2po_env.errors import PolicyError
@@ -191,9 +191,9 @@ class Engine:
         """Replace weights in place by tensors of this process, where the worker is too."""
         self.run_in_workers(reload_weights, iter(weights))
 
-    def load_file(self, path: str, size: int, places: Sequence[Place]) -> None:
+    def load_file(self, path: str, size: int, layout: Sequence[FileWeight]) -> None:
         """Replace weights in place by those of a shared file."""
-        self.run_in_workers(load_file, path, size, places)
+        self.run_in_workers(load_file, path, size, layout)
 
     def begin(self, method: str, *arguments: Any) -> None:
         """Call a method by name, as engines of other processes are called."""

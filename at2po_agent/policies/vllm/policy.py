@@ -93,10 +93,10 @@ class VLLMPolicy(SteppingPolicy):
                 settings=settings,
                 max_sequences=slots,
                 eos_ids=(tokenizer.eos_id,) if eos_ids is None else tuple(eos_ids),
-                shared=place.shared,
-                devices=place.devices,
+                shared=gpus.shared,
+                devices=gpus.devices,
             )
-            for place in place_engines(settings, device)
+            for gpus in place_engines(settings, device)
         ]
         self._engines: list[Engine | RemoteEngine] = []
         self._router = Router(len(self.specs))

@@ -23,8 +23,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from at2po_agent.policies.base import Request
-from at2po_agent.policies.vllm.channel import Wire
-from at2po_agent.policies.vllm.child import serve
+from at2po_agent.policies.vllm.child import Wire, serve
 from at2po_agent.policies.vllm.engine import Finished
 from at2po_agent.policies.vllm.spec import EngineSpec, Limits
 from at2po_agent.transcripts.tokenizer import Tokenizer

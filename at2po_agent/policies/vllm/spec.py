@@ -67,7 +67,7 @@ class Limits(NamedTuple):
     block_size: int
 
 
-class Place(NamedTuple):
+class EngineGPUs(NamedTuple):
     """The GPUs that an engine's process sees (None: those of this one); shared with the learner or not."""
 
     devices: tuple[str, ...] | None
@@ -83,17 +83,17 @@ def check_installed() -> None:
     require("vllm.v1", "vllm")
 
 
-def place_engines(settings: VLLMConfig, learner: torch.device | None) -> list[Place]:
+def place_engines(settings: VLLMConfig, learner: torch.device | None) -> list[EngineGPUs]:
     """Give every engine its GPUs, the learner's last.
 
     Raises:
         PolicyError: There are too few.
     """
     if not torch.cuda.is_available():
-        return [Place(None, False)] * max(1, settings.engines)
+        return [EngineGPUs(None, False)] * max(1, settings.engines)
     on_gpu = learner is not None and learner.type == "cuda"
     if not settings.asynchronous:
-        return [Place(None, on_gpu)]
+        return [EngineGPUs(None, on_gpu)]
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     visible = named.split(",")[:count] if named else [str(number) for number in range(count)]
@@ -103,7 +103,7 @@ def place_engines(settings: VLLMConfig, learner: torch.device | None) -> list[Pl
     return share_out(visible, own, engines=settings.engines, each=settings.tensor_parallel)
 
 
-def share_out(visible: Sequence[str], learner: int | None, *, engines: int, each: int) -> list[Place]:
+def share_out(visible: Sequence[str], learner: int | None, *, engines: int, each: int) -> list[EngineGPUs]:
     """GPUs for every engine.
 
     Args:
@@ -124,7 +124,7 @@ def share_out(visible: Sequence[str], learner: int | None, *, engines: int, each
             "lower model.vllm.engines or model.vllm.tensor_parallel"
         )
     parts = [tuple(pool[start : start + each]) for start in range(0, engines * each, each)]
-    return [Place(part, learner is not None and visible[learner] in part) for part in parts]
+    return [EngineGPUs(part, learner is not None and visible[learner] in part) for part in parts]
 
 
 class Counters:

@@ -33,8 +33,8 @@ _ALIGNMENT = 64
 _RELOADING = "vllm.model_executor.model_loader.reload.layerwise"
 
 
-class Place(NamedTuple):
-    """Where one weight lies in the shared file."""
+class FileWeight(NamedTuple):
+    """Locates one weight in the shared file: bytes start..start+size-1."""
 
     name: str
     dtype: str
@@ -156,20 +156,20 @@ class SharedSender:
 
     def send(self, weights: Mapping[str, Tensor]) -> None:
         """Write all weights, then let the workers of all engines load them."""
-        places = list(self._places(weights))
-        size = places[-1].start + places[-1].size
+        layout = list(self._layout(weights))
+        size = layout[-1].start + layout[-1].size
         path = self._file(size)
         whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-        for place, tensor in zip(places, weights.values(), strict=True):
-            view(whole, place).copy_(tensor)
-        call_all(self._engines, "load_file", str(path), size, places)
+        for weight, tensor in zip(layout, weights.values(), strict=True):
+            view(whole, weight).copy_(tensor)
+        call_all(self._engines, "load_file", str(path), size, layout)
 
-    def _places(self, weights: Mapping[str, Tensor]) -> Iterator[Place]:
+    def _layout(self, weights: Mapping[str, Tensor]) -> Iterator[FileWeight]:
         start = 0
         for name, tensor in weights.items():
             dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
             size = tensor.numel() * dtype.itemsize
-            yield Place(name, str(dtype).removeprefix("torch."), tuple(tensor.shape), start, size)
+            yield FileWeight(name, str(dtype).removeprefix("torch."), tuple(tensor.shape), start, size)
             start += -(-size // _ALIGNMENT) * _ALIGNMENT
 
     def _file(self, size: int) -> Path:
@@ -194,17 +194,17 @@ class SharedSender:
         return self._path
 
 
-def view(whole: Tensor, place: Place) -> Tensor:
+def view(whole: Tensor, weight: FileWeight) -> Tensor:
     """One weight of the shared file."""
-    part = whole[place.start : place.start + place.size]
-    dtype: torch.dtype = getattr(torch, place.dtype)
-    return part.view(dtype).view(place.shape)
+    part = whole[weight.start : weight.start + weight.size]
+    dtype: torch.dtype = getattr(torch, weight.dtype)
+    return part.view(dtype).view(weight.shape)
 
 
-def load_file(worker: Any, path: str, size: int, places: Sequence[Place]) -> None:
+def load_file(worker: Any, path: str, size: int, layout: Sequence[FileWeight]) -> None:
     """Load every weight of a shared file; the engine runs this in its workers."""
     whole = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-    reload_weights(worker, ((place.name, view(whole, place)) for place in places))
+    reload_weights(worker, ((weight.name, view(whole, weight)) for weight in layout))
 
 
 def reload_weights(worker: Any, weights: NamedTensors | None) -> None:

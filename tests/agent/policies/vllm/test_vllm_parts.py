@@ -20,8 +20,8 @@ from at2po_agent.policies.vllm.config import VLLMConfig
 from at2po_agent.policies.vllm.exact_prefixes import shares_to_the_token
 from at2po_agent.policies.vllm.routing import Router
 from at2po_agent.policies.vllm.spec import (
+    EngineGPUs,
     EngineSpec,
-    Place,
     attends_to_all,
     engine_arguments,
     prepare_environment,
@@ -105,12 +105,12 @@ FOUR = ["0", "1", "2", "3"]
 @pytest.mark.parametrize(
     ("visible", "learner", "engines", "each", "expected"),
     [
-        (FOUR, 0, 0, 1, [Place(("1",), False), Place(("2",), False), Place(("3",), False)]),
-        (FOUR, 0, 1, 2, [Place(("1", "2"), False)]),
-        (FOUR, 0, 2, 2, [Place(("1", "2"), False), Place(("3", "0"), True)]),
-        (FOUR, None, 2, 2, [Place(("0", "1"), False), Place(("2", "3"), False)]),
-        (["5"], 0, 0, 1, [Place(("5",), True)]),
-        (["GPU-a", "GPU-b"], 1, 0, 1, [Place(("GPU-a",), False)]),
+        (FOUR, 0, 0, 1, [EngineGPUs(("1",), False), EngineGPUs(("2",), False), EngineGPUs(("3",), False)]),
+        (FOUR, 0, 1, 2, [EngineGPUs(("1", "2"), False)]),
+        (FOUR, 0, 2, 2, [EngineGPUs(("1", "2"), False), EngineGPUs(("3", "0"), True)]),
+        (FOUR, None, 2, 2, [EngineGPUs(("0", "1"), False), EngineGPUs(("2", "3"), False)]),
+        (["5"], 0, 0, 1, [EngineGPUs(("5",), True)]),
+        (["GPU-a", "GPU-b"], 1, 0, 1, [EngineGPUs(("GPU-a",), False)]),
     ],
 )
 def test_engines_take_the_gpus_beside_the_learner_first(visible, learner, engines, each, expected):
