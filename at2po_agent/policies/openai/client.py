@@ -1,4 +1,4 @@
-"""One generation from a served model: tries, pauses, deadlines, and what to do about refusals.
+"""Gets one generation from a served model: tries, pauses, deadlines, and answers to refusals.
 
 All of it runs in one event loop. The key is read from the environment, sent as a header, and never shown.
 """
@@ -9,13 +9,13 @@ import asyncio
 import ipaddress
 import json
 import os
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import tenacity
 
 from at2po_agent.policies.openai.errors import (
     BadRequestError,
@@ -115,7 +115,10 @@ class Client:
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
             trust_env=not _is_loopback(server.url),  # proxies of the environment, but not to this machine
         )
-        self._random = random.Random()
+        self._backoff = tenacity.wait_combine(  # half of a pause, and a random part of its other half
+            tenacity.wait_exponential(server.backoff_s / 2, MAX_PAUSE_S / 2),
+            tenacity.wait_random_exponential(server.backoff_s / 2, MAX_PAUSE_S / 2),
+        )
         self._answered = False
 
     async def close(self) -> None:
@@ -129,14 +132,39 @@ class Client:
             RequestFailedError: It cannot be had.
             PolicyError: None can be had, for a reason that all requests share.
         """
-        last: list[str] = []
+        sent, last, patience = dict(body), "", self._server
+
+        def pause(state: tenacity.RetryCallState) -> float:
+            """Wait as long as the server asks for, and at least the back-off."""
+            return max(self._backoff(state), _passing(state).pause_s)
+
+        def is_last(state: tenacity.RetryCallState) -> bool:
+            """A server that is only busy is asked until the deadline."""
+            return state.attempt_number > patience.retries and not _passing(state).busy
+
+        def note(state: tenacity.RetryCallState) -> None:
+            nonlocal last
+            last = f"; the last failure was: {_passing(state)}"
+            self._stats.retries += 1
+
+        tries = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(PassingError),
+            stop=tenacity.stop_any(is_last, tenacity.stop_before_delay(patience.timeout_s)),
+            wait=pause,
+            before_sleep=note,
+            reraise=True,
+        )
         try:
-            async with asyncio.timeout(self._server.timeout_s) as deadline:
-                return await self._tries(dict(body), last, deadline.when() or 0.0)
+            async with asyncio.timeout(patience.timeout_s):
+                return await tries(self._adapting, sent, int(body["max_tokens"]))
+        except PassingError as error:
+            made = tries.statistics["attempt_number"]
+            late = made <= patience.retries or error.busy
+            tried = f"{made} tries, none left before the deadline" if late else f"{made} tries"
+            raise RequestFailedError(error.kind, f"{error} ({tried})") from error
         except TimeoutError as error:
-            said = f"; the last failure was: {last[-1]}" if last else ""
             raise RequestFailedError(
-                "deadline", f"no answer within {self._server.timeout_s:g} s{said}"
+                "deadline", f"no answer within {patience.timeout_s:g} s{last}"
             ) from error
 
     async def models(self) -> list[str]:
@@ -147,24 +175,22 @@ class Client:
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return []
 
-    async def _tries(self, body: dict[str, Any], last: list[str], deadline: float) -> Answer:
-        shortened, left_out = False, self._stats.left_out
+    async def _adapting(self, sent: dict[str, Any], max_tokens: int) -> Answer:
+        """Ask once, and again without what this server refuses: a parameter, or too many tokens."""
+        left_out = self._stats.left_out
         while True:
             try:
-                answer = await self._try(_without(body, left_out))
+                answer = await self._try(_without(sent, left_out))
             except ParameterError as error:  # never one that was left out, so this ends
                 if error.name not in left_out:
                     left_out.append(error.name)
             except ContextError as error:
-                if error.room is None or not 1 <= error.room < body["max_tokens"]:
+                if error.room is None or not 1 <= error.room < sent["max_tokens"]:
                     raise
-                self._stats.shortened += not shortened
-                shortened, body = True, {**body, "max_tokens": error.room}  # ever less, so this ends
-            except PassingError as error:
-                last.append(str(error))
-                await self._wait(error, failed=len(last), deadline=deadline)
+                self._stats.shortened += sent["max_tokens"] == max_tokens
+                sent["max_tokens"] = error.room  # ever less, so this ends
             except UnknownModelError as error:
-                raise PolicyError(await self._unknown(str(body["model"]), error)) from error
+                raise PolicyError(await self._unknown(str(sent["model"]), error)) from error
             except BadRequestError as error:
                 if not self._answered:  # the first requests: it will not get better
                     raise PolicyError(f"{self._server.url} refuses the request: {error}") from error
@@ -172,17 +198,6 @@ class Client:
             else:
                 self._answered = True
                 return answer
-
-    async def _wait(self, error: PassingError, *, failed: int, deadline: float) -> None:
-        """Pause before another try, or give up where there is none."""
-        longest = min(self._server.backoff_s * 2.0 ** (failed - 1), MAX_PAUSE_S)
-        pause = max(longest * self._random.uniform(0.5, 1.0), error.pause_s)
-        in_time = asyncio.get_running_loop().time() + pause < deadline
-        if (failed > self._server.retries and not error.busy) or not in_time:
-            tries = f"{failed} tries" if in_time else f"{failed} tries, none left before the deadline"
-            raise RequestFailedError(error.kind, f"{error} ({tries})") from error
-        self._stats.retries += 1
-        await asyncio.sleep(pause)
 
     async def _try(self, body: Mapping[str, Any]) -> Answer:
         self._stats.tries += 1
@@ -216,6 +231,13 @@ class Client:
         """The body of a refusal; some servers repeat the key in it."""
         key = self._server.key
         return response.content if key is None else response.content.replace(key.encode(), b"[key]")
+
+
+def _passing(state: tenacity.RetryCallState) -> PassingError:
+    """The failure of the last try."""
+    error = None if state.outcome is None else state.outcome.exception()
+    assert isinstance(error, PassingError)
+    return error
 
 
 def _without(body: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
