@@ -60,11 +60,11 @@ class _Span(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """P pieces of at most Q tokens in one arena.
+    """P runs of at most Q tokens in one arena.
 
     Attributes:
         arena: Number of the arena.
-        places: The pieces' places there.
+        places: The runs' places there.
         queries: int64[P, Q], packed index of each query, padded with 0.
         positions: int64[P, Q], of the queries.
         source: Which of the P * Q queries are real.
@@ -87,25 +87,28 @@ class PackedAttention:
     Args:
         slots: The storage.
         order: All seats; the newest token of each stands at its length.
-        pieces: The prompt tokens.
+        runs: The prompt tokens.
         writes: Further places of their KV.
     """
 
     def __init__(
-        self, slots: Slots, order: Sequence[Seat], pieces: Sequence[PromptRun], writes: Sequence[ExtraWrite]
+        self, slots: Slots, order: Sequence[Seat], runs: Sequence[PromptRun], writes: Sequence[ExtraWrite]
     ) -> None:
         self._device = slots.device
-        prompts, live = sum(piece.length for piece in pieces), len(order)
+        # The packed batch is [prompt tokens | padding | newest tokens]; each row has a position and a seat's
+        # number. Padding belongs to no seat: number `live` stands for the spare place.
+        prompts, live = sum(run.length for run in runs), len(order)
         self.before = rows_for(prompts + live) - live
         self._padding = slice(prompts, self.before)
         self.live = live
         lengths = np.array([seat.length for seat in order], dtype=np.int64)
-        parts = [np.arange(piece.position, piece.position + piece.length) for piece in pieces]
+        parts = [np.arange(run.position, run.position + run.length) for run in runs]
         self.positions: IntArray = np.concatenate(
             [*parts, np.zeros(self.before - prompts, np.int64), lengths]
         )
-        owners = [np.full(piece.length, piece.seat.number) for piece in pieces]
+        owners = [np.full(run.length, run.seat.number) for run in runs]
         numbers = np.concatenate([*owners, np.full(self.before - prompts, live), np.arange(live)])
+        # Every row's KV are written once to its own seat; extra writes repeat rows of the batch below them.
         written = self.positions
         self._source: Tensor | None = None
         if writes:
@@ -113,12 +116,13 @@ class PackedAttention:
             written = np.concatenate([written, [write.position for write in writes]])
             further = np.array([write.source for write in writes], dtype=np.int64)
             self._source = self._tensor(np.concatenate([np.arange(len(self.positions)), further]))
+        # Storage rows depend on the number of heads, so `write` finishes them; here: (first, room, position).
         places = np.array([*((seat.first, seat.room) for seat in order), slots.spare], dtype=np.int64)
         self._first_rows = self._tensor(np.column_stack([places[numbers], written]))
         self._rows: dict[int, Tensor] = {}
         self._last = self._tensor(lengths)
         self._spans = _spans(order, slots)
-        self._groups = _groups(pieces, slots)
+        self._groups = _groups(runs, slots)
         self._biases: dict[tuple[int | None, int], tuple[list[Tensor], list[Tensor]]] = {}
 
     def write(self, states: Tensor, storage: Tensor) -> None:
@@ -132,6 +136,8 @@ class PackedAttention:
             states = states[self._source]
         heads, width = states.shape[1:]
         if heads not in self._rows:
+            # A place of `room` positions holds its heads one after another: head h of position p lies at
+            # row first * heads + h * room + p.
             first, room, position = self._first_rows.unbind(1)
             lanes = torch.arange(heads, device=self._device) * room[:, None]
             self._rows[heads] = (lanes + (first * heads + position)[:, None]).flatten()
@@ -161,6 +167,8 @@ class PackedAttention:
         newest = queries[self.before :].reshape(self.live, kv_heads, repeats, -1)
         newest = F.pad(newest, (0, 0, 0, -repeats % _ROWS_MULTIPLE))
         attended = out[self.before :].view(self.live, kv_heads, repeats, width)
+        # Newest tokens: the seats of an arena are consecutive rows and consecutive places, so one dense call
+        # reads them without gathering. The bias hides what lies beyond a sequence's length.
         for span, bias in zip(self._spans, live_biases, strict=True):
             result = F.scaled_dot_product_attention(
                 newest[span.first : span.last],
@@ -170,6 +178,7 @@ class PackedAttention:
                 scale=scale,
             )
             attended[span.first : span.last] = result[:, :, :repeats]
+        # Prompt tokens: the runs of a group are padded to one length, and read as far as their room reaches.
         for group, bias in zip(self._groups, group_biases, strict=True):
             count, length = group.queries.shape
             grouped = queries[group.queries].view(count, length, kv_heads, repeats, -1)
@@ -203,6 +212,7 @@ class PackedAttention:
 
 
 def _bias(positions: Tensor, reach: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """float[..., reach]: 0 for keys that a query at its position sees, minus infinity for others."""
     keys = torch.arange(reach, device=positions.device)
     hidden = keys > positions.unsqueeze(-1)
     if window is not None:
@@ -211,7 +221,7 @@ def _bias(positions: Tensor, reach: int, window: int | None, dtype: torch.dtype)
 
 
 def rows_for(rows: int) -> int:
-    """How many rows a matrix gets that needs so many."""
+    """Round the rows of a matrix up: a multiple of four, at least sixteen."""
     return max(-(-rows // _ROWS_MULTIPLE) * _ROWS_MULTIPLE, _FEWEST_ROWS)
 
 
@@ -226,12 +236,12 @@ def _spans(order: Sequence[Seat], slots: Slots) -> list[_Span]:
     return spans
 
 
-def _groups(pieces: Sequence[PromptRun], slots: Slots) -> list[_Group]:
-    """Pieces of similar length that sit in one arena and read equally far, together."""
+def _groups(runs: Sequence[PromptRun], slots: Slots) -> list[_Group]:
+    """Group runs that sit in one arena, read equally far, and are of like length (within a factor of 2)."""
     cuts = sorted(
         ((cut.seat.arena, slots.room_for(cut.position + 1), -cut.length, cut.seat.index, cut.position), cut)
-        for piece in pieces
-        for cut in _cut(piece, slots)
+        for run in runs
+        for cut in _cut(run, slots)
     )
     groups, first = [], 0
     while first < len(cuts):
@@ -245,9 +255,13 @@ def _groups(pieces: Sequence[PromptRun], slots: Slots) -> list[_Group]:
     return groups
 
 
-def _cut(piece: PromptRun, slots: Slots) -> Iterator[PromptRun]:
-    """Cut a piece where its queries begin to read further, and where it is long."""
-    seat, position, first, length = piece
+def _cut(run: PromptRun, slots: Slots) -> Iterator[PromptRun]:
+    """Cut a run where its queries begin to read further, and where it is long.
+
+    How far a query reads then depends on its own position alone, never on what it was fed with: equal
+    sequences get equal numbers in any batch.
+    """
+    seat, position, first, length = run
     while length:
         size = min(length, slots.room_for(position + 1) - position, _LONGEST_PIECE)
         yield PromptRun(seat, position, first, size)

@@ -31,7 +31,7 @@ from at2po_agent.policies.sampling import ActiveRequest
 from at2po_env.errors import PolicyError
 
 _PATIENCE = 4  # steps that a request waits for company: one forward pass for several prefixes costs less
-_COMPANY = 8  # ... unless so many wait: one eighth of the live rows
+_COMPANY = 8  # ... unless so many wait: one eighth of the live requests
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
@@ -88,10 +88,10 @@ class _Packing:
     """The prompt part of a packed batch while it is put together.
 
     Attributes:
-        tokens: Prompt ids but the last of each prefix, which is fed as its row's newest token.
+        tokens: Prompt ids but the last of each prefix, which is fed as the newest token of its request.
         prompts: Whose they are.
-        shared: (packed index, seat, position): KV that another row's tokens bring too; an index -1 - i is the
-            newest token of admitted row i.
+        shared: (packed index, seat, position): KV that the tokens of another request bring too; an index
+            -1 - i is the newest token of admitted request i.
         admitted: Rows that get their prefix computed.
         known: Rows whose whole prefix is, or after this step will be, known.
     """
@@ -111,7 +111,7 @@ class Batcher:
         slots: Seats and their storage.
         cache: The prefix tree.
         max_rows: Rows that are live at the same time.
-        max_prefill: Prefix tokens of one step, beyond which rows wait (one row always goes in).
+        max_prefill: Prefix tokens of one step, beyond which requests wait (one request always goes in).
     """
 
     def __init__(
@@ -132,41 +132,41 @@ class Batcher:
         """Whether nothing waits and nothing is live."""
         return not self._queue and not self._live
 
-    def submit(self, row: SeatedRequest) -> None:
-        """Queue a row."""
-        self._queue.append(row)
+    def submit(self, one: SeatedRequest) -> None:
+        """Queue a request."""
+        self._queue.append(one)
 
     def remove(self, ticket: int) -> SeatedRequest | None:
-        """Take a row out, wherever it is; None when it is not here."""
-        row = self._live.get(ticket)
-        if row is not None:
-            self.leave(row)
-            return row
-        row = next((row for row in self._queue if row.ticket == ticket), None)
-        if row is not None:
-            self._queue.remove(row)
-        return row
+        """Take a request out, wherever it is; None when it is not here."""
+        one = self._live.get(ticket)
+        if one is not None:
+            self.leave(one)
+            return one
+        one = next((one for one in self._queue if one.ticket == ticket), None)
+        if one is not None:
+            self._queue.remove(one)
+        return one
 
     def restart(self) -> None:
-        """The weights have changed: forget all KV; live rows wait until theirs is computed afresh."""
+        """The weights have changed: forget all KV; live requests wait until theirs is computed afresh."""
         self._cache.clear()
-        for row in self._live.values():
-            assert row.seat is not None
-            self._slots.leave(row.seat)
-            row.rewind()
+        for one in self._live.values():
+            assert one.seat is not None
+            self._slots.leave(one.seat)
+            one.rewind()
         self._requeue(self._live.values())
         self._live.clear()
 
     def rewind(self) -> None:
-        """Let all live rows wait; they go on from the tree. For a step whose tokens could not be chosen."""
-        rows = list(self._live.values())
-        for row in rows:
-            self.leave(row)
-            row.rewind()
-        self._requeue(rows)
+        """Let all live requests wait where a step could not choose its tokens; the tree keeps their KV."""
+        requests = list(self._live.values())
+        for one in requests:
+            self.leave(one)
+            one.rewind()
+        self._requeue(requests)
 
     def reset(self) -> None:
-        """Forget every row and all KV."""
+        """Forget every request and all KV."""
         self._queue.clear()
         self._live.clear()
         self._cache.clear()
@@ -176,43 +176,49 @@ class Batcher:
         """One forward pass.
 
         Returns:
-            The rows that now need a token appended to their ids, and the logits [rows, V] to draw it from. An
-            exception leaves the rows as they were, and the step can be repeated.
+            The requests that now need a token appended, and the logits [n, V] to draw it from. An exception
+            leaves the requests as they were, and the step can be repeated.
         """
+        # 1. Make room.
         self._cache.evict()
         self._make_room()
+        # 2. Admit.
         packing = self._admit()
         if self._queue and not self._live and not packing.known:
-            raise PolicyError("the KV buffers hold no row; raise kv_tokens")
+            raise PolicyError("the KV buffers hold no request; raise kv_tokens")
+        # 3. Run the model. Arenas without holes put the seats in the order of the batch.
         self._slots.compact()
         order = self._slots.order()
-        rows = [self._live[seat.ticket] for seat in order]
+        requests = [self._live[seat.ticket] for seat in order]
         parts: list[Tensor] = []
         try:
             if order:
-                parts.append(self._forward(packing, order, rows))
+                parts.append(self._forward(packing, order, requests))
         except BaseException:
             self._undo(packing)
             raise
-        for row in packing.admitted:
-            assert row.seat is not None
-            self._record(row, row.seat, parts[0][row.seat.number])
-        for number, row in enumerate(packing.known):
-            stored = self._seat_known(row)
+        # 4. Record what was computed for the new prefixes.
+        for one in packing.admitted:
+            assert one.seat is not None
+            self._record(one, one.seat, parts[0][one.seat.number])
+        # 5. Seat those whose prefix is known by now; one that finds no place waits for the next step.
+        for number, one in enumerate(packing.known):
+            stored = self._seat_known(one)
             if stored is None:
                 self._requeue(packing.known[number:])
                 break
-            rows.append(row)
+            requests.append(one)
             parts.append(stored[None])
-        return rows, torch.cat(parts) if parts else None
+        return requests, torch.cat(parts) if parts else None
 
-    def leave(self, row: SeatedRequest) -> None:
-        """End a live row; the tree keeps the KV of what it generated."""
-        seat, node = row.seat, row.node
+    def leave(self, one: SeatedRequest) -> None:
+        """End a live request; the tree keeps the KV of what it generated."""
+        seat, node = one.seat, one.node
         assert seat is not None
         assert node is not None
-        first = len(row.context) - len(row.request.prefix_ids)
-        fed = row.ids[first : first + seat.length - len(row.context)]
+        # Ids of the generation whose KV the seat holds: all that were fed, so not the last one.
+        first = len(one.context) - len(one.request.prefix_ids)
+        fed = one.ids[first : first + seat.length - len(one.context)]
         path = self._cache.match(fed, below=node)
         known = sum(length for _, length in path)
         if known < len(fed):
@@ -220,51 +226,53 @@ class Batcher:
             self._cache.fill(end, self._slots.read(seat, end.start, end.end))
         node.pins -= 1
         self._slots.leave(seat)
-        del self._live[row.ticket]
-        row.seat = row.node = None
+        del self._live[one.ticket]
+        one.seat = one.node = None
 
     def _make_room(self) -> None:
-        """Let every live row grow by a position; where the storage is full, the youngest wait again."""
+        """Let every live request grow by a position; where the storage is full, the youngest wait again."""
         while not self._slots.grow():
             youngest = self._live[max(self._live)]
             self.leave(youngest)
             youngest.rewind()
             self._requeue([youngest])
 
-    def _requeue(self, rows: Iterable[SeatedRequest]) -> None:
-        for row in sorted(rows, key=lambda row: row.ticket, reverse=True):
-            self._queue.appendleft(row)
+    def _requeue(self, requests: Iterable[SeatedRequest]) -> None:
+        for one in sorted(requests, key=lambda one: one.ticket, reverse=True):
+            self._queue.appendleft(one)
 
     def _admit(self) -> _Packing:
-        """Seat waiting rows, and list what has to be fed for them."""
+        """Seat waiting requests, and list what has to be fed for them."""
         packing = _Packing()
         if not self._queue or not self._worth_admitting():
             return packing
         ends: set[Node] = set()
         while self._queue and len(self._live) + len(packing.known) < self._max_rows:
-            row = self._queue[0]
-            path = self._cache.match(row.context)
+            # Look the prefix up. Nodes that this step fills count too: they are pending, and `ends` are those
+            # where an admitted request's prefix ends, after which this step computes the logits.
+            one = self._queue[0]
+            path = self._cache.match(one.context)
             matched = sum(length for _, length in path)
-            if matched == len(row.context) and _ends_here(path, ends):
+            if matched == len(one.context) and _ends_here(path, ends):
                 packing.known.append(self._queue.popleft())
                 continue
-            uncached = max(len(row.context) - matched, 1)
+            uncached = max(len(one.context) - matched, 1)
             if packing.admitted and len(packing.tokens) + uncached > self._max_prefill:
                 break
-            seat = self._slots.seat(row.ticket, len(row.context))
+            seat = self._slots.seat(one.ticket, len(one.context))
             if seat is None:
                 break
             self._queue.popleft()
-            self._enter(row, seat)
+            self._enter(one, seat)
             self._load(seat, path, packing)
-            ends.add(self._plan_prefill(row, seat, path, packing))
+            ends.add(self._plan_prefill(one, seat, path, packing))
         return packing
 
-    def _enter(self, row: SeatedRequest, seat: Seat) -> None:
-        row.seat = seat
-        self._live[row.ticket] = row
-        if not row.ids:
-            row.version = self.version
+    def _enter(self, one: SeatedRequest, seat: Seat) -> None:
+        one.seat = seat
+        self._live[one.ticket] = one
+        if not one.ids:
+            one.version = self.version
 
     def _worth_admitting(self) -> bool:
         waiting, first = len(self._queue), self._queue[0]
@@ -276,7 +284,7 @@ class Batcher:
         )
 
     def _load(self, seat: Seat, path: list[tuple[Node, int]], packing: _Packing) -> None:
-        """Copy the known KV of a prefix; what this step computes for another row will be written here too."""
+        """Copy the known KV of a prefix; what this step computes for others will be written here too."""
         for node, length in path:
             if node.segment is not None:
                 self._slots.write(seat, node.start, node.segment, length)
@@ -285,29 +293,30 @@ class Batcher:
             packing.shared += [ExtraWrite(node.packed[i], seat, node.start + i) for i in range(length)]
 
     def _plan_prefill(
-        self, row: SeatedRequest, seat: Seat, path: list[tuple[Node, int]], packing: _Packing
+        self, one: SeatedRequest, seat: Seat, path: list[tuple[Node, int]], packing: _Packing
     ) -> Node:
-        """Feed what is not known of a row's context, at least its last id; returns the node where it ends."""
+        """Feed what is not known of a context, at least its last id; returns the node where it ends."""
+        # The last id of a context is always fed: as the newest token of its seat, for the logits after it.
         matched = sum(length for _, length in path)
-        known = min(matched, len(row.context) - 1)
-        first, inner = len(packing.tokens), len(row.context) - 1 - known
-        packing.tokens += row.context[known:-1]
+        known = min(matched, len(one.context) - 1)
+        first, inner = len(packing.tokens), len(one.context) - 1 - known
+        packing.tokens += one.context[known:-1]
         if inner:
             packing.prompts.append(PromptRun(seat, known, first, inner))
-        node = self._cache.extend(path, row.context[matched:])
+        node = self._cache.extend(path, one.context[matched:])
         if matched == known:
             node.packed = [*range(first, first + inner), -1 - len(packing.admitted)]
         node.pins += 1
-        row.node = node
-        seat.length = len(row.context) - 1
-        packing.admitted.append(row)
+        one.node = node
+        seat.length = len(one.context) - 1
+        packing.admitted.append(one)
         self.stats.cached_tokens += known
         self.stats.prefill_tokens += inner + 1
         return node
 
-    def _forward(self, packing: _Packing, order: list[Seat], rows: list[SeatedRequest]) -> Tensor:
+    def _forward(self, packing: _Packing, order: list[Seat], requests: list[SeatedRequest]) -> Tensor:
         fed = len(packing.tokens)
-        before = rows_for(fed + len(rows)) - len(rows)
+        before = rows_for(fed + len(requests)) - len(requests)
         writes = []
         for write in packing.shared:
             source = write.source
@@ -317,7 +326,7 @@ class Batcher:
                 source = before + owner.number
             writes.append(ExtraWrite(source, write.seat, write.position))
         attention = PackedAttention(self._slots, order, packing.prompts, writes)
-        newest = [row.ids[-1] if row.ids else row.context[-1] for row in rows]
+        newest = [one.ids[-1] if one.ids else one.context[-1] for one in requests]
         padding = [0] * (before - fed)
         tokens = torch.tensor(packing.tokens + padding + newest, device=self._slots.device)
         positions = torch.from_numpy(attention.positions).to(self._slots.device)
@@ -327,9 +336,9 @@ class Batcher:
         self.stats.steps += 1
         return logits
 
-    def _record(self, row: SeatedRequest, seat: Seat, logits: Tensor) -> None:
-        """Give the tree what the forward pass computed for an admitted row."""
-        node = row.node
+    def _record(self, one: SeatedRequest, seat: Seat, logits: Tensor) -> None:
+        """Give the tree what the forward pass computed for an admitted request."""
+        node = one.node
         assert node is not None
         node.logits = logits.clone()
         above: Node | None = node
@@ -337,36 +346,36 @@ class Batcher:
             self._cache.fill(above, self._slots.read(seat, above.start, above.end))
             above = above.parent
 
-    def _seat_known(self, row: SeatedRequest) -> Tensor | None:
-        """Seat a row whose whole prefix the tree holds; returns the logits after it, None without room."""
-        seat = self._slots.seat(row.ticket, len(row.context))
+    def _seat_known(self, one: SeatedRequest) -> Tensor | None:
+        """Seat a request whose prefix the tree holds; returns the logits after it, None without room."""
+        seat = self._slots.seat(one.ticket, len(one.context))
         if seat is None:
             return None
-        path = self._cache.match(row.context)
+        path = self._cache.match(one.context)
         self._load(seat, path, _Packing())
         node = path[-1][0]
         node.pins += 1
-        self._enter(row, seat)
-        row.node = node
-        seat.length = len(row.context)
-        self.stats.cached_tokens += len(row.context)
+        self._enter(one, seat)
+        one.node = node
+        seat.length = len(one.context)
+        self.stats.cached_tokens += len(one.context)
         assert node.logits is not None
         return node.logits
 
     def _undo(self, packing: _Packing) -> None:
-        """Put the rows of a failed step back into the queue and drop their pending nodes."""
-        for row in packing.admitted:
-            assert row.seat is not None
-            assert row.node is not None
-            self._slots.leave(row.seat)
-            row.node.pins -= 1
-        for row in packing.admitted:
-            node = row.node
+        """Put the requests of a failed step back into the queue and drop their pending nodes."""
+        for one in packing.admitted:
+            assert one.seat is not None
+            assert one.node is not None
+            self._slots.leave(one.seat)
+            one.node.pins -= 1
+        for one in packing.admitted:
+            node = one.node
             while node is not None and node.packed is not None and not node.children:
                 self._cache.drop(node)
                 node = node.parent
-            row.seat = row.node = None
-            del self._live[row.ticket]
+            one.seat = one.node = None
+            del self._live[one.ticket]
         self._requeue([*packing.admitted, *packing.known])
 
 
