@@ -46,7 +46,7 @@ class Intervention(Protocol):
 
     @property
     def top_log_probs(self) -> int:
-        """How many of the largest log-probs `NextToken` must carry; 0 for none."""
+        """Number of the largest log-probs that `NextToken` must carry; 0 for none."""
         ...
 
     def __call__(self, coming: NextToken, /) -> Sequence[int]:

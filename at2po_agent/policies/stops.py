@@ -1,4 +1,4 @@
-"""When does a generation end? Stop strings found in the text of sampled ids, without re-tokenising.
+"""Finds the end of a generation: stop strings in the text of sampled ids, without re-tokenising.
 
 An id can complete a stop string only if its own piece holds the string or begins with one of its endings.
 That set is computed once per stop string; only when such an id is sampled are the last few ids decoded.
@@ -18,7 +18,7 @@ _REPLACEMENT = "\ufffd"  # what a piece of a split character decodes to
 
 
 class StopTable:
-    """Which ids may end a generation, per set of stop strings.
+    """Tells which ids may end a generation, per set of stop strings.
 
     Args:
         tokenizer: Decodes ids.
@@ -44,7 +44,7 @@ class StopTable:
         return self._number[stop]
 
     def ends(self, number: int, ids: Sequence[int]) -> StopReason | None:
-        """How the last id ends the generation: `eos`, `stop`, or None when it goes on."""
+        """Return why the last id ends the generation: `eos`, `stop`, or None when it goes on."""
         if ids[-1] in self._eos_ids:
             return "eos"
         for mark in self._stops[number]:

@@ -32,7 +32,7 @@ class ChatTemplate(NamedTuple):
     Attributes:
         text: Jinja, as `apply_chat_template` takes it.
         marks: The tokens that it writes around messages; a tokenizer needs each as one token.
-        about: What it is for.
+        about: Its purpose.
     """
 
     text: str
@@ -126,7 +126,7 @@ def template_marks(name: str) -> tuple[str, ...]:
 
 
 def remedy(hf: PreTrainedTokenizerFast, refused: str = "") -> str:
-    """What to set instead of a template that was refused: a named one that the tokenizer has the tokens for.
+    """Suggest a template instead of a refused one: a named one that the tokenizer has the tokens for.
 
     Args:
         hf: The tokenizer.

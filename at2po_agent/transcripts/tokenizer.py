@@ -1,4 +1,4 @@
-"""What a tokenizer is, and a Hugging Face fast tokenizer as one.
+"""Declares tokenizers, and adapts fast tokenizers of Hugging Face.
 
 Encoding adds no special tokens and decoding is verbatim, so pieces can be concatenated as ids and the text of
 a sampled turn is exactly what the model wrote. This module knows no model.

@@ -129,7 +129,7 @@ class Batcher:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits and nothing is live."""
+        """True if nothing waits and nothing is live."""
         return not self._queue and not self._live
 
     def submit(self, one: SeatedRequest) -> None:
@@ -380,7 +380,7 @@ class Batcher:
 
 
 def _ends_here(path: list[tuple[Node, int]], ends: set[Node]) -> bool:
-    """Whether the logits that follow a fully matched path are known, or will be after this step."""
+    """True if the logits after a fully matched path are known, or will be after this step."""
     if not path:
         return False
     node, length = path[-1]

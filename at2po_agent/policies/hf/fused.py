@@ -44,7 +44,7 @@ class _Layer(NamedTuple):
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether a model can run here: one of the families, small, float32, on a CPU, plain in every respect."""
+    """True if a model can run here: one of the families, small, float32, on a CPU, plain in every respect."""
     config = model.config
     return (
         type(model) in _FAMILIES

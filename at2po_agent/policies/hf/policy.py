@@ -14,7 +14,7 @@ This module knows no environment, no tree and no training.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from at2po_agent.policies.hf.batching import Batcher, PolicyStats, SeatedRequest
 from at2po_agent.policies.hf.decoder import ModelDecoder
 from at2po_agent.policies.hf.fused import FusedDecoder, fits
 from at2po_agent.policies.hf.prefix_cache import PrefixCache
-from at2po_agent.policies.hf.slots import LayerShape, Slots
+from at2po_agent.policies.hf.slots import Slots
 from at2po_agent.policies.sampling import choose
 from at2po_agent.policies.stops import StopTable
 from at2po_agent.transcripts.inline import InlineTranscript, Transcript
@@ -78,8 +78,12 @@ class HFPolicy(SteppingPolicy):
         self._stops = StopTable(tokenizer, self._vocab_size, ends)
         general = ModelDecoder(model)
         self.decoder = FusedDecoder(model) if fits(model) else general
-        token_bytes = _token_bytes(general.shapes, model.dtype)
-        self._kv_tokens = kv_tokens or _default_kv_bytes(model.device) // token_bytes
+        if not kv_tokens:
+            on_gpu = model.device.type == "cuda"
+            room = torch.cuda.mem_get_info(model.device)[0] // 2 if on_gpu else 4 << 30
+            values = sum(heads * width for layer in general.shapes for heads, width in layer)
+            kv_tokens = room // (model.dtype.itemsize * values)  # keys and values of one position, all layers
+        self._kv_tokens = kv_tokens
         self._cache = PrefixCache(cache_tokens)
         self.slots = Slots(general.shapes, max_tokens=self._kv_tokens, dtype=model.dtype, device=model.device)
         self._batcher = Batcher(
@@ -100,12 +104,12 @@ class HFPolicy(SteppingPolicy):
 
     @property
     def stats(self) -> PolicyStats:
-        """What was computed since the policy was made."""
+        """Counts of all that was computed since the policy was made."""
         return self._batcher.stats
 
     @property
     def idle(self) -> bool:
-        """Whether no request waits or is under way."""
+        """True if no request waits or is under way."""
         return self._batcher.idle and not self._finished
 
     @property
@@ -228,12 +232,3 @@ class HFPolicy(SteppingPolicy):
         if smallest < 0 or largest >= self._vocab_size:
             wrong = smallest if smallest < 0 else largest
             raise PolicyError(f"{what} holds id {wrong}; the model's ids lie in 0..{self._vocab_size - 1}")
-
-
-def _token_bytes(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:
-    """What one position of one sequence takes, keys and values of all layers."""
-    return dtype.itemsize * sum(heads * width for layer in shapes for heads, width in layer)
-
-
-def _default_kv_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 4 << 30

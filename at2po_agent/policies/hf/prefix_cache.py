@@ -27,7 +27,7 @@ class Node:
         start: Depth of the first one, in ids from the root.
         segment: Their KV; None while pending.
         packed: While pending, where the packed batch holds each id.
-        logits: What follows the last id, where known.
+        logits: Logits after the last id, where known.
         pins: Rows under way that extend this node; a pinned node is not evicted.
     """
 
@@ -135,7 +135,7 @@ class PrefixCache:
             self.tokens -= len(node.tokens)
 
     def evict(self) -> None:
-        """Where the budget is exceeded, drop least recently used leaves, pinned ones apart, to 9/10 of it."""
+        """Drop least recently used leaves, but no pinned ones, beyond the budget: down to 9/10 of it."""
         if self.tokens <= self.max_tokens:
             return
         enough = self.max_tokens * 9 // 10  # not each step again
@@ -163,7 +163,7 @@ def _evictable(node: Node) -> bool:
 
 
 def common_length(tokens: tuple[int, ...], ids: Sequence[int], position: int = 0) -> int:
-    """How many leading `tokens` equal `ids` from `position` on."""
+    """Count the leading `tokens` that equal `ids` from `position` on."""
     limit = min(len(tokens), len(ids) - position)
     if tokens[:limit] == tuple(ids[position : position + limit]):
         return limit

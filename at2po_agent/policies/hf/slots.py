@@ -32,7 +32,7 @@ class LayerShape(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Seat:
-    """Where a sequence's KV are.
+    """Locates the KV of a sequence.
 
     Attributes:
         ticket: The sequence.
@@ -93,7 +93,7 @@ class Slots:
         shapes: One per layer.
         max_tokens: Most positions of all places together.
         dtype: Of keys and values.
-        device: Where they live.
+        device: Their device.
     """
 
     def __init__(

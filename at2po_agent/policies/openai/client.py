@@ -99,7 +99,7 @@ class Client:
     """Asks one server. Must be made, used and closed in one event loop.
 
     Args:
-        server: Where and how.
+        server: Address, key and patience.
         endpoint: Chat, or completions.
         stats: Counters to keep.
     """

@@ -1,4 +1,4 @@
-"""What a refusal of a server means: try again, ask otherwise, give this request up, or stop everything.
+"""Reads refusals of a server: try again, ask otherwise, give this request up, or stop everything.
 
 The error model: a request that fails is data (`RequestFailedError` becomes an aborted generation). A refusal
 that every other request would meet as well (the key, the model's name, the address) is a `PolicyError`.
@@ -82,7 +82,7 @@ class UnknownModelError(RequestFailedError):
 def refusal(
     status: int, headers: Mapping[str, str], body: bytes, *, sent: Collection[str]
 ) -> RequestFailedError | PolicyError:
-    """What an answer with another status than 200 means.
+    """Read an answer with another status than 200.
 
     Args:
         status: HTTP status.

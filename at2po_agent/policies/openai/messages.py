@@ -1,4 +1,4 @@
-"""What is sent to an OpenAI-compatible server, and what its answers hold. Knows no HTTP.
+"""Writes requests to an OpenAI-compatible server and reads its answers. Knows no HTTP.
 
 Reading is strict about what a generation is made of (a wrong shape is an error) and lenient about all else.
 """
@@ -16,11 +16,11 @@ from at2po_agent.policies.openai.tokens import NativeCall, chat_messages, encode
 Endpoint = Literal["chat", "completions"]
 ENDPOINTS: Mapping[str, str] = {"chat": "/chat/completions", "completions": "/completions"}
 OPTIONAL = ("seed", "logprobs", "stop", "temperature", "top_p", "parallel_tool_calls")
-"""What a server may refuse; the request is then made without it."""
+"""Members that a server may refuse; the request is then made without them."""
 HARMLESS = ("seed", "logprobs", "stop", "parallel_tool_calls")
 """Those without which answers are drawn from the same distribution (stop strings are looked for here too)."""
 LOWEST_LOG_PROB = -9999.0
-"""What servers write for minus infinity."""
+"""Servers write this for minus infinity."""
 NO_STOP = object()
 """The server does not tell which stop string ended a generation."""
 
@@ -48,8 +48,8 @@ class Answer(NamedTuple):
     """One answer.
 
     Attributes:
-        text: What was written.
-        reasoning: What the server's parser took for reasoning; None without.
+        text: The text of the answer.
+        reasoning: The part that the server's parser took for reasoning; None without.
         call: The first tool call that the server's parser found.
         finish: The server's `finish_reason`.
         stop: The stop string that ended it, None for another end, `NO_STOP` where the server does not tell.
@@ -66,7 +66,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Dialect:
-    """How requests to one server are written.
+    """Says how requests to one server are written.
 
     Attributes:
         endpoint: Chat, or completions.

@@ -33,7 +33,7 @@ from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError, PolicyError
 
 POLL_S = 0.02
-"""How long `poll` waits for something to finish."""
+"""Seconds that `poll` waits for something to finish."""
 _CLOSE_S = 10.0
 _Result = TypeVar("_Result")
 
@@ -147,7 +147,7 @@ class OpenAIPolicy:
         return ticket
 
     def poll(self) -> list[tuple[int, Generation]]:
-        """What finished since the last call; waits a moment where nothing did.
+        """Return what finished since the last call; wait a moment if nothing did.
 
         Raises:
             PolicyError: No request can succeed, or too many failed in a row.
@@ -267,7 +267,7 @@ class OpenAIPolicy:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _forget(self, ticket: int) -> bool:
-        """Whether the ticket was still open."""
+        """Close a ticket; returns False if it was not open any more."""
         try:
             self._open.remove(ticket)
         except KeyError:

@@ -1,4 +1,4 @@
-"""What served generations cost: requests, tokens, money."""
+"""Counts the costs of served generations: requests, tokens, money."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ServedStats:
         retries: Tries after a failure that may pass.
         failures: Generations that were given up, and so are "abort".
         reasons: Why, by kind.
-        last_failure: What was said last.
+        last_failure: Message of the last one.
         unanswered: Requests cancelled before their answer.
         left_out: Members of a request that the server refused, and that it is no longer sent.
         shortened: Answers whose limit was lowered to what the context had room for.

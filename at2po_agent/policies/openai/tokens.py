@@ -118,7 +118,7 @@ def split_action(ids: Sequence[int]) -> Action:
 
 
 def inline_text(ids: Sequence[int]) -> str:
-    """What a completion endpoint continues: the text of an inline transcript.
+    """Return the text that a completion endpoint continues, that of an inline transcript.
 
     Raises:
         PolicyError: The ids are cut into messages.
@@ -138,7 +138,7 @@ def chat_messages(ids: Sequence[int], *, keep_reasoning: bool = False) -> list[d
     template writes itself; any other is the user's. Calls are numbered, so equal ids give equal messages.
 
     Args:
-        ids: What a `RoleTranscript` and the policy wrote.
+        ids: The ids of a `RoleTranscript` and the policy.
         keep_reasoning: Send earlier reasoning back as `reasoning_content`; most servers want it left out.
 
     Raises:
@@ -180,7 +180,7 @@ def _pieces(ids: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
 
 
 def _take(ids: list[int], opening: int, closing: int) -> tuple[list[int], list[int]]:
-    """What stands between two marks, and the rest without them."""
+    """Return the ids between two marks, and the rest without them."""
     start = ids.index(opening)
     end = ids.index(closing, start) if closing in ids[start:] else len(ids)
     return ids[start + 1 : end], ids[:start] + ids[end + 1 :]

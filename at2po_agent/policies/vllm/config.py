@@ -1,4 +1,4 @@
-"""How engines of vLLM are run: settings only, nothing of vLLM is imported here."""
+"""Configures engines of vLLM; nothing of vLLM is imported here."""
 
 from typing import Literal, Self
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class VLLMConfig(BaseModel):
-    """Engines, their memory and their processes."""
+    """Configures engines, their memory and their processes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -58,7 +58,7 @@ class Engine:
     """Decodes in this process.
 
     Args:
-        spec: What to run.
+        spec: The engine to run.
         tokenizer: Decodes ids when stop strings are looked for.
 
     Attributes:
@@ -83,7 +83,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is under way."""
+        """True if no request is under way."""
         return not self._open
 
     @property
@@ -92,7 +92,7 @@ class Engine:
         return {one.ticket for one in self._open.values()} | {one.ticket for one in self._ready}
 
     def counted(self) -> PolicyStats:
-        """What was computed, by the engine's own counters."""
+        """Counts of all that was computed, by the engine's own counters."""
         return self._counters.stats
 
     def add(self, ticket: int, request: Request) -> None:
@@ -200,7 +200,7 @@ class Engine:
         self._result = getattr(self, method)(*arguments)
 
     def end(self) -> Any:
-        """What the call returned."""
+        """Return the result of the call."""
         return self._result
 
     def weights_changed(self, version: int) -> None:

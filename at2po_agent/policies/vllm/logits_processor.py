@@ -31,7 +31,7 @@ ARGUMENT = "at2po"
 
 @dataclass(frozen=True)
 class Order:
-    """What the processor has to know of a request.
+    """Tells the processor about a request.
 
     Attributes:
         key: Unique within the engine's process.
@@ -44,7 +44,7 @@ class Order:
 
 @dataclass
 class Report:
-    """What the rule of a request did in the worker: a value that can travel between processes.
+    """Reports what the rule of a request did in the worker: a value that can travel between processes.
 
     Attributes:
         forced: Places of the generated ids that were forced.
@@ -58,7 +58,7 @@ class Report:
 
 
 class Guard:
-    """An intervention whose failure is kept instead of breaking the step of everybody else.
+    """An intervention whose failure is kept instead of breaking the step of all other requests.
 
     Attributes:
         rule: The intervention.
@@ -150,7 +150,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ther
 
 
 def take_reports(worker: Any, ended: Sequence[int]) -> dict[int, Report]:
-    """What the rules of ended and of failed requests did; forgets them. The engine runs it in its workers."""
+    """Report on rules of ended and of failed requests, and forget them; the engine runs it in its workers."""
     del worker
     failed = [key for key, row in _watched.items() if _guard(row).error is not None]
     reports = {}

@@ -120,7 +120,7 @@ class VLLMPolicy(SteppingPolicy):
 
     @property
     def stats(self) -> PolicyStats:
-        """What was computed since the policy was made, by the engines' own counters."""
+        """Counts of all that was computed since the policy was made, by the engines' own counters."""
         total = PolicyStats()
         for one in call_all(self._engines, "counted"):
             for name, count in vars(one).items():
@@ -129,7 +129,7 @@ class VLLMPolicy(SteppingPolicy):
 
     @property
     def idle(self) -> bool:
-        """Whether no request waits or is under way."""
+        """True if no request waits or is under way."""
         return not self._where and not self._finished
 
     def submit(self, request: Request) -> int:
@@ -361,7 +361,7 @@ def _resolved(settings: VLLMConfig, model: nn.Module | None) -> VLLMConfig:
 
 
 def _copy_state(source: object, target: object) -> None:
-    """What pickle would restore."""
+    """Give the target the state of the source, as pickle would restore it."""
     state = source.__getstate__()
     if hasattr(target, "__setstate__"):
         target.__setstate__(state)

@@ -36,7 +36,7 @@ class RemoteEngine:
     """Runs an engine in a child process.
 
     Args:
-        spec: What to run.
+        spec: The engine to run.
         tokenizer: Travels once.
         number: Names the engine in messages.
     """
@@ -83,7 +83,7 @@ class RemoteEngine:
         self.open.add(ticket)
 
     def collect(self) -> list[Finished]:
-        """What has finished since the last call; does not wait.
+        """Return what has finished since the last call; does not wait.
 
         Raises:
             PolicyError: The engine has died or hangs, or an intervention failed.
@@ -105,7 +105,7 @@ class RemoteEngine:
         self._send(("call", method, arguments))
 
     def end(self) -> Any:
-        """What the call returns.
+        """Wait for the call, and return its result.
 
         Raises:
             PolicyError: It failed, the engine has died, or it took too long.
@@ -212,7 +212,7 @@ class RemoteEngine:
 
 @contextlib.contextmanager
 def _environment(spec: EngineSpec) -> Iterator[None]:
-    """What the child inherits: its GPUs, its threads."""
+    """Set the GPUs and threads that the child inherits, while it is started."""
     wanted = {}
     if spec.devices is not None:
         wanted["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices)

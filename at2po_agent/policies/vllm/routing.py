@@ -1,4 +1,4 @@
-"""Which engine gets a request: one that has computed its beginning, else the one with the least to do.
+"""Chooses the engine of a request: one that has computed its beginning, else the one with the least to do.
 
 An engine knows the keys and values of its own requests only. All branches of a question begin with its
 prompt, so a request whose beginning is the whole prefix of an earlier one follows it. Questions that merely
@@ -19,7 +19,7 @@ class Router:
     """Remembers where prompts went.
 
     Args:
-        engines: How many there are.
+        engines: Their number.
     """
 
     def __init__(self, engines: int) -> None:

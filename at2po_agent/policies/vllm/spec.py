@@ -1,4 +1,4 @@
-"""What an engine of vLLM is made from, and making it: every name of vLLM's own options stands here.
+"""Makes engines of vLLM from their specification: every name of vLLM's own options stands here.
 
 Nothing of vLLM is imported before an engine is made.
 """
@@ -60,7 +60,7 @@ class EngineSpec:
 
 
 class Limits(NamedTuple):
-    """What an engine can take: ids below `vocab_size`, sequences of `max_positions`; its blocks."""
+    """Limits an engine: ids below `vocab_size`, sequences of `max_positions`, and the size of its blocks."""
 
     vocab_size: int
     max_positions: int
@@ -109,7 +109,7 @@ def share_out(visible: Sequence[str], learner: int | None, *, engines: int, each
     Args:
         visible: Names of the GPUs.
         learner: Index of the one that the learner uses.
-        engines: How many engines; 0 takes as many as fit beside the learner, at least one.
+        engines: Number of engines; 0 takes as many as fit beside the learner, at least one.
         each: GPUs of one engine.
 
     Raises:
@@ -234,7 +234,7 @@ def engine_arguments(spec: EngineSpec, *, on_cpu: bool) -> dict[str, Any]:
 
 
 def attends_to_all(model: Any) -> bool:
-    """Whether every layer of a model (vLLM's `ModelConfig`) attends to all tokens: its blocks are alike."""
+    """True if every layer of a model (vLLM's `ModelConfig`) attends to all tokens: its blocks are alike."""
     kinds = getattr(model.hf_text_config, "layer_types", None) or ["full_attention"]
     special = model.is_hybrid or model.is_attention_free or model.is_encoder_decoder
     return not special and set(kinds) == {"full_attention"} and not model.get_sliding_window()

@@ -1,4 +1,4 @@
-"""How new weights reach engines: in place, by the name of each weight.
+"""Sends new weights to engines: in place, by the name of each weight.
 
 - direct: the engine runs in this process and takes the learner's tensors.
 - shared: the engines read one file in shared memory, in the sampler's number format. Works wherever learner
@@ -44,7 +44,7 @@ class FileWeight(NamedTuple):
 
 
 class EngineCalls(Protocol):
-    """What a sender needs of an engine, here or in another process."""
+    """Calls methods of an engine, here or in another process."""
 
     def begin(self, method: str, *arguments: Any) -> None:
         """Start a call of `Engine`."""
@@ -104,7 +104,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether a model carries adapters of peft."""
+    """True if a model carries adapters of peft."""
     return hasattr(model, "peft_config")
 
 
@@ -286,7 +286,7 @@ class TransferSender:
 
 
 class _TransferClient:
-    """What vLLM's trainer side calls to drive the receiving side."""
+    """Drives the receiving side on behalf of vLLM's trainer side."""
 
     def __init__(self, engines: Sequence[EngineCalls], workers: int) -> None:
         self._engines = engines

@@ -1,4 +1,4 @@
-"""Which blocks of keys and values begin as a prefix goes on: prefix caching to the token, not to the block.
+"""Finds blocks of keys and values that begin as a prefix goes on: prefix caching to the token, not the block.
 
 An engine's own prefix cache knows full blocks by the hash of all tokens up to their end. Where a prefix ends
 inside a block, or leaves another one there, the tokens that the two share in that block are computed already

@@ -39,7 +39,7 @@ _CACHED = make_block_hash_with_group_id(BlockHash(b"part of a block"), 0)
 
 @dataclass
 class Copies(KVConnectorMetadata):  # type: ignore[misc]  # of vLLM, untyped here
-    """What the workers copy before a step: (from block, to block)."""
+    """Tells the workers what to copy before a step: (from block, to block)."""
 
     pairs: list[tuple[int, int]] = field(default_factory=list)
 
