@@ -22,15 +22,13 @@ from at2po_agent.environments import (
     make_training_env,
     number_of_tasks,
 )
-from at2po_agent.evaluation.evaluate import Evaluation
+from at2po_agent.evaluation.evaluate import Evaluation, evaluate_mode
 from at2po_agent.evaluation.metrics import staleness_metrics, tree_metrics
-from at2po_agent.evaluation.of_run import evaluate_mode
 from at2po_agent.learning.step import TreeLearner, give_credit
 from at2po_agent.runs.checkpoint import Restored, load_newest, save_checkpoint
-from at2po_agent.runs.clock import Clock
 from at2po_agent.runs.folder import RunFolder, disk_refusals
 from at2po_agent.runs.interrupts import StopRequested
-from at2po_agent.runs.progress import Progress
+from at2po_agent.runs.progress import Clock, Progress
 from at2po_agent.runs.scalars import Scalars
 from at2po_agent.runs.seeding import RunPurpose, run_seed
 from at2po_agent.tree import Tree

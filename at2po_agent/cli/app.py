@@ -1,7 +1,7 @@
-"""The command line: `at2po train | eval | view | plot | envs | data`.
+"""Implements the command line `at2po`.
 
 Nothing heavy is imported before a command needs it: help, `envs` and `data` never load torch. An error that
-at2po raises on purpose is one message without a traceback and exit code 2; anything else is a bug with one.
+at2po raises on purpose is printed as one message, with exit code 2; any other is a bug and has a traceback.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from at2po_agent.cli.eval import evaluate_command, need_agent_extra
+from at2po_agent.cli.eval import EXIT_INTERRUPTED, evaluate_command, need_agent_extra
 from at2po_agent.cli.retrieval import app as retrieval_app
+from at2po_env.errors import At2poError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from at2po_agent.config.sections import Config
 
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_ERROR = 2
 
 
 def _examples(*commands: str) -> str:
@@ -38,12 +39,10 @@ class _Commands(TyperGroup):
         """Run a command."""
         try:
             return super().invoke(ctx)
-        except Exception as error:
-            from at2po_env.errors import At2poError
-
-            if not isinstance(error, At2poError):
-                raise
-            _say_error(str(error))
+        except At2poError as error:
+            console = Console(stderr=True)
+            console.print("Error:", style="bold red", end=" ")
+            console.print(str(error), markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(EXIT_ERROR) from error
 
 
@@ -58,14 +57,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 data_app = typer.Typer(
-    help="Get questions and corpora, and see where they are.", no_args_is_help=True, rich_markup_mode="rich"
+    help="Download questions and corpora, and show where they are.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
 )
 app.add_typer(data_app, name="data")
 app.add_typer(retrieval_app)
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings, such as train.steps=20; they win over the file."),
+    typer.Argument(
+        metavar="KEY=VALUE", help="Settings that win over the configuration, such as train.steps=20."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -79,7 +82,7 @@ def main() -> None:
 def _warning_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Our own warnings are meant for the person at the terminal; others keep the place they come from."""
+    """Print our own warnings for a person at the terminal; others keep file and line."""
     if category.__module__.startswith("at2po"):
         return f"Warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n{line or ''}"
@@ -113,13 +116,18 @@ def train(
     ],
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was stopped: its folder, or the newest.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with a run that was stopped: the one in the folder, or the newest of this name.",
+        ),
     ] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="The same run cut down to a minute: checks that all works.")
+        bool,
+        typer.Option("--smoke", help="Cut the run down to about a minute, to check that everything works."),
     ] = False,
 ) -> None:
-    """Train a policy, evaluate it before and after, and leave a run's folder with pictures."""
+    """Train a policy, and evaluate it before and after; all results are kept in the run's folder."""
     need_agent_extra()
     from at2po_agent.config.loading import load_config
     from at2po_agent.report.live import make_listener
@@ -127,21 +135,21 @@ def train(
 
     # A run's folder may have been moved since its configuration was written.
     given = [f"run.dir={config}", *(overrides or [])] if Path(config).is_dir() else overrides or []
-    settings = load_config(config, given)
+    loaded = load_config(config, given)
     if smoke:
-        settings = load_config(config, [*smoke_overrides(settings), *given])
+        loaded = load_config(config, [*smoke_overrides(loaded), *given])
     try:
-        with make_listener(_errors()) as progress:
-            summary = run_training(settings, resume=resume, progress=progress)
+        with make_listener(Console(stderr=True)) as progress:
+            summary = run_training(loaded, resume=resume, progress=progress)
     except KeyboardInterrupt as stop:
-        _say_interrupted(stop, settings)
+        _say_interrupted(stop, loaded)
         raise typer.Exit(EXIT_INTERRUPTED) from stop
     if "folder" in summary:
         _say_ending(config, Path(summary["folder"]), summary)
 
 
 def smoke_overrides(config: Config) -> list[str]:
-    """Settings that cut a run down to a check that everything works, as far as it is larger."""
+    """Return the settings that cut a larger run down to a check that everything works."""
     largest = {
         "cold_start.steps": (config.cold_start.steps, 200),
         "cold_start.demonstrations": (config.cold_start.demonstrations, 1200),
@@ -162,7 +170,7 @@ app.command(
         "at2po eval Qwen/Qwen3-4B --config qwen3-4b-multihop dataset=dev.jsonl corpus=wiki-18.jsonl",
         "at2po eval runs/qwen3-4b-multihop --suite all --json all.json eval.questions=500",
         "at2po eval http://localhost:8000/v1 --model NAME --env at2po/HotpotQA-v0",
-        "at2po eval https://HOST/v1 --model NAME --api-key-env OPENAI_API_KEY --suite all",
+        "at2po eval https://HOST/v1 --model NAME served.api_key_env=OPENAI_API_KEY --suite all",
     ),
 )(evaluate_command)
 
@@ -178,17 +186,24 @@ def view(
     source: Annotated[Path, typer.Argument(metavar="RUN|TREES", help="A run's folder, or a file of trees.")],
     question: Annotated[
         str | None,
-        typer.Option(help="Which tree: a question's id or its number in the list; default: the liveliest."),
+        typer.Option(
+            help="Id of the question, or its number in --list. By default the tree whose leaves differ most."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The page; default: tree.html in the run, or beside the file.")
+        Path | None,
+        typer.Option(
+            help="File to write. The default is tree.html in the run's folder, or beside the file of trees."
+        ),
     ] = None,
-    list_only: Annotated[bool, typer.Option("--list", help="List the trees instead.")] = False,
+    list_only: Annotated[
+        bool, typer.Option("--list", help="List the trees instead of writing a page.")
+    ] = False,
 ) -> None:
-    """Write one question's tree as a page for the browser: one file that loads nothing."""
-    from at2po_agent.report.ending import shown_path, tree_table
+    """Write one question's tree as a page for the browser, in a single file that loads nothing."""
     from at2po_agent.report.run_folder import pick, read_trees, tree_file
     from at2po_agent.report.run_report import TREE_PAGE, page_options, run_of
+    from at2po_agent.report.tables import shown_path, tree_table
     from at2po_agent.report.tree_page import write_tree_page
 
     records = read_trees(source)
@@ -208,14 +223,16 @@ def view(
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
     out: Annotated[
-        Path | None, typer.Option(help="The PNG; default: in the run, or here for several.")
+        Path | None,
+        typer.Option(
+            help="PNG to write. The default is in the run's folder, or in this one for several runs."
+        ),
     ] = None,
-    x: Annotated[str, typer.Option(help="What several runs are compared at: steps or tokens.")] = "steps",
+    x: Annotated[str, typer.Option(help="Horizontal axis for several runs: steps or tokens.")] = "steps",
 ) -> None:
     """Draw the learning curve of a run, or of several in one picture."""
     from at2po_agent.report.curves import draw_run, draw_runs
-    from at2po_agent.report.ending import shown_path
-    from at2po_env.errors import ConfigError
+    from at2po_agent.report.tables import shown_path
 
     if x not in ("steps", "tokens"):
         raise ConfigError(f"--x: got {x!r}, expected steps or tokens")
@@ -230,7 +247,7 @@ def plot(
 
 @app.command(epilog=_examples("at2po envs", "at2po envs --json"))
 def envs(as_json: AsJson = False) -> None:
-    """List the environment ids, and what they need."""
+    """List the environment ids with the data that they need."""
     from at2po_agent.report.listings import environment_rows, environment_table
 
     rows = environment_rows()
@@ -242,7 +259,7 @@ def envs(as_json: AsJson = False) -> None:
 
 @data_app.command("list", epilog=_examples("at2po data list", "at2po data list --json"))
 def data_list(as_json: AsJson = False) -> None:
-    """List the data sets that can be got, and which of them are here."""
+    """List the data sets that can be downloaded, and which of them are on this machine."""
     from at2po_agent.report.listings import data_rows, data_table
 
     rows = data_rows()
@@ -254,13 +271,13 @@ def data_list(as_json: AsJson = False) -> None:
 
 @data_app.command("get", epilog=_examples("at2po data get hotpotqa wiki-18", "at2po data get all"))
 def data_get(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Names of `at2po data list`, or all.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Names from `at2po data list`, or all.")],
 ) -> None:
-    """Download data sets into the cache; a broken download goes on where it stopped."""
+    """Download data sets into the cache; an interrupted download goes on where it stopped."""
     from at2po_agent.report.listings import plain_download_report
     from at2po_env.data.download import get
 
-    errors = _errors()
+    errors = Console(stderr=True)
     report = None if errors.is_terminal else plain_download_report(lambda text: typer.echo(text, err=True))
     for name in names:
         for path in get(name, progress=report):
@@ -269,12 +286,11 @@ def data_get(
 
 @data_app.command("path", epilog=_examples("at2po data path", "at2po data path hotpotqa"))
 def data_path(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A name of `at2po data list`.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A name from `at2po data list`.")] = None,
 ) -> None:
-    """Print where a data set lies, or the folder of all."""
+    """Print the files of a data set, or the folder of all data."""
     from at2po_agent.report.listings import data_files
     from at2po_env.data.cache import cache_dir
-    from at2po_env.errors import DataError
 
     if name is None:
         typer.echo(cache_dir())
@@ -287,8 +303,8 @@ def data_path(
 
 
 def _say_ending(config: str, run: Path, summary: dict[str, Any]) -> None:
-    from at2po_agent.report.ending import command_line, print_ending, shown_path
     from at2po_agent.report.run_report import write_run_report
+    from at2po_agent.report.tables import command_line, print_ending, shown_path
 
     program, folder = _program(), shown_path(run)
     other = "at2po" if summary.get("algorithm") == "grpo" else "grpo"
@@ -302,39 +318,29 @@ def _say_ending(config: str, run: Path, summary: dict[str, Any]) -> None:
 
 
 def _say_interrupted(stop: KeyboardInterrupt, config: Config) -> None:
-    """What was saved and how to go on; with the command as it can be typed here."""
-    from at2po_agent.report.ending import command_line
+    """Say what was saved and how to go on, with the command as it can be typed here."""
     from at2po_agent.report.run_report import write_run_report
+    from at2po_agent.report.tables import command_line
 
     fallback = Path(config.run.dir) if config.run.dir else None
     run: Path | None = getattr(stop, "folder", fallback)
     if run is not None and run.is_dir():
         write_run_report(run)
     text = str(stop).replace("at2po ", command_line(*_program()) + " ", 1) or "stopped"
-    _errors().print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _program() -> list[str]:
-    """How this program was called, so that commands printed here can be typed here."""
+    """Return the words that call this program, so that printed commands can be typed here."""
     called = Path(sys.argv[0])
     if called.name != "at2po":
         return ["at2po"]
     found = shutil.which("at2po")
     if found is not None and Path(found).resolve() == called.resolve():
         return ["at2po"]
-    from at2po_agent.report.ending import shown_path
+    from at2po_agent.report.tables import shown_path
 
     return [shown_path(called)]
-
-
-def _errors() -> Console:
-    return Console(stderr=True)
-
-
-def _say_error(message: str) -> None:
-    console = _errors()
-    console.print("Error:", style="bold red", end=" ")
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:

@@ -1,141 +1,151 @@
-"""`at2po eval`: a run, a model's folder, or a model that is served at an address."""
+"""Implements `at2po eval`: evaluates a run, a checkpoint, a model, or a served model."""
 
 import json
-from typing import Annotated, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-_PANEL = "Served models (the target is an address)"
+from at2po_env.errors import At2poError, ConfigError, require
 
+if TYPE_CHECKING:
+    from at2po_agent.config.sections import Config
+    from at2po_agent.policies.base import Policy
 
-def _served(*names: str, text: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=_PANEL)
+EXIT_INTERRUPTED = 130
 
 
 def need_agent_extra() -> None:
-    """Say which extra is missing, if one is.
+    """Check that the agent's packages are installed.
 
     Raises:
-        MissingExtraError: The agent's packages are not installed.
+        MissingExtraError: One is missing; the message names the extra to install.
     """
-    from at2po_env.errors import require
-
     for module in ("torch", "transformers", "safetensors"):
         require(module, "agent")
 
 
-def evaluate_command(  # noqa: PLR0913  the options of one command
+def evaluate_command(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="RUN_OR_MODEL_OR_URL",
-            help="A run's folder, a checkpoint, a model's folder or name, or a server's address.",
+            metavar="RUN|MODEL|URL",
+            help="A run's folder, a checkpoint, a model's folder or hub name, or a served model's address.",
         ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Settings, such as eval.questions=500; they win over the file."
+            metavar="KEY=VALUE",
+            help="Settings that win over the configuration, such as eval.questions=500. For a served model "
+            "also served.KEY=VALUE: endpoint, api_key_env, temperature, concurrency, timeout_s, "
+            "native_tools, system, price_input, price_output, price_cached, extra.NAME.",
         ),
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option("--config", help="Settings other than the run's own; needed for a bare model."),
+        typer.Option(
+            "--config",
+            help="Configuration to use. The default is the run's own, or qwen3-4b-multihop for a model that "
+            "belongs to no run.",
+        ),
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option(help="The published sets instead: multihop, singlehop or all; greedy only."),
+        typer.Option(help="Ask the published question sets instead, greedily: multihop, singlehop or all."),
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print JSON instead of a table; with --suite, --json FILE writes it."),
+        typer.Option(
+            "--json", help="Print JSON instead of a table; --json FILE writes it to a file as well."
+        ),
     ] = False,
     model: Annotated[
-        str | None, _served("--model", text="The model's name; default: the only one that the server lists.")
-    ] = None,
-    env: Annotated[str | None, _served("--env", text="Gymnasium id; default: that of --config.")] = None,
-    endpoint: Annotated[
-        str | None, _served("--endpoint", text="chat (default), or completions with the running text.")
-    ] = None,
-    api_key_env: Annotated[
         str | None,
-        _served("--api-key-env", text="Environment variable that holds the key; default: none is sent."),
+        typer.Option(
+            help="Name of the served model, short for served.model=NAME. It may be left out where the server "
+            "lists only one."
+        ),
     ] = None,
-    temperature: Annotated[
-        float | None, _served("--temperature", text="Sampling temperature; default: 0, greedy.")
-    ] = None,
-    concurrency: Annotated[
-        int | None, _served("--concurrency", text="Requests under way at the same time; default: 16.")
-    ] = None,
-    timeout: Annotated[
-        float | None, _served("--timeout", text="Seconds for an answer, all tries included; default: 900.")
-    ] = None,
-    native_tools: Annotated[
-        bool, _served("--native-tools", text="Let the server parse tool calls; eval.kwargs.protocol=hermes.")
-    ] = False,
-    system: Annotated[str | None, _served("--system", text="System message before the prompt.")] = None,
-    price_input: Annotated[
-        float | None, _served("--price-input", text="Price of a million input tokens.")
-    ] = None,
-    price_output: Annotated[
-        float | None, _served("--price-output", text="Price of a million output tokens.")
-    ] = None,
-    price_cached: Annotated[
-        float | None, _served("--price-cached", text="Price of a million cached input tokens.")
-    ] = None,
-    extra: Annotated[
-        str | None, _served("--extra", text="Further members of every request, as a JSON object.")
+    env: Annotated[
+        str | None, typer.Option(help="Gymnasium id of another environment, short for env.id=ID.")
     ] = None,
 ) -> None:
-    """Evaluate a policy on held-out questions, greedily and sampled, or on the published sets."""
+    """Evaluate a policy on held-out questions, or on the published question sets."""
     need_agent_extra()
-    options = {
-        **{"model": model, "endpoint": endpoint, "api_key_env": api_key_env, "temperature": temperature},
-        **{"concurrency": concurrency, "timeout_s": timeout, "native_tools": native_tools or None},
-        **{"system": system, "price_input": price_input, "price_output": price_output},
-        **{"price_cached": price_cached, "extra": extra},
-    }
-    from at2po_agent.cli import served as cli_served
-
-    if cli_served.is_served(target):
-        cli_served.evaluate_and_print(
-            target, overrides or [], suite=suite, config=config, env=env, options=options, as_json=as_json
-        )
-        return
-    _refuse({**options, "env": env}, target)
-    if suite is not None:
-        from at2po_agent.cli.suite import evaluate_and_print
-
-        evaluate_and_print(target, suite, overrides or [], config, as_json=as_json)
-        return
-    _evaluate(target, overrides or [], config, as_json=as_json)
-
-
-def _evaluate(target: str, overrides: list[str], config: str | None, *, as_json: bool) -> None:
-    from at2po_agent.evaluation.of_run import evaluate_config, evaluation_config
-    from at2po_agent.report.ending import evaluation_table
+    from at2po_agent.evaluation.suite import suite_sources
+    from at2po_agent.evaluation.target import evaluate_policy, evaluation_config, open_policy
     from at2po_agent.report.live import make_listener
+    from at2po_agent.report.tables import print_evaluation, shown_path
 
-    settings = evaluation_config(target, overrides, config)
-    modes = ("greedy", "sampled") if settings.eval.sampled else ("greedy",)
-    with make_listener(Console(stderr=True)) as progress:
-        results = evaluate_config(settings, progress, modes)
-    figures = {mode: result.to_json() for mode, result in results.items()}
-    if as_json:
-        typer.echo(json.dumps(figures, indent=2, ensure_ascii=False))
-    else:
-        Console().print(evaluation_table(figures))
-
-
-def _refuse(options: dict[str, Any], target: str) -> None:
-    """Options of served models say nothing about a model that is loaded here."""
-    given = [
-        name.removesuffix("_s").replace("_", "-") for name, value in options.items() if value is not None
-    ]
-    if given:
-        from at2po_env.errors import ConfigError
-
+    words, file = take_json_file(overrides or [], as_json=as_json)
+    words += [f"served.model={model}"] if model is not None else []
+    words += [f"env.id={env}"] if env is not None else []
+    if suite is not None and any(word.startswith(("env.id=", "served.temperature=")) for word in words):
         raise ConfigError(
-            f"--{', --'.join(given)}: for served models, but {target!r} is no address (http://HOST:PORT/v1)"
+            "--suite asks its own environments, greedily. Fix: leave env.id and served.temperature out"
         )
+    composed = evaluation_config(target, words, config)
+    files = [] if file is None else [file]
+    if suite is not None:
+        suite_sources(composed, suite)  # so that a misspelt name is said before anything is loaded
+        files.insert(0, results_file(composed, target, suite))
+    console = Console(stderr=True)
+    with open_policy(composed, suite) as policy:
+        try:
+            with make_listener(console) as progress:
+                results = evaluate_policy(composed, policy, progress, suite=suite, files=files)
+        except (KeyboardInterrupt, At2poError) as stop:
+            _say_broken_off(console, policy, files if suite is not None else [])
+            if isinstance(stop, At2poError):
+                raise
+            raise typer.Exit(EXIT_INTERRUPTED) from stop
+    if as_json and file is None:
+        typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
+        return
+    print_evaluation(Console(), results, target)
+    for path in files:
+        typer.echo(shown_path(path))
+
+
+def results_file(config: "Config", target: str, suite: str) -> Path:
+    """Find a free name in the run's folder, or in the current one for a model that belongs to no run."""
+    from at2po_agent.config.loading import CONFIG_FILE
+
+    run = target if (Path(target) / CONFIG_FILE).is_file() else config.run.dir
+    number, path = 1, Path(run or ".") / f"suite_{suite}.json"
+    while path.exists():
+        number += 1
+        path = path.with_name(f"suite_{suite}-{number}.json")
+    return path
+
+
+def take_json_file(words: Sequence[str], *, as_json: bool) -> tuple[list[str], Path | None]:
+    """Split the words after the target into overrides and the file of `--json FILE`.
+
+    `--json` alone is a flag, so its file arrives among the overrides: the one that has no "=".
+    """
+    names = [word for word in words if "=" not in word] if as_json else []
+    if len(names) > 1:
+        raise ConfigError(f"--json: got {len(names)} files ({', '.join(names)}), expected one")
+    return [word for word in words if word not in names], Path(names[0]) if names else None
+
+
+def _say_broken_off(console: Console, policy: "Policy", files: Sequence[Path]) -> None:
+    """Say what an evaluation that stopped early has cost, and where its complete sets are."""
+    from at2po_agent.policies.openai import OpenAIPolicy
+    from at2po_agent.report.tables import shown_path
+
+    text = ""
+    if isinstance(policy, OpenAIPolicy) and (stats := policy.stats).requests:
+        cost = "" if stats.cost is None else f", cost {stats.cost:.4f}"
+        text = (
+            f"Stopped after {stats.requests} requests: {stats.prompt_tokens:,} prompt tokens, "
+            f"{stats.completion_tokens:,} completion tokens{cost}. "
+        )
+    if kept := [shown_path(path) for path in files if path.is_file()]:
+        text += f"The sets that were complete are in {', '.join(kept)}."
+    if text:
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -1,8 +1,7 @@
-"""Every setting of a run.
+"""Configures a run.
 
-Read `sections` (each field with its meaning and default), `loading` (files, overrides, all problems at
-once), `presets` (the algorithms as data), `composition` (what goes with what); `shipped/` holds the
-configurations with a name.
+Read `sections` (each field with its meaning and default), `loading` (files and overrides), `presets` (the
+algorithms as data), `composition` (checks which parts go together); `shipped/` holds named configurations.
 """
 
 from at2po_agent.config.loading import load_config

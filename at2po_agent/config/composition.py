@@ -1,7 +1,4 @@
-"""What goes with what: expansion, credit and loss of a configuration, tried before anything is sampled.
-
-Any part goes with any other where that makes sense; `composition_problems` says where it does not.
-"""
+"""Checks that expansion, credit and loss of a configuration go together, before anything is sampled."""
 
 import difflib
 import inspect
@@ -13,18 +10,18 @@ import numpy as np
 from at2po_agent.credit.registry import credit_rules
 from at2po_agent.expansion.registry import Expansion, expansion_rules
 from at2po_agent.losses import get_loss, loss_names, make_loss
+from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.tree import Tree
 from at2po_agent.types import Turn
 
 
 def composition_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with the parts of a configuration, each as (key, text).
+    """Find the problems of a configuration's parts, each as (key, text).
 
-    Parts with their options are tried on a tree of three nodes, so whatever a part refuses is said here,
-    before anything is sampled.
+    Every part is tried with its options on a tree of three nodes, so that anything it refuses is found here.
 
     Args:
-        values: The configuration as nested mappings, perhaps with other faults (which are not repeated here).
+        values: The configuration as nested mappings; it may have other problems, which are not repeated.
     """
     algorithm, rollout = _mapping(values.get("algorithm")), _mapping(values.get("rollout"))
     train = _mapping(values.get("train"))
@@ -41,10 +38,10 @@ def composition_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]
 
 
 def _expansion_problems(rollout: Mapping[str, Any], rule: Expansion) -> Iterator[tuple[str, str]]:
-    """Options of the expansion rule, and shapes that it cannot grow."""
+    """Find unknown options of the expansion rule, and shapes that it cannot grow."""
     for option in _mapping(rollout.get("expansion_options")):
         if option not in rule.options:
-            yield f"rollout.expansion_options.{option}", f"unknown option{_near(option, rule.options)}"
+            yield f"rollout.expansion_options.{option}", f"unknown option{did_you_mean(option, rule.options)}"
     chains, rounds, forks = _shape(rollout)
     if not all(isinstance(number, int) for number in (chains, rounds, forks)):
         return
@@ -63,7 +60,7 @@ def _expansion_problems(rollout: Mapping[str, Any], rule: Expansion) -> Iterator
 
 
 def _match_problems(algorithm: Mapping[str, Any], rule: Expansion) -> Iterator[tuple[str, str]]:
-    """Parts that are sound alone and make no sense together."""
+    """Find parts that are sound alone and make no sense together."""
     credit, options = algorithm.get("credit", "tree"), _mapping(algorithm.get("credit_options"))
     if credit == "tree_grpo" and rule.scope != "chain":
         yield (
@@ -90,7 +87,7 @@ def _credit_problems(algorithm: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     keywords = [name for name, p in inspect.signature(rule).parameters.items() if p.kind is p.KEYWORD_ONLY]
     unknown_options = [option for option in options if option not in keywords]
     for option in unknown_options:
-        yield f"algorithm.credit_options.{option}", f"unknown option{_near(option, keywords)}"
+        yield f"algorithm.credit_options.{option}", f"unknown option{did_you_mean(option, keywords)}"
     if unknown_options:
         return
     try:
@@ -112,7 +109,7 @@ def _loss_problems(algorithm: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     unknown_options = [option for option in options if option not in spec.options]
     for option in unknown_options:
-        yield f"algorithm.loss_options.{option}", f"unknown option{_near(option, spec.options)}"
+        yield f"algorithm.loss_options.{option}", f"unknown option{did_you_mean(option, spec.options)}"
     if unknown_options:
         return
     try:
@@ -137,18 +134,22 @@ def _rollout_problems(rollout: Mapping[str, Any], train: Mapping[str, Any]) -> I
 
 def _shape(rollout: Mapping[str, Any]) -> list[Any]:
     """Chains, rounds, forks."""
-    return [rollout.get(key, default) for key, default in (("chains", 10), ("rounds", 2), ("forks", 6))]
+    return [
+        rollout.get(key, RolloutConfig.model_fields[key].default) for key in ("chains", "rounds", "forks")
+    ]
 
 
 def _unknown(key: str, name: object, known: Iterable[str]) -> Iterator[tuple[str, str]]:
     if not isinstance(name, str) or name not in known:
-        yield key, f"no part named {name!r}{_near(str(name), known)}"
+        yield key, f"no part named {name!r}{did_you_mean(str(name), known)}"
 
 
-def _near(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """End a message with the names that were likely meant, or with all of them; "" when there are none."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"
+    if close := difflib.get_close_matches(word, names, n=2):
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; known: {', '.join(names)}" if names else ""
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

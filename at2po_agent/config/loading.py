@@ -1,13 +1,12 @@
-"""Configurations: a YAML file, `key=value` on top, everything that is wrong with them said at once.
+"""Reads configurations (a YAML file with `key=value` on top) and reports all problems at once.
 
-Order of precedence, whatever the order on the command line: defaults, then the parts of the chosen preset,
-then the file, then single keys of the command line. A preset chosen on the command line replaces the file's
-`algorithm` section and its expansion rule; the file's shape of the trees stays, so that algorithms meet at
-equal leaves. Options of a part in a file stand for themselves, beside the part's own defaults; on the command
-line they change single ones.
+The order of precedence does not depend on the order of the command line: defaults, the parts of the chosen
+preset, the file, single keys of the command line. A preset of the command line replaces the file's
+`algorithm` section and its expansion rule; the file's shape of the trees stays, so that algorithms are
+compared at equal leaves. Options of a part in a file replace the preset's; on the command line they change
+single ones.
 """
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from at2po_agent.config.composition import composition_problems
+from at2po_agent.config.composition import composition_problems, did_you_mean
 from at2po_agent.config.presets import PRESETS, Preset
 from at2po_agent.config.sections import Config
 from at2po_env.errors import ConfigError
@@ -27,14 +26,14 @@ _SHIPPED = Path(__file__).parent / "shipped"
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong: the key, and what was got, expected and likely meant."""
+    """A problem: the key, and a text with what was got, expected and likely meant."""
 
     key: str
     text: str
 
 
 def shipped_configs() -> list[str]:
-    """Names that `load_config` knows without a path."""
+    """List the names that `load_config` knows without a path."""
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
@@ -63,17 +62,17 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write every setting of a run as YAML, but its folder: that is where the file lies."""
-    values = config.model_dump(mode="json")
+    """Write a run's configuration as YAML, without its folder (the file lies there) and `served`."""
+    values = config.model_dump(mode="json", exclude={"served"})
     values["run"]["dir"] = None
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """The file that a name, a path or a run's folder stands for.
+    """Find the file that a name, a path or a run's folder stands for.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such file.
     """
     path = Path(name_or_path)
     if path.is_dir() and (path / CONFIG_FILE).is_file():
@@ -83,16 +82,14 @@ def find_config(name_or_path: str | Path) -> Path:
     shipped = _SHIPPED / f"{name_or_path}.yaml"
     if shipped.is_file():
         return shipped
-    close = difflib.get_close_matches(str(name_or_path), shipped_configs(), n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
     raise ConfigError(
-        f"no configuration {str(name_or_path)!r}: neither a file, a run's folder, nor one of "
-        f"{', '.join(shipped_configs())}{hint}"
+        f"no configuration {str(name_or_path)!r}: neither a file, nor a run's folder, nor a shipped "
+        f"name{did_you_mean(str(name_or_path), shipped_configs())}"
     )
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested mappings; an empty mapping is a value."""
+    """Yield dotted keys and values of nested mappings; an empty mapping is a value."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -111,7 +108,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_overrides(overrides: Iterable[str], problems: list[Problem]) -> dict[str, Any]:
-    """Nested values of `key=value` texts; `algorithm=NAME` becomes `algorithm.preset=NAME`."""
+    """Nest the values of `key=value` texts; `algorithm=NAME` becomes `algorithm.preset=NAME`."""
     typed = OmegaConf.create({})
     for text in overrides:
         key, equals, _ = text.partition("=")
@@ -144,7 +141,7 @@ def _compose(file: dict[str, Any], typed: dict[str, Any], problems: list[Problem
     name = chosen if chosen is not None else _section(file, "algorithm").get("preset", "at2po")
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
-        problems.append(Problem("algorithm.preset", f"no preset {name!r}{_near(str(name), PRESETS)}"))
+        problems.append(Problem("algorithm.preset", f"no preset {name!r}{did_you_mean(str(name), PRESETS)}"))
         return _merge(file, typed)
     base: dict[str, Any] = {"rollout": dict(preset.rollout), "algorithm": preset.algorithm()}
     written = [key for key in ("loss_options", "credit_options") if key in _section(file, "algorithm")]
@@ -155,7 +152,7 @@ def _compose(file: dict[str, Any], typed: dict[str, Any], problems: list[Problem
 
 
 def _foreign_rollout(rollout: Mapping[str, Any], preset: Preset | None) -> dict[str, Any]:
-    """What of a file's rollout stays under a preset of the command line: limits, and the number of leaves."""
+    """Keep from a file's rollout, under a preset of the command line, its limits and number of leaves."""
     kept = {key: value for key, value in rollout.items() if not key.startswith(("expansion", "overlong"))}
     for part in ("thinking", "resampling"):
         kept |= {part: {k: v for k, v in _section(kept, part).items() if k != "enabled"}}
@@ -166,7 +163,7 @@ def _foreign_rollout(rollout: Mapping[str, Any], preset: Preset | None) -> dict[
 
 
 def _without_stale_options(base: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Options belong to a part; when a layer replaces the part, the old part's options go with it."""
+    """Drop the options of every part that a layer replaces."""
     algorithm = dict(_section(base, "algorithm"))
     for part in ("loss", "credit"):
         replaced = _section(layer, "algorithm").get(part)
@@ -205,7 +202,7 @@ def _validate(merged: Mapping[str, Any], problems: list[Problem]) -> Config | No
 def _problem(location: Sequence[str], kind: str, message: str, got: Any) -> Problem:
     key = ".".join(location)
     if kind == "extra_forbidden":
-        near = _near(location[-1], _fields(location[:-1]))
+        near = did_you_mean(location[-1], _fields(location[:-1]))
         return Problem(key, f"unknown key (got {got!r}){near}")
     if kind == "value_error":
         return Problem(key or "configuration", message.removeprefix("Value error, "))
@@ -220,14 +217,6 @@ def _fields(location: Sequence[str]) -> list[str]:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             return []
     return list(model.model_fields)
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
-    if close:
-        return f"; did you mean {' or '.join(close)}?"
-    return f"; known: {', '.join(sorted(known))}" if known else ""
 
 
 def _message(path: Path, problems: Sequence[Problem], typed: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The algorithms of the field as data: each is a choice of rollout, credit, loss and filters.
+"""Holds the algorithms of the field as data: each is a choice of rollout, credit, loss and filters.
 
 `docs/algorithms.md` is generated from here (`algorithms_table`), so it cannot drift.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 TABLE_BEGIN, TABLE_END = (
-    "<!-- table: generated from at2po_agent/presets.py -->",
+    "<!-- table: generated from at2po_agent/config/presets.py -->",
     "<!-- end of table -->",
 )
 
@@ -20,17 +20,17 @@ class Preset:
     """One algorithm as a composition.
 
     Attributes:
-        reference: Where it is published.
-        rollout: Expansion rule, published shape of the trees, interventions, shaping; a configuration's own
-            shape goes before it.
+        reference: Link of the paper.
+        rollout: Expansion rule, published shape of the trees, interventions, shaping; the shape of a
+            configuration's file wins over the published one.
         credit: Credit rule.
         loss: Loss.
         credit_options: Keywords of the credit rule, beyond its defaults.
         loss_options: Keywords of the loss, beyond its defaults.
-        keep: Which questions are trained on.
+        keep: The questions that are trained on.
         kl_weight: Weight of the KL term to the frozen reference.
-        root_share: Share of the leaves that start at the root, for a rollout that cannot take any other
-            configuration's shape as it is; None where it can.
+        root_share: Share of the leaves that start at the root, for a rollout that cannot take over any shape
+            of another configuration; None where it can.
     """
 
     reference: str
@@ -44,7 +44,7 @@ class Preset:
     root_share: float | None = None
 
     def algorithm(self) -> dict[str, Any]:
-        """The `algorithm` section that this preset stands for, its name left out."""
+        """Return the `algorithm` section of this preset, without its name."""
         return {
             "keep": self.keep,
             "credit": self.credit,
@@ -55,7 +55,7 @@ class Preset:
         }
 
     def shape(self, leaves: int) -> dict[str, int]:
-        """`rollout` keys that grow (nearly) as many leaves as another shape; empty where that one will do."""
+        """Return `rollout` keys that grow (nearly) so many leaves; empty where any shape will do."""
         if self.root_share is None:
             return {}
         chains = max(1, round(self.root_share * leaves))
@@ -63,7 +63,7 @@ class Preset:
 
 
 def algorithms_table() -> str:
-    """Markdown: a row per preset, a column per part."""
+    """Write a table in Markdown: a row per preset, a column per part."""
     titles = ("algorithm", "rollout", "leaves", "interventions", "credit", "loss", "filter, shaping", "KL")
     lines = [_row(titles), _row(["---"] * len(titles))]
     for name, preset in PRESETS.items():

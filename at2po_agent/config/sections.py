@@ -1,4 +1,4 @@
-"""Every setting of a run, by section, with its meaning and default; `config` reads them from files.
+"""Defines the configuration of a run by section: each field with its meaning and default.
 
 An unknown key is an error. Every field is read somewhere; a test proves it.
 """
@@ -26,28 +26,34 @@ class EnvConfig(Section):
 
 
 class EvalConfig(Section):
-    """How a policy is evaluated: one chain per question, no tree."""
+    """The evaluation of a policy: one chain per question, no tree."""
 
-    id: str | None = Field(None, description="Gymnasium id; none means that of env.")
+    id: str | None = Field(None, description="Gymnasium id; none takes that of env.")
     kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Keyword arguments for gymnasium.make, over those of env."
+        default_factory=dict, description="Keyword arguments for gymnasium.make; they win over those of env."
     )
     questions: int = Field(200, ge=0, description="How many questions; 0 evaluates nothing.")
-    every: int = Field(0, ge=0, description="Greedy evaluation every so many steps; 0 only before and after.")
+    every: int = Field(
+        0,
+        ge=0,
+        description="Evaluate greedily every so many steps; 0 does so only before and after training.",
+    )
     sampled: bool = Field(True, description="Also evaluate at temperature 1 before and after training.")
     batch: int = Field(256, ge=1, description="Questions under way at the same time.")
 
 
 class ChatConfig(Section):
-    """How an episode is written as a chat."""
+    """The chat that an episode is written as."""
 
     template: str = Field(
         "tokenizer",
-        description="chatml, qwen3-preserving, llama3, a .jinja file, or the tokenizer's own; one that "
-        "changes earlier messages is refused.",
+        description="chatml, qwen3-preserving, llama3, a .jinja file, or tokenizer for the tokenizer's own; "
+        "a template that changes earlier messages is refused.",
     )
     system: str | None = Field(None, description="System message; none leaves it to the template.")
-    observation_role: Literal["user", "tool"] = Field("user", description="Whose messages observations are.")
+    observation_role: Literal["user", "tool"] = Field(
+        "user", description="Role of the messages that hold observations."
+    )
     template_options: dict[str, Any] = Field(
         default_factory=dict, description="Variables for the template, such as enable_thinking."
     )
@@ -57,26 +63,26 @@ class ModelConfig(Section):
     """The policy's model: weights from a path, or a Qwen3-shaped one made here."""
 
     path: str | None = Field(
-        None, description="Folder or hub name of a model with its tokenizer; none makes one."
+        None, description="Folder or hub name of a model with its tokenizer; none makes a model."
     )
     random_init: bool = Field(
-        False, description="Leave path alone: random weights of the shape below, vocab_size included."
+        False, description="Draw random weights of the shape below, vocab_size included, even with a path."
     )
     tokenizer: str | None = Field(
-        None, description="Folder or hub name of a tokenizer; none takes that of path, or trains one."
+        None, description="Folder or hub name of a tokenizer; none takes that of path, or trains a new one."
     )
     special_tokens: list[str] = Field(
         default_factory=list,
-        description="Strings that are always one token of a trained tokenizer, such as tags.",
+        description="Strings that a trained tokenizer keeps as one token each, such as tags.",
     )
     architecture: Literal["qwen3", "qwen2", "llama"] = Field(
-        "qwen3", description="Family of a model made here."
+        "qwen3", description="Family of a model that is made here."
     )
     vocab_size: int = Field(
-        512, ge=260, description="Tokens of the vocabulary (the limit, when one is trained)."
+        512, ge=260, description="Tokens of the vocabulary; the limit for a tokenizer that is trained."
     )
     tokenizer_kind: Literal["bpe", "words"] = Field(
-        "bpe", description="What is trained: byte-pair merges, or whole words by frequency."
+        "bpe", description="Kind of a trained tokenizer: byte-pair merges, or whole words by frequency."
     )
     hidden_size: int = Field(128, ge=8, description="Width of the residual stream.")
     layers: int = Field(3, ge=1, description="Number of layers.")
@@ -85,21 +91,21 @@ class ModelConfig(Section):
     head_dim: int = Field(32, ge=2, description="Width of one head.")
     ffn_size: int = Field(256, ge=8, description="Width of the feed-forward layer.")
     max_positions: int = Field(8192, ge=16, description="Longest sequence, prompt included.")
-    tied: bool = Field(True, description="Whether input and output embeddings are one matrix.")
+    tied: bool = Field(True, description="Use one matrix for input and output embeddings.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of random weights.")
     rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary embedding.")
     transcript: Literal["inline", "chat"] = Field(
-        "inline", description="Episodes as one running text, or as the messages of a chat."
+        "inline", description="Write episodes as one running text (inline), or as messages (chat)."
     )
-    chat: ChatConfig = Field(default_factory=ChatConfig, description="The chat, where it is one.")
+    chat: ChatConfig = Field(default_factory=ChatConfig, description="The chat, with transcript = chat.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Number format of the weights."
     )
-    device: str = Field("cpu", description="Where the model lives: cpu, cuda, cuda:1 ...")
+    device: str = Field("cpu", description="Device of the model: cpu, cuda, cuda:1 ...")
     sampler: Literal["hf", "vllm"] = Field(
-        "hf", description="What samples: the learner's own model (hf), or engines of vLLM with its weights."
+        "hf", description="Sample with the learner's own model (hf), or with engines of vLLM (vllm)."
     )
-    vllm: VLLMConfig = Field(default_factory=VLLMConfig, description="The engines, where sampler = vllm.")
+    vllm: VLLMConfig = Field(default_factory=VLLMConfig, description="The engines, with sampler = vllm.")
     slots: int = Field(256, ge=1, description="Sequences that the sampler decodes at the same time.")
 
     @model_validator(mode="after")
@@ -119,14 +125,14 @@ class ModelConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """How rewards become gradients. A preset fills the parts; any of them may be replaced."""
+    """The way from rewards to gradients. A preset fills the parts; any of them may be replaced."""
 
     preset: str = Field("at2po", description="Named composition of rollout, credit and loss.")
     keep: Literal["all", "informative"] = Field(
-        "all", description="Train on all questions, or on those whose leaves earn different rewards (DAPO)."
+        "all", description="Train on all questions, or only on those whose leaves differ in reward (DAPO)."
     )
     oversampling: int = Field(
-        3, ge=1, description="With keep = informative: ask at most so many times train.questions in a step."
+        3, ge=1, description="With keep = informative: ask at most so many times train.questions a step."
     )
     credit: str = Field("tree", description="Registered credit rule: rewards of a tree -> advantages.")
     credit_options: dict[str, Any] = Field(default_factory=dict, description="Keywords of the credit rule.")
@@ -138,9 +144,9 @@ class AlgorithmConfig(Section):
         allow_inf_nan=False,
         description="Weight of the KL to the policy before training.",
     )
-    kl_estimator: KlEstimator = Field("k3", description="Estimator of the KL from sampled tokens.")
+    kl_estimator: KlEstimator = Field("k3", description="Estimator of the KL on sampled tokens.")
     kl_place: Literal["loss", "reward"] = Field(
-        "loss", description="Add the KL to the loss, or take each branch's sum from its reward."
+        "loss", description="Add the KL to the loss, or subtract each branch's sum from its reward."
     )
 
 
@@ -164,24 +170,24 @@ class TrainConfig(Section):
     minibatch_questions: int = Field(8, ge=1, description="Questions of one optimiser update.")
     epochs: int = Field(1, ge=1, description="Passes over the trees of a step.")
     micro_batch_tokens: int = Field(
-        16384, ge=1, description="Most tokens, padding included, that go through the model at once."
+        16384, ge=1, description="Most tokens, padding included, that the learner processes at once."
     )
     packing: Literal["auto", "tree", "rows"] = Field(
         "auto",
-        description="Compute what branches share once (tree), or each branch as a row of its own (rows); "
-        "auto takes tree where a test on the model shows that both give the same log-probs.",
+        description="Compute shared prefixes once (tree), or each branch as a row of its own (rows); auto "
+        "takes tree where a test on the model shows that both give the same log-probs.",
     )
     old_log_probs: Literal["sampler", "recompute", "auto"] = Field(
         "recompute",
-        description="Log-probs at the start of the update: as sampled, or from a forward pass; auto takes "
-        "the sampler's where a micro-batch shows that they agree to 0.001 nats.",
+        description="Take the old log-probs from the sampler, or recompute them by a forward pass; auto "
+        "takes the sampler's where they agree to 0.001 nats on a micro-batch.",
     )
     importance_cap: float | None = Field(
         None,
         ge=1,
         allow_inf_nan=False,
-        description="Weigh each token's loss by how much likelier the learner finds it than the sampler did, "
-        "at most so much (truncated importance sampling); none does not weigh.",
+        description="Weigh each token's loss by the learner's probability over the sampler's, at most so "
+        "much (truncated importance sampling); none does not weigh.",
     )
     mismatch_warning: float = Field(
         0.01, gt=0, description="Warn when sampler and learner differ by a larger KL, in nats per token."
@@ -192,9 +198,9 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, a third more time."
     )
-    save_every: int = Field(20, ge=0, description="Checkpoint every so many steps; 0 only at the end.")
+    save_every: int = Field(20, ge=0, description="Save a checkpoint every so many steps; 0 only at the end.")
     keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints are kept.")
-    save_trees_every: int = Field(10, ge=0, description="Keep the trees of every n-th step; 0 none.")
+    save_trees_every: int = Field(10, ge=0, description="Keep the trees of every n-th step; 0 keeps none.")
     save_trees: int = Field(4, ge=1, description="How many of a step's trees are kept.")
 
     @model_validator(mode="after")
@@ -215,6 +221,38 @@ class TrainConfig(Section):
         return self
 
 
+class ServedConfig(Section):
+    """The server that `at2po eval URL` asks; training does not use it."""
+
+    url: str | None = Field(
+        None, description="Address up to the version, such as http://localhost:8000/v1; at2po eval sets it."
+    )
+    model: str | None = Field(
+        None, description="Name of the model; none takes the only one that the server lists."
+    )
+    endpoint: Literal["chat", "completions"] = Field(
+        "chat", description="chat sends messages, completions sends the running text."
+    )
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the key; none sends no key."
+    )
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    concurrency: int = Field(16, ge=1, description="Requests under way at the same time.")
+    timeout_s: float = Field(900.0, gt=0, description="Seconds for an answer, all tries included.")
+    native_tools: bool = Field(
+        False, description="Let the server parse tool calls; needs eval.kwargs.protocol=hermes."
+    )
+    system: str | None = Field(None, description="System message before the prompt (chat only).")
+    logprobs: bool = Field(
+        True, description="Ask for log-probs; without them an episode's tokens are not known."
+    )
+    bytes_per_token: int = Field(4, ge=1, description="Bytes that count as one token of a limit.")
+    price_input: float | None = Field(None, ge=0, description="Price of a million input tokens.")
+    price_output: float | None = Field(None, ge=0, description="Price of a million output tokens.")
+    price_cached: float | None = Field(None, ge=0, description="Price of a million cached input tokens.")
+    extra: dict[str, Any] = Field(default_factory=dict, description="Further members of every request.")
+
+
 class ColdStartConfig(Section):
     """Supervised start on demonstrations of an expert with planted faults."""
 
@@ -223,22 +261,27 @@ class ColdStartConfig(Section):
     lr: float = Field(3e-3, gt=0, description="Peak learning rate of AdamW (embeddings, norms).")
     muon_lr: float = Field(0.02, gt=0, description="Peak learning rate of Muon (matrices).")
     env_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Keywords over env.kwargs for the questions of the demonstrations."
+        default_factory=dict,
+        description="Keywords of the demonstrations' environment; they win over env.kwargs.",
     )
     demonstrations: int = Field(4000, ge=1, description="How many demonstrations are drawn.")
-    expert: dict[str, Any] = Field(default_factory=dict, description="Keywords of the expert: its faults.")
+    expert: dict[str, Any] = Field(
+        default_factory=dict, description="Keywords of the expert, such as its faults."
+    )
 
 
 class RunConfig(Section):
     """The run as a whole."""
 
-    name: str = Field("run", description="What the run is called; the default folder is runs/NAME.")
+    name: str = Field("run", description="Name of the run; its default folder is runs/NAME.")
     dir: str | None = Field(
         None, description="Folder of the run; none takes a free one, runs/NAME, runs/NAME-2 ..."
     )
-    seed: int = Field(0, ge=0, description="Decides every random draw.")
+    seed: int = Field(0, ge=0, description="Seed of every random draw.")
     threads: int = Field(0, ge=0, description="Threads of torch; 0 leaves torch's choice.")
-    dry_run: bool = Field(False, description="Check everything, print the plan, allocate nothing, stop.")
+    dry_run: bool = Field(
+        False, description="Check everything, print the plan and stop; nothing is allocated."
+    )
 
 
 class Config(Section):
@@ -248,7 +291,7 @@ class Config(Section):
         None, description="Questions (FlashRAG JSON lines), given to every environment."
     )
     corpus: str | None = Field(None, description="Passages (wiki-18 JSON lines), given to every environment.")
-    env: EnvConfig = Field(default_factory=EnvConfig, description="Environment of the training.")
+    env: EnvConfig = Field(default_factory=EnvConfig, description="Environment that is trained on.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="Model and sampler.")
     cold_start: ColdStartConfig = Field(default_factory=ColdStartConfig, description="Supervised start.")
@@ -256,4 +299,5 @@ class Config(Section):
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="Trees and their limits.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimiser.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="Training loop.")
+    served: ServedConfig = Field(default_factory=ServedConfig, description="Served model to evaluate.")
     run: RunConfig = Field(default_factory=RunConfig, description="Folder, seed, threads.")

@@ -1,5 +1,6 @@
-"""How good a policy is: no tree, one chain per question.
+"""Measures how good a policy is: no tree, one chain per question.
 
-Read `evaluate` (one policy, one environment), `metrics` (figures about trees), `of_run` (a run's
-checkpoint), `suite` and `suite_run` (the seven published sets), `served` (a model behind an address).
+Read `evaluate` (one policy in one environment), `metrics` (figures of trees), `published` (the seven sets and
+their published figures), `suite` (evaluates on these sets), `target` (what `at2po eval` is given: a run, a
+checkpoint, a model, or the address of a served one).
 """

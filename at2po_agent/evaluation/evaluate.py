@@ -1,15 +1,22 @@
-"""Evaluation: one chain per question, no tree; greedy, or sampled."""
+"""Evaluates a policy in an environment: one chain per question, no tree; greedy, or sampled."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
 
+from at2po_agent.config.sections import Config
+from at2po_agent.environments import Env, first_tasks
 from at2po_agent.evaluation.metrics import OUTCOME_PREFIX, sampled_tokens, tree_metrics, wilson_interval
 from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import Options, RolloutConfig, rollout
 from at2po_agent.rollout.config import ResamplingConfig, ThinkingConfig
+from at2po_agent.runs.progress import Progress
+from at2po_agent.runs.seeding import RunPurpose, run_seed
 from at2po_agent.tree import Tree
+
+MODES = {"greedy": 0.0, "sampled": 1.0}
+"""Temperatures at which a run evaluates."""
 
 
 class Evaluation(NamedTuple):
@@ -68,11 +75,9 @@ def evaluate(
     Returns:
         The figures, and one tree of a single chain per question.
     """
-    plain = {
-        **{"chains": 1, "forks": 0, "rounds": 0, "expansion": "chains", "overlong_share": 0.0},
-        **{"thinking": ThinkingConfig(), "resampling": ResamplingConfig()},
-    }
-    chain = config.model_copy(update={**plain, "temperature": temperature})
+    one_chain = {"chains": 1, "forks": 0, "rounds": 0, "expansion": "chains"}
+    unshaped = {"overlong_share": 0.0, "thinking": ThinkingConfig(), "resampling": ResamplingConfig()}
+    chain = config.model_copy(update={**one_chain, **unshaped, "temperature": temperature})
     trees: list[Tree] = []
     for start in range(0, len(tasks), batch):
         part = tasks[start : start + batch]
@@ -80,8 +85,46 @@ def evaluate(
     return summarise(trees), trees
 
 
+def evaluate_mode(
+    config: Config,
+    mode: str,
+    env: Env,
+    policy: Policy,
+    progress: Progress,
+    *,
+    phase: str = "",
+    temperature: float | None = None,
+) -> Evaluation:
+    """Ask a policy the first `eval.questions` questions of an environment.
+
+    Args:
+        config: Its limits and seed, and how many questions there are and run at once.
+        mode: `greedy` or `sampled`; any other name needs a temperature.
+        env: The environment that asks.
+        policy: The policy that answers.
+        progress: Listener.
+        phase: The name of the phase that the listener is told; "" means `evaluate (MODE)`.
+        temperature: Sampling temperature; None takes the mode's.
+    """
+    phase = phase or f"evaluate ({mode})"
+    tasks = first_tasks(env, config.eval.questions)
+    progress.start(phase, len(tasks))
+    result, _ = evaluate(
+        tasks,
+        env,
+        policy,
+        config.rollout,
+        seed=run_seed(config.run.seed, RunPurpose.EVALUATION),
+        temperature=MODES[mode] if temperature is None else temperature,
+        batch=config.eval.batch,
+        on_question=lambda: progress.advance(phase),
+    )
+    progress.finish(phase)
+    return result
+
+
 def summarise(trees: Sequence[Tree]) -> Evaluation:
-    """Figures of chains; a question that was skipped counts as answered wrongly."""
+    """Average the figures of chains; a question that was skipped counts as answered wrongly."""
     figures = tree_metrics(trees)
     count = len(trees)
     answered = figures["leaves"] / count if count else 0.0

@@ -1,4 +1,4 @@
-"""Pure figures about trees: what the leaves were worth, how episodes ended, what they cost."""
+"""Computes figures of trees: the worth of their leaves, how episodes ended, what they cost. All pure."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ OUTCOME_PREFIX = "outcome/"
 
 
 def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
-    """Means and counts over all leaves of some trees.
+    """Compute means and counts over all leaves of some trees.
 
     Returns:
         reward, em and f1 (means over leaves; em and f1 only where the environment scores them), turns,
@@ -50,20 +50,20 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
 
 
 def sampled_tokens(trees: Iterable[Tree]) -> int:
-    """Tokens that the policy sampled, shared prefixes once."""
+    """Count the tokens that the policy sampled, shared prefixes once."""
     return sum(int(turn.sampled_mask.sum()) for tree in trees for turn in tree.turns if turn is not None)
 
 
 def staleness_metrics(trees: Iterable[Tree], version: int) -> dict[str, float]:
-    """How old the weights were that sampled the turns of some trees.
+    """Measure how old the weights were that sampled the turns of some trees.
 
     Args:
         trees: The trees that are trained on.
         version: Version of the weights that are about to be updated, as the policy counts them.
 
     Returns:
-        stale_turns, how many turns older weights sampled; staleness, the mean over turns of how many versions
-        older they were.
+        stale_turns counts the turns that older weights sampled; staleness is their mean age in versions, over
+        all turns.
     """
     ages = [version - turn.version for tree in trees for turn in tree.turns if turn is not None]
     return {
@@ -73,7 +73,7 @@ def staleness_metrics(trees: Iterable[Tree], version: int) -> dict[str, float]:
 
 
 def wilson_interval(mean: float, count: int, *, z: float = 1.96) -> tuple[float, float]:
-    """Confidence interval of a proportion (Wilson's score interval); sound near 0 and 1 and for small counts.
+    """Compute Wilson's interval of a proportion, which is sound near 0 and 1 and for few trials.
 
     Args:
         mean: The proportion seen, in [0, 1].

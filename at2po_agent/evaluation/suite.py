@@ -1,162 +1,235 @@
-"""The seven question sets of the published table: groups, weighted averages, intervals, published figures.
+"""Evaluates a policy on the published question sets, as `at2po eval --suite` does.
 
-Pure: nothing here reads data or runs a policy. The averages are weighted by the number of questions of the
-whole sets, however many of them were asked, because those are the averages of the published table.
+The results are written after every set, so an evaluation of hours that is stopped keeps what it has measured.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from at2po_env.data.catalog import QA_SETS
+from at2po_agent.config.sections import Config
+from at2po_agent.environments import make_eval_env
+from at2po_agent.evaluation import published
+from at2po_agent.evaluation.evaluate import evaluate_mode
+from at2po_agent.policies.base import Policy
+from at2po_agent.runs.folder import disk_refusals, replace_text
+from at2po_agent.runs.progress import Progress
+from at2po_env.data.cache import cache_dir
+from at2po_env.data.catalog import CORPORA, QA_SETS, WIKI_18
 from at2po_env.errors import ConfigError
 
-SPLITS = ("test", "dev")
-"""Evaluation takes the first of these splits that a set has."""
-
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "multihop": ("hotpotqa", "2wikimultihopqa", "musique", "bamboogle"),
-    "singlehop": ("nq", "triviaqa", "popqa"),
-}
-SUITES: Mapping[str, tuple[str, ...]] = {**{group: (group,) for group in GROUPS}, "all": tuple(GROUPS)}
-SHORT: Mapping[str, str] = {
-    **{"hotpotqa": "Hotpot", "2wikimultihopqa": "2Wiki", "musique": "MuSiQue", "bamboogle": "Bamb."},
-    **{"nq": "NQ", "triviaqa": "Trivia", "popqa": "PopQA"},
-}
-
-
-class PublishedRow(NamedTuple):
-    """One row of the published table: exact match in percent, by set, and the averages as printed."""
-
-    name: str
-    sets: Mapping[str, float]
-    averages: Mapping[str, float]
-
-
-class Average(NamedTuple):
-    """A weighted average over the sets of a group that were evaluated.
-
-    Attributes:
-        em: Exact match, in [0, 1].
-        em_low: Lower end of its 95% interval.
-        em_high: Upper end.
-        questions: How many questions were asked.
-        sets: The sets that it covers.
-        missing: The sets of the group that it does not cover.
-    """
-
-    em: float
-    em_low: float
-    em_high: float
-    questions: int
-    sets: tuple[str, ...]
-    missing: tuple[str, ...]
-
-    @property
-    def partial(self) -> bool:
-        """Whether a set of the group is missing, so that it is another average than the published one."""
-        return bool(self.missing)
-
-    def to_json(self) -> dict[str, Any]:
-        """All figures as JSON values."""
-        lists = {"sets": list(self.sets), "missing": list(self.missing), "partial": self.partial}
-        return {**self._asdict(), **lists}
-
-
-def _row(name: str, *figures: float) -> PublishedRow:
-    columns = [*GROUPS["multihop"], "multihop", *GROUPS["singlehop"], "singlehop"]
-    cells = dict(zip(columns, figures, strict=True))
-    return PublishedRow(
-        name, {key: cells[key] for key in columns if key in SHORT}, {group: cells[group] for group in GROUPS}
-    )
-
-
-PUBLISHED_MODEL = "Qwen3-4B"
-PUBLISHED_SOURCE = "arXiv 2601.04767 (AT²PO), results of Qwen3-4B, exact match in percent"
-PUBLISHED: tuple[PublishedRow, ...] = (
-    _row("ReAct", 30.42, 32.92, 12.83, 44.80, 30.01, 26.75, 53.53, 35.34, 41.31),
-    _row("GRPO", 44.76, 51.40, 21.60, 50.40, 46.02, 45.98, 65.17, 49.18, 54.97),
-    _row("DAPO", 45.95, 51.81, 21.68, 51.20, 46.65, 47.50, 65.84, 51.03, 56.33),
-    _row("GSPO", 47.07, 49.25, 22.68, 50.40, 45.69, 46.01, 64.24, 48.50, 54.28),
-    _row("AEPO", 46.36, 51.78, 23.47, 50.40, 46.95, 45.71, 64.66, 50.13, 55.20),
-    _row("AT²PO", 49.44, 52.99, 24.80, 56.80, 48.81, 47.90, 65.32, 51.81, 56.44),
+Origin = Literal["given", "cache", "sample", "missing"]
+_SHARED_OPTIONS = (
+    *("retriever", "retriever_options", "topk", "max_turns", "protocol", "answer_format", "on_malformed"),
+    *("prompt", "tool_timeout_s", "tool_retries"),
 )
-PUBLISHED_REMARK = (
-    "The averages are as printed. AT²PO's single-hop average (56.44) does not follow from its three sets, "
-    "which give 56.56; every other one does, to within 0.02."
-)
+"""Keywords of another environment that the sets take over; its other keywords describe its own questions."""
 
 
-def suite_groups(suite: str) -> tuple[str, ...]:
-    """The groups of a suite.
+class Source(NamedTuple):
+    """The file that holds the questions of a set; no path for the sample and for a missing set."""
+
+    origin: Origin
+    split: str
+    path: Path | None
+
+
+def find_questions(name: str, dataset: str | None) -> Source:
+    """Find the questions of a set: the test split, else dev.
+
+    Args:
+        name: A set.
+        dataset: A folder with `NAME/SPLIT.jsonl`; None looks into the cache and else takes the sample.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: `dataset` is not a folder.
     """
-    if suite not in SUITES:
-        raise ConfigError(f"--suite: got {suite!r}, expected one of {', '.join(SUITES)}")
-    return SUITES[suite]
+    if dataset is not None and not Path(dataset).is_dir():
+        raise ConfigError(
+            f"dataset: got {dataset}, expected for --suite a folder with NAME/test.jsonl or NAME/dev.jsonl "
+            f"(NAME is one of {', '.join(published.SHORT)}); dataset=null takes what `at2po data get` got"
+        )
+    for split in published.SPLITS:
+        if dataset is not None:
+            path = Path(dataset) / name / f"{split}.jsonl"
+        elif split in QA_SETS[name].splits:
+            path = cache_dir() / QA_SETS[name].file(split).target
+        else:
+            continue
+        if path.is_file():
+            return Source("cache" if dataset is None else "given", split, path)
+    return Source("sample" if dataset is None else "missing", published.published_split(name), None)
 
 
-def suite_sets(suite: str) -> tuple[str, ...]:
-    """The sets of a suite, in the order of the published table."""
-    return tuple(name for group in suite_groups(suite) for name in GROUPS[group])
+def suite_sources(config: Config, suite: str) -> dict[str, Source]:
+    """Find the questions of every set of a suite.
+
+    Raises:
+        ConfigError: No such suite; nothing to ask; no set of the suite is in the folder.
+    """
+    sources = {name: find_questions(name, config.dataset) for name in published.suite_sets(suite)}
+    if all(source.origin == "missing" for source in sources.values()):
+        raise ConfigError(
+            f"{config.dataset}: holds none of {', '.join(sources)}; "
+            "expected NAME/test.jsonl or NAME/dev.jsonl"
+        )
+    if not config.eval.questions:
+        raise ConfigError("eval.questions: got 0, expected how many questions of each set to ask")
+    return sources
 
 
-def published_split(name: str) -> str:
-    """The split that is evaluated: test, or dev where a set has no public test split."""
-    return next(split for split in SPLITS if split in QA_SETS[name].splits)
-
-
-def set_size(name: str) -> int:
-    """Number of questions of the whole evaluated split: the weight of the set in the averages."""
-    count = QA_SETS[name].splits[published_split(name)]
-    assert count is not None, name
-    return count
-
-
-def weighted_interval(
-    weights: Sequence[float], means: Sequence[float], intervals: Sequence[tuple[float, float]]
-) -> tuple[float, float, float]:
-    """Weighted mean of independent proportions with an interval made from their own intervals.
-
-    `low = m - sqrt(sum (w_i (p_i - l_i))^2)`, `high = m + sqrt(sum (w_i (u_i - p_i))^2)`, weights summing to
-    one. With Wilson's intervals it stays sound near 0 and 1, and for a single set it is Wilson's interval.
+def evaluate_suite(
+    config: Config,
+    suite: str,
+    progress: Progress,
+    *,
+    policy: Policy,
+    files: Sequence[Path] = (),
+    about: Callable[[], Mapping[str, Any]] = dict,
+) -> dict[str, Any]:
+    """Ask the policy the first `eval.questions` questions of every set, greedily, one chain each.
 
     Args:
-        weights: Positive, of any sum.
-        means: Proportions.
-        intervals: (low, high) of each.
+        config: Limits and data.
+        suite: A key of `published.SUITES`.
+        progress: Listener.
+        policy: The policy that answers.
+        files: The results are written there after every set.
+        about: Returns further members of the results; called after every set.
 
     Returns:
-        Mean, low, high.
+        Sets, averages, published rows and remarks, as JSON values.
 
-    References:
-        Zou and Donner, "Construction of confidence limits about effect measures" (2008), for a sum.
+    Raises:
+        ConfigError: See `suite_sources`.
     """
-    total = sum(weights)
-    parts = [weight / total for weight in weights]
-    mean = sum(part * p for part, p in zip(parts, means, strict=True))
-    lows = [part * (p - low) for part, p, (low, _) in zip(parts, means, intervals, strict=True)]
-    highs = [part * (high - p) for part, p, (_, high) in zip(parts, means, intervals, strict=True)]
-    return mean, mean - math.hypot(*lows), mean + math.hypot(*highs)
+    sources = suite_sources(config, suite)
+    figures: dict[str, dict[str, Any]] = {}
+    results: dict[str, Any] = {}
+    for name, source in sources.items():
+        if source.origin != "missing":
+            env, title = make_eval_env(set_config(config, name, source)), QA_SETS[name].title
+            result = evaluate_mode(config, "greedy", env, policy, progress, phase=title)
+            env.close()
+            figures[name] = result.to_json()
+        results = {**suite_results(config, suite, sources, figures), **about()}
+        for file in files:
+            write_results(file, {**results, "complete": name == list(sources)[-1]})
+    return {**results, "complete": True}
 
 
-def group_average(group: str, figures: Mapping[str, Mapping[str, Any]]) -> Average | None:
-    """The average of a group over the sets that have figures; None where there are none.
-
-    Args:
-        group: A key of `GROUPS`.
-        figures: By set: `em`, `em_low`, `em_high`, `questions`.
-    """
-    done = tuple(name for name in GROUPS[group] if name in figures)
-    if not done:
-        return None
-    mean, low, high = weighted_interval(
-        [set_size(name) for name in done],
-        [figures[name]["em"] for name in done],
-        [(figures[name]["em_low"], figures[name]["em_high"]) for name in done],
+def set_config(config: Config, name: str, source: Source) -> Config:
+    """Make the configuration that evaluates one set; options that all environments share stay."""
+    own = {"id": f"at2po/{QA_SETS[name].title}-v0", "kwargs": {**_options(config), "split": source.split}}
+    return config.model_copy(
+        update={
+            "dataset": None if source.path is None else str(source.path),
+            "env": config.env.model_copy(update={"kwargs": {}}),
+            "eval": config.eval.model_copy(update=own),
+        }
     )
-    questions = sum(figures[name]["questions"] for name in done)
-    missing = tuple(name for name in GROUPS[group] if name not in figures)
-    return Average(mean, low, high, questions, done, missing)
+
+
+def suite_results(
+    config: Config, suite: str, sources: Mapping[str, Source], figures: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Collect everything that is printed and written, as JSON values."""
+    averages = {group: published.group_average(group, figures) for group in published.suite_groups(suite)}
+    passages = _passages(config)
+    return {
+        "suite": suite,
+        "model": config.model.path,
+        "mode": "greedy",
+        "questions_per_set": config.eval.questions,
+        "environment": _options(config),
+        "passages": passages,
+        "sets": {
+            name: {
+                "title": QA_SETS[name].title,
+                "origin": source.origin,
+                "split": source.split,
+                "path": None if source.path is None else str(source.path),
+                "size": published.set_size(name),
+                "figures": None if name not in figures else dict(figures[name]),
+            }
+            for name, source in sources.items()
+        },
+        "averages": {group: None if mean is None else mean.to_json() for group, mean in averages.items()},
+        "remarks": _remarks(sources, passages),
+        "published": {
+            "model": published.PUBLISHED_MODEL,
+            "source": published.PUBLISHED_SOURCE,
+            "remark": published.PUBLISHED_REMARK,
+            "rows": [row._asdict() for row in published.PUBLISHED],
+        },
+    }
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """Keywords of the sets' environments."""
+    given = {**config.env.kwargs, **config.eval.kwargs}
+    ids = {f"at2po/{qa.title}-v0" for qa in QA_SETS.values()}
+    own = {"split", "dataset"}
+    if (config.eval.id or config.env.id) not in ids:
+        own = given.keys() - set(_SHARED_OPTIONS)
+    return {key: value for key, value in given.items() if key not in own}
+
+
+def _passages(config: Config) -> dict[str, Any]:
+    """The retriever, and the origin of its passages."""
+    options = _options(config)
+    retriever = str(options.get("retriever", "bm25"))
+    corpus = options.get("corpus", config.corpus)
+    if retriever.startswith("http"):
+        return {"retriever": retriever, "origin": "server", "path": None}
+    if corpus is not None:
+        return {"retriever": retriever, "origin": "given", "path": str(corpus)}
+    cached = cache_dir() / CORPORA[WIKI_18].target
+    here = cached.is_file()
+    path = str(cached) if here else None
+    return {"retriever": retriever, "origin": "cache" if here else "sample", "path": path}
+
+
+def _remarks(sources: Mapping[str, Source], passages: Mapping[str, Any]) -> list[str]:
+    """Reasons why the figures cannot be compared with the published ones."""
+
+    def named(origin: Origin) -> str:
+        return ", ".join(published.SHORT[name] for name, source in sources.items() if source.origin == origin)
+
+    remarks = []
+    if names := named("sample"):
+        remarks.append(
+            f"NOT COMPARABLE with the published figures: {names} asked from the shipped sample of "
+            "12 questions. Fix: at2po data get NAME, or dataset=FOLDER."
+        )
+    if passages["origin"] == "sample":
+        remarks.append(
+            "NOT COMPARABLE with the published figures: the passages are the shipped sample. "
+            f"Fix: at2po data get {WIKI_18}, or corpus=FILE."
+        )
+    elif passages["origin"] == "given":
+        remarks.append(
+            f"The passages are those of {passages['path']}; "
+            "the published figures search wiki-18 (21 M passages)."
+        )
+    if names := named("missing"):
+        remarks.append(f"Missing: {names}; an average marked * leaves them out.")
+    other = [name for name, source in sources.items() if source.split != published.published_split(name)]
+    if other:
+        remarks.append(
+            "Another split than the published one: "
+            + ", ".join(f"{published.SHORT[name]} ({sources[name].split})" for name in other)
+        )
+    return remarks
+
+
+def write_results(file: Path, results: Mapping[str, Any]) -> None:
+    """Write results as JSON; the file is whole, or as it was.
+
+    Raises:
+        RunFolderError: The disk refuses.
+    """
+    with disk_refusals(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

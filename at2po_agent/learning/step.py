@@ -19,7 +19,7 @@ from at2po_agent.learning.reference import reference_learner, with_kl_in_reward
 from at2po_agent.packing.batch import Batch, move
 from at2po_agent.packing.rows import pack_rows
 from at2po_agent.packing.trees import check_model, pack_trees
-from at2po_agent.runs.clock import Clock
+from at2po_agent.runs.progress import Clock
 from at2po_agent.runs.seeding import RunPurpose, run_generator
 from at2po_agent.tree import Tree
 from at2po_env.errors import ConfigError

@@ -1,4 +1,6 @@
-"""What a person looks at: learning curves, the table at the end of a run, live progress, the tree viewer.
+"""Shows runs to a person.
 
-Nothing is imported here: `curves` needs matplotlib, `tree_page` jinja2, `run_report` the configuration.
+Read `live` (progress), `tables` (the end of a command), `curves` (learning curves), `tree_page` with
+`turn_text` (the tree viewer), `run_report` (curve and tree of a run), `run_folder` (reads a run's files),
+`listings` (environments and data). Nothing is imported here: `curves` needs matplotlib, `tree_page` jinja2.
 """

@@ -1,6 +1,6 @@
-"""Learning curves: exact match against training steps or sampled tokens, of one run or several.
+"""Draws learning curves: exact match against training steps or sampled tokens, of one run or several.
 
-Drawn without a display and without matplotlib's global state, on white, readable at 800 pixels.
+The pictures need no display and none of matplotlib's global state; they are readable at 800 pixels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True)
 class RunCurves:
-    """What a run's metrics say about its learning.
+    """The learning of a run, as its metrics tell it.
 
     Attributes:
         name: The run.
@@ -71,7 +71,7 @@ def read_curves(run: Path) -> RunCurves:
 
 
 def smooth(values: FloatArray, window: int) -> tuple[FloatArray, FloatArray]:
-    """Centred moving mean and population standard deviation; at the ends over what there is.
+    """Compute a centred moving mean and population standard deviation; windows are shorter at the ends.
 
     Args:
         values: float[n].
@@ -86,7 +86,7 @@ def smooth(values: FloatArray, window: int) -> tuple[FloatArray, FloatArray]:
 
 
 def smoothing_window(count: int) -> int:
-    """An odd window of about an eighth of a curve, at most 25 points."""
+    """Choose an odd window of about an eighth of a curve, at most 25 points."""
     return min(25, max(1, count // 8) // 2 * 2 + 1)
 
 
@@ -100,7 +100,7 @@ def draw_run(run: Path, path: Path) -> Path:
     _name_ends(top, curves.greedy, COLOURS[1])
     _finish_em(top, f"Exact match · {curves.name}")
     top.tick_params(labelbottom=False)
-    tokens = _tokens_series(curves)
+    tokens = curves.training if len(curves.training.step) else curves.greedy
     bottom.fill_between(tokens.step, tokens.tokens, color="#9aa5b1", alpha=0.35, linewidth=0)
     bottom.plot(tokens.step, tokens.tokens, color="#5c6570", linewidth=1.5)
     bottom.set_ylim(bottom=0)
@@ -116,11 +116,13 @@ def draw_runs(runs: Sequence[Path], path: Path, *, axis: Axis = "steps") -> Path
     Args:
         runs: Folders of runs.
         path: The PNG.
-        axis: What the runs are compared at.
+        axis: The horizontal axis.
     """
-    curves = [read_curves(run) for run in runs]
+    curves, names = [read_curves(run) for run in runs], [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
     figure, (axes,) = _figure((1,))
-    for index, (one, name) in enumerate(zip(curves, _names(runs), strict=True)):
+    for index, (one, name) in enumerate(zip(curves, names, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
         _training(axes, one, colour, axis, label=None)
         _points(axes, one.greedy, colour, axis, label=name, look="os^DvPX"[index % 7] + "-")
@@ -144,15 +146,6 @@ def _series(records: Sequence[Mapping[str, Any]], kind: Mapping[str, str]) -> Se
             latest[step] = (step, tokens, float(record["em"]))
     table = np.array(sorted(latest.values()), dtype=np.float64).reshape(-1, 3)
     return Series(table[:, 0], table[:, 1], table[:, 2])
-
-
-def _tokens_series(curves: RunCurves) -> Series:
-    return curves.training if len(curves.training.step) else curves.greedy
-
-
-def _names(runs: Sequence[Path]) -> list[str]:
-    names = [run.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def _figure(heights: Sequence[float]) -> tuple[Any, Sequence[Any]]:

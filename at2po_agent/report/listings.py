@@ -1,4 +1,4 @@
-"""What there is on this machine: environment ids with what they need, and data sets with where they lie."""
+"""Lists environment ids with the data that they need, and data sets with their files on this machine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium
-from gymnasium.envs.registration import EnvSpec
 from rich import box
 from rich.table import Table
 
 import at2po_env  # noqa: F401  registers the shipped ids and those of plug-ins
 from at2po_env.data.cache import cache_dir
-from at2po_env.data.catalog import CORPORA, INDEXES, QA_SETS, WIKI_18, QaSet, files_of
+from at2po_env.data.catalog import CORPORA, INDEXES, QA_SETS, WIKI_18, files_of
 
 _FOREIGN = ("gymnasium.", "shimmy.")
 _LINE_EVERY_S = 5.0
@@ -25,10 +24,10 @@ class EnvironmentRow(NamedTuple):
     """One id.
 
     Attributes:
-        id: What `gymnasium.make` takes.
-        questions: Where its questions come from here, when `dataset=` does not say it.
-        passages: Where its passages come from here, when `corpus=` does not say it; "" when it has none.
-        get: Command that gets the real data, "" when nothing is missing.
+        id: The name that `gymnasium.make` takes.
+        questions: Origin of its questions on this machine, unless `dataset=` names another.
+        passages: Origin of its passages, unless `corpus=` names another; "" when it has none.
+        get: Command that gets the real data; "" when nothing is missing.
     """
 
     id: str
@@ -48,13 +47,18 @@ class DataRow(NamedTuple):
 
 
 def environment_rows() -> list[EnvironmentRow]:
-    """All ids that at2po, its plug-ins and this process registered, sorted."""
-    own = (spec.id for spec in gymnasium.registry.values() if not _origin(spec).startswith(_FOREIGN))
-    return [_environment_row(env_id) for env_id in sorted(own)]
+    """List all ids that at2po, its plug-ins and this process registered, sorted."""
+    rows = []
+    for spec in sorted(gymnasium.registry.values(), key=lambda spec: spec.id):
+        entry = spec.entry_point
+        module = entry if isinstance(entry, str) else str(getattr(entry, "__module__", ""))
+        if not module.startswith(_FOREIGN):
+            rows.append(_environment_row(spec.id))
+    return rows
 
 
 def environment_table(rows: Sequence[EnvironmentRow]) -> Table:
-    """The ids as a table."""
+    """Tabulate the ids."""
     table = Table(title="Environments", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("id", no_wrap=True)
     for name in ("questions", "passages", "at2po data get ..."):
@@ -67,8 +71,11 @@ def environment_table(rows: Sequence[EnvironmentRow]) -> Table:
 
 
 def data_rows() -> list[DataRow]:
-    """All data sets that `at2po data get` knows."""
-    rows = [_data_row(qa.name, "questions", _counts(qa)) for qa in QA_SETS.values()]
+    """List all data sets that `at2po data get` knows."""
+    rows = []
+    for qa in QA_SETS.values():
+        counts = [name if count is None else f"{name} {count:,}" for name, count in qa.splits.items()]
+        rows.append(_data_row(qa.name, "questions", ", ".join(counts)))
     rows += [_data_row(name, "passages", "Wikipedia 2018, about 21 million") for name in CORPORA]
     contents = {"wiki-18-e5": "for dense retrieval, 64.5 GB", "wiki-18-bm25": "by Lucene, 2.3 GB"}
     rows += [_data_row(name, "index", contents[name]) for name in INDEXES]
@@ -76,7 +83,7 @@ def data_rows() -> list[DataRow]:
 
 
 def data_table(rows: Sequence[DataRow]) -> Table:
-    """The data sets as a table."""
+    """Tabulate the data sets."""
     table = Table(
         title=f"Data in {cache_dir()}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
     )
@@ -89,7 +96,7 @@ def data_table(rows: Sequence[DataRow]) -> Table:
 
 
 def data_files(name: str) -> list[Path]:
-    """The files of a data set that are on this machine.
+    """Find the files of a data set that are on this machine.
 
     Raises:
         DataError: There is nothing of that name.
@@ -100,7 +107,7 @@ def data_files(name: str) -> list[Path]:
 def plain_download_report(
     write: Callable[[str], None], clock: Callable[[], float] = time.monotonic
 ) -> Callable[[str, int, int | None], None]:
-    """A listener of downloads that writes one line every few seconds, for output that is no terminal."""
+    """Make a listener of downloads that writes a line every few seconds, for output that is no terminal."""
     last = clock()
 
     def report(name: str, done: int, total: int | None) -> None:
@@ -111,12 +118,6 @@ def plain_download_report(
         write(f"{name}: {done / 1e6:,.1f} MB" + ("" if total is None else f" of {total / 1e6:,.1f} MB"))
 
     return report
-
-
-def _origin(spec: EnvSpec) -> str:
-    """The module that builds an environment."""
-    entry = spec.entry_point
-    return entry if isinstance(entry, str) else str(getattr(entry, "__module__", ""))
 
 
 def _environment_row(env_id: str) -> EnvironmentRow:
@@ -145,7 +146,3 @@ def _data_row(name: str, kind: str, content: str) -> DataRow:
 
 def _targets(name: str) -> list[Path]:
     return [cache_dir() / file.target for file in files_of(name)]
-
-
-def _counts(qa: QaSet) -> str:
-    return ", ".join(split if count is None else f"{split} {count:,}" for split, count in qa.splits.items())

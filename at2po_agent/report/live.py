@@ -1,4 +1,4 @@
-"""Listeners of long jobs: bars on a terminal, one plain line every few seconds anywhere else.
+"""Shows the progress of long jobs: bars on a terminal, one plain line every few seconds anywhere else.
 
 Both implement `at2po_agent.runs.progress.Progress`. Where the output is no terminal (CI, a file) nothing is
 redrawn, so that logs stay readable.
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    ProgressColumn,
     TaskID,
     TaskProgressColumn,
     TextColumn,
@@ -29,7 +28,7 @@ SHOWN = {"em": "EM", "reward": "reward", "entropy": "entropy", "loss": "loss"}
 
 
 class Listener:
-    """What both listeners share: a context manager, and figures as text."""
+    """A context manager, which both listeners are."""
 
     def __enter__(self) -> Self:
         return self
@@ -48,7 +47,16 @@ class LiveBars(Listener):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bars = Bars(*_columns(), console=console)
+        self._bars = Bars(
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=28),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("[dim]{task.fields[figures]}"),
+            console=console,
+        )
         self._tasks: dict[str, TaskID] = {}
         self._open: dict[str, None] = {}
 
@@ -150,33 +158,21 @@ class PlainLines(Listener):
 
 
 def make_listener(console: Console) -> LiveBars | PlainLines:
-    """Bars where the console is a terminal, plain lines elsewhere."""
+    """Choose bars where the console is a terminal, plain lines elsewhere."""
     if console.is_terminal:
         return LiveBars(console)
     return PlainLines(lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
 
 
 def figures(record: Mapping[str, object]) -> str:
-    """The figures of a record that are worth a glance: EM, reward, entropy, loss."""
+    """Write the figures of a record that are worth a glance: EM, reward, entropy, loss."""
     known = ((name, record.get(key)) for key, name in SHOWN.items())
     return "  ".join(f"{name} {value:.3f}" for name, value in known if isinstance(value, float | int))
 
 
 def duration(seconds: float) -> str:
-    """Seconds as "4.2 s", "3 min 16 s", "2 h 05 min"."""
+    """Write seconds as "4.2 s", "3 min 16 s", "2 h 05 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _columns() -> list[ProgressColumn]:
-    return [
-        TextColumn("{task.description:<18}"),
-        BarColumn(bar_width=28),
-        TaskProgressColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("[dim]{task.fields[figures]}"),
-    ]

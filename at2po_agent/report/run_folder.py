@@ -1,7 +1,7 @@
-"""Reads what a run left in its folder: settings, metrics, summary, trees. Writes nothing.
+"""Reads the folder of a run: configuration, metrics, summary, trees. Writes nothing.
 
-A file cut short or edited by hand is one `DataError` that names file, line and fix. The only tolerated damage
-is a last line of `metrics.jsonl` without its end: the run was killed while it wrote.
+A damaged file is one `DataError` that names file, line and fix. The only tolerated damage is a last line of
+`metrics.jsonl` without its end: the run was killed while it wrote.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NothingYetError(DataError):
 
 @dataclass(frozen=True)
 class TreeRecord:
-    """One kept tree and what is known beside it.
+    """A kept tree, with what the file says beside it.
 
     Attributes:
         tree: The tree.
@@ -38,7 +38,8 @@ class TreeRecord:
         step: Training step, None when the file does not say.
         rounds: Expansion round that created each node, None when the file does not say.
         values: float[N] values that training gave the nodes, None when the file does not say.
-        advantages: What training gave the nodes, the branches, or both (see `credit`); None likewise.
+        advantages: Advantages that training gave the nodes, the branches, or each node of each branch (see
+            `credit`); None when the file does not say.
     """
 
     tree: Tree
@@ -64,7 +65,7 @@ def check_run_folder(path: Path) -> Path:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All records of a run's `metrics.jsonl`, in the order of the file; empty when there is none yet."""
+    """Read all records of a run's `metrics.jsonl`, in the order of the file; empty when there is none yet."""
     path = run / METRICS
     if not path.exists():
         return []
@@ -78,10 +79,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_rollout_settings(run: Path) -> dict[str, Any]:
-    """The section `rollout` of a run's `config.yaml` as it stands there, empty when there is none.
+def read_rollout_config(run: Path) -> dict[str, Any]:
+    """Read the section `rollout` of a run's `config.yaml`; empty when there is none.
 
-    Read as plain YAML, so that a run whose parts were registered by a program can be looked at without it.
+    It is read as plain YAML, so that a run whose parts were registered by a program can be looked at without
+    that program.
     """
     path = run / CONFIG
     try:
@@ -92,13 +94,13 @@ def read_rollout_settings(run: Path) -> dict[str, Any]:
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """A run's `summary.json`; empty while the run is not finished."""
+    """Read a run's `summary.json`; empty while the run is not finished."""
     path = run / SUMMARY
     return _json_object(path.read_bytes(), path, None) if path.exists() else {}
 
 
 def read_trees(path: Path) -> list[TreeRecord]:
-    """The trees of a file, of a folder `trees/` or of a run (its newest file).
+    """Read the trees of a file, of a folder `trees/` or of a run (its newest file).
 
     A file holds one tree, a list of trees, or one tree per line; a tree is what `Tree.to_json` wrote, or an
     object with it under `tree` and `question`, `golden_answers`, `step`, `rounds` beside it.
@@ -117,7 +119,7 @@ def read_trees(path: Path) -> list[TreeRecord]:
 
 
 def tree_file(path: Path) -> Path:
-    """The file that `read_trees` reads."""
+    """Find the file that `read_trees` reads."""
     if path.is_file():
         return path
     folder = path / TREES if (path / TREES).is_dir() else path
@@ -130,7 +132,7 @@ def tree_file(path: Path) -> Path:
 
 
 def most_telling(records: Iterable[TreeRecord]) -> TreeRecord:
-    """The tree worth a look: leaves that disagree most about the reward, then most leaves, then the first."""
+    """Choose the tree worth a look: its leaves disagree most about the reward, then it has most leaves."""
 
     def key(record: TreeRecord) -> tuple[float, int]:
         rewards = record.tree.leaf_reward[record.tree.is_leaf]
@@ -140,7 +142,7 @@ def most_telling(records: Iterable[TreeRecord]) -> TreeRecord:
 
 
 def pick(records: Sequence[TreeRecord], question: str | None) -> TreeRecord:
-    """The tree of a question.
+    """Find the tree of a question.
 
     Args:
         records: Where to look.

@@ -1,7 +1,8 @@
-"""Turns a run's folder into what a person looks at: `learning_curve.png` and `tree.html`."""
+"""Draws a run's folder for a person: `learning_curve.png` and `tree.html`."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +15,20 @@ from at2po_agent.report.run_folder import (
     TreeRecord,
     check_run_folder,
     most_telling,
-    read_rollout_settings,
+    read_rollout_config,
     read_trees,
 )
-from at2po_agent.report.token_text import run_decoder
 from at2po_agent.report.tree_page import PageOptions, write_tree_page
-from at2po_agent.tree import Tree
+from at2po_agent.report.turn_text import run_decoder
 from at2po_agent.types import FloatArray
 
 CURVE_PICTURE, TREE_PAGE = "learning_curve.png", "tree.html"
 
 
 def write_run_report(run: Path) -> list[Path]:
-    """Write the picture and the page of a run; what has no data yet is left out.
+    """Write the learning curve of a run, and the page of the most telling of its newest trees.
+
+    A file whose data has not been recorded yet is left out.
 
     Raises:
         DataError: Not a run's folder.
@@ -34,33 +36,22 @@ def write_run_report(run: Path) -> list[Path]:
     """
     check_run_folder(run)
     written: list[Path] = []
-    for write in (draw_run_curve, write_run_tree):
-        try:
-            written.append(write(run))
-        except NothingYetError:
-            continue
+    with contextlib.suppress(NothingYetError):
+        written.append(draw_run(run, run / CURVE_PICTURE))
+    with contextlib.suppress(NothingYetError):
+        record = most_telling(read_trees(run))
+        written.append(write_tree_page(run / TREE_PAGE, record, page_options(record, run)))
     return written
 
 
-def draw_run_curve(run: Path) -> Path:
-    """Write `learning_curve.png` into a run's folder."""
-    return draw_run(run, run / CURVE_PICTURE)
-
-
-def write_run_tree(run: Path) -> Path:
-    """Write `tree.html` into a run's folder: of its newest trees the most telling."""
-    record = most_telling(read_trees(run))
-    return write_tree_page(run / TREE_PAGE, record, page_options(record, run))
-
-
 def run_of(path: Path) -> Path | None:
-    """The run that a path belongs to: a run's folder, or anything inside one."""
+    """Find the run that a path belongs to: a run's folder, or anything inside one."""
     absolute = path.resolve()
     return next((folder for folder in (absolute, *absolute.parents) if (folder / CONFIG).is_file()), None)
 
 
 def page_options(record: TreeRecord, run: Path | None) -> PageOptions:
-    """What a run knows about one of its trees: credit, rounds, token texts.
+    """Collect what a run knows about one of its trees: credit, rounds, token texts.
 
     Args:
         record: The tree.
@@ -69,7 +60,7 @@ def page_options(record: TreeRecord, run: Path | None) -> PageOptions:
     values, advantages = node_credit(record)
     if run is None:
         return PageOptions(values, advantages)
-    rollout = read_rollout_settings(run)
+    rollout = read_rollout_config(run)
     return PageOptions(
         values,
         advantages,
@@ -81,7 +72,7 @@ def page_options(record: TreeRecord, run: Path | None) -> PageOptions:
 
 
 def node_credit(record: TreeRecord) -> tuple[FloatArray | None, FloatArray | None]:
-    """Values and advantages of a tree's nodes: those that training gave, else AT²PO's.
+    """Return values and advantages of a tree's nodes: those that training gave, else AT²PO's.
 
     Where a turn has its own advantage in each branch through it, the mean over these branches is shown.
 
@@ -91,21 +82,18 @@ def node_credit(record: TreeRecord) -> tuple[FloatArray | None, FloatArray | Non
     """
     tree = record.tree
     if record.advantages is not None:
-        return record.values, _per_node(tree, record.advantages)
+        advantages = record.advantages
+        if advantages.shape == (len(tree),):
+            return record.values, advantages
+        leaves = tree.leaves()
+        through = np.zeros((len(leaves), len(tree)), dtype=bool)  # which nodes each branch passes
+        for number, leaf in enumerate(leaves):
+            through[number, tree.path(leaf)] = True
+        each = advantages[:, None] if advantages.ndim == 1 else advantages
+        total = np.where(through, each, 0.0).sum(axis=0)
+        return record.values, np.asarray(total / np.maximum(1, through.sum(axis=0)), dtype=np.float64)
     try:
         values = node_values(tree.parent, tree.entropy, normalize_leaf_rewards(tree.leaf_reward))
     except ValueError:  # a turn that is neither ended nor gone on from
         return None, None
     return values, node_advantages(tree.parent, values)
-
-
-def _per_node(tree: Tree, advantages: FloatArray) -> FloatArray:
-    if advantages.shape == (len(tree),):
-        return advantages
-    leaves = tree.leaves()
-    through = np.zeros((len(leaves), len(tree)), dtype=bool)
-    for row, leaf in enumerate(leaves):
-        through[row, tree.path(leaf)] = True
-    each = advantages[:, None] if advantages.ndim == 1 else advantages
-    total = np.where(through, each, 0.0).sum(axis=0)
-    return np.asarray(total / np.maximum(1, through.sum(axis=0)), dtype=np.float64)

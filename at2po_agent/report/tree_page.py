@@ -1,4 +1,4 @@
-"""One question's tree as one self-contained HTML file.
+"""Writes one question's tree as one self-contained HTML file.
 
 The page loads nothing (a Content-Security-Policy says so), works from `file://`, follows the reader's
 light or dark preference and can be read with the keyboard alone. What a policy wrote can be any text: it goes
@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from at2po_agent.report.actions_in_short import shorten
 from at2po_agent.report.run_folder import TreeRecord
-from at2po_agent.report.token_text import Decode, token_pieces
+from at2po_agent.report.turn_text import Decode, shorten, token_pieces
 from at2po_agent.tree import ROOT, Tree
 from at2po_agent.types import FloatArray, Turn
 from at2po_env.errors import require
@@ -28,7 +27,7 @@ COMPACT_ABOVE = 26
 
 @dataclass(frozen=True)
 class PageOptions:
-    """What the page needs to know beyond the tree; all of it may be missing.
+    """Further facts for the page; all of them may be missing.
 
     Attributes:
         values: float[N] node values.
@@ -56,11 +55,11 @@ class Stat(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """When nodes came to be.
+    """The rounds that created the nodes.
 
     Attributes:
         rounds: Expansion round that created each node, 0 for the first chains.
-        opens_fork: Whether the node is the first turn of a fork.
+        opens_fork: True where the node is the first turn of a fork.
     """
 
     rounds: list[int]
@@ -68,7 +67,7 @@ class Origin(NamedTuple):
 
 
 def tree_page(record: TreeRecord, options: PageOptions | None = None) -> str:
-    """The page as text.
+    """Render the page as text.
 
     Raises:
         MissingExtraError: jinja2 is not installed.
@@ -79,18 +78,22 @@ def tree_page(record: TreeRecord, options: PageOptions | None = None) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
-    nodes = _nodes(record, options)
-    payload = {"prompt": record.tree.prompt, "start": _best_leaf(record.tree), "nodes": nodes}
+    nodes, as_markup = _nodes(record, options), jinja2.utils.markupsafe.Markup
+    facts = list(options.facts) + ([] if record.step is None else [f"step {record.step}"])
+    facts += [f"question {record.tree.task_id}"] if record.tree.task_id else []
+    tree = record.tree
+    best_leaf = max(tree.leaves(), key=lambda leaf: (tree.leaf_reward[leaf], -leaf), default=ROOT)
+    payload = {"prompt": record.tree.prompt, "start": best_leaf, "nodes": nodes}
     html = environment.get_template("tree.html.j2").render(
-        title=record.question or _question_in(record.tree.prompt) or record.tree.task_id or "Tree",
-        facts=_facts(record, options),
+        title=record.question or _question_in(tree.prompt) or tree.task_id or "Tree",
+        facts=facts,
         golden_answers=record.golden_answers,
         stats=tree_stats(record.tree),
         rounds=max((node["round"] for node in nodes), default=0),
         compact=len(record.tree.leaves()) > COMPACT_ABOVE,
-        css=_asset(jinja2, "tree.css"),
-        script=_asset(jinja2, "tree.js"),
-        data=_as_markup(jinja2, script_json(payload)),
+        css=as_markup((TEMPLATES / "tree.css").read_text(encoding="utf-8")),
+        script=as_markup((TEMPLATES / "tree.js").read_text(encoding="utf-8")),
+        data=as_markup(script_json(payload)),
     )
     return str(html)
 
@@ -103,7 +106,7 @@ def write_tree_page(path: str | Path, record: TreeRecord, options: PageOptions |
 
 
 def script_json(value: Any) -> str:
-    r"""JSON that can stand inside a `<script>` element: no `<`, `>`, `&`, nothing outside ASCII.
+    r"""Write JSON that can stand inside a `<script>` element: no `<`, `>`, `&`, nothing outside ASCII.
 
     All of these occur only within strings, where `\u003c` means the same to a JSON parser.
     """
@@ -112,7 +115,7 @@ def script_json(value: Any) -> str:
 
 
 def node_origins(record: TreeRecord, chains: int | None, forks: int) -> Origin:
-    """Which expansion round created each node, and where forks begin.
+    """Tell which expansion round created each node, and which nodes open a fork.
 
     Branches enter a tree whole, one round after the other, so a branch ends at each leaf. Where the
     record does not say the rounds, the first `chains` branches are round 0, then every `forks` one round.
@@ -130,7 +133,7 @@ def node_origins(record: TreeRecord, chains: int | None, forks: int) -> Origin:
 
 
 def tree_stats(tree: Tree) -> list[Stat]:
-    """The figures of the page's head."""
+    """Compute the figures of the page's head."""
     leaves, turns = tree.leaves(), [turn for turn in tree.turns if turn is not None]
     correct = sum(1 for leaf in leaves if (tree.outcomes[leaf] or {}).get("em", 0) == 1)
     rewards = tree.leaf_reward[tree.is_leaf]
@@ -177,9 +180,8 @@ def _nodes(record: TreeRecord, options: PageOptions) -> list[dict[str, Any]]:
 def _turn(turn: Turn | None, decode: Decode | None, prompt_tokens: int) -> dict[str, Any]:
     if turn is None:
         return {"kind": "prompt", "summary": "", "observation_tokens": prompt_tokens}
-    short, pieces = shorten(turn.action), None
-    if decode is not None:
-        pieces = token_pieces(turn.action_ids, turn.action, decode)
+    short = shorten(turn.action)
+    pieces = None if decode is None else token_pieces(turn.action_ids, turn.action, decode)
     seen: dict[str, Any] = {
         "kind": short.kind,
         "summary": short.text,
@@ -209,25 +211,7 @@ def _plain(outcome: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {k: str(v) if isinstance(v, float) and not np.isfinite(v) else v for k, v in outcome.items()}
 
 
-def _best_leaf(tree: Tree) -> int:
-    return max(tree.leaves(), key=lambda leaf: (tree.leaf_reward[leaf], -leaf), default=ROOT)
-
-
 def _question_in(prompt: str) -> str:
     """The last line of a prompt that asks something."""
     lines = [line.strip() for line in prompt.splitlines() if line.strip().endswith("?")]
     return lines[-1].removeprefix("Question:").strip()[:500] if lines else ""
-
-
-def _facts(record: TreeRecord, options: PageOptions) -> list[str]:
-    step = [] if record.step is None else [f"step {record.step}"]
-    task = [f"question {record.tree.task_id}"] if record.tree.task_id else []
-    return [*options.facts, *step, *task]
-
-
-def _asset(jinja2: Any, name: str) -> Any:
-    return _as_markup(jinja2, (TEMPLATES / name).read_text(encoding="utf-8"))
-
-
-def _as_markup(jinja2: Any, text: str) -> Any:
-    return jinja2.utils.markupsafe.Markup(text)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop at the next safe place; a second one stops at once."""
+"""Stops a run on Ctrl-C and SIGTERM at the next safe place; a second signal stops it at once."""
 
 import signal
 import threading
@@ -17,7 +17,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     Attributes:
         folder: The run's folder.
-        resume_command: What goes on with it.
+        resume_command: The command that goes on with it.
     """
 
     def __init__(self, message: str, folder: RunFolder) -> None:
@@ -34,7 +34,7 @@ class Interrupts:
     """While open, signals set `requested`; outside the main thread signals stay as they are.
 
     Args:
-        folder: Of the run that is to stop.
+        folder: The folder of the run that is to stop.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -76,7 +76,7 @@ class Interrupts:
 
 
 class InterruptibleProgress:
-    """Passes reports on, and lets a requested stop happen at each of them."""
+    """Passes reports on, and stops after any of them when a stop was requested."""
 
     def __init__(self, progress: Progress, interrupts: Interrupts) -> None:
         self._progress = progress

@@ -1,9 +1,9 @@
-"""What a long job tells whoever watches it: a protocol of five calls, and a listener that does nothing.
+"""Reports the progress of long jobs: the protocol of a listener, a silent listener, and the clock of a step.
 
-The trainer, the evaluation and the cold start know only this protocol. Drawing bars and tables is the
-business of `at2po_agent.report` and the command line.
+The trainer, the evaluation and the cold start know only this protocol; `at2po_agent.report` draws bars.
 """
 
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -12,19 +12,19 @@ class Progress(Protocol):
     """Listener of a long job; phases do not nest, except that evaluation may run inside training."""
 
     def start(self, phase: str, total: int) -> None:
-        """A phase begins: `phase` is "cold start", "evaluate", "train" ...; `total` counts its units."""
+        """Hear that a phase begins: "cold start", "evaluate", "train" ...; `total` counts its units."""
 
     def advance(self, phase: str, amount: int = 1, **values: float) -> None:
-        """`amount` units of `phase` are done; `values` are the numbers worth showing beside the bar."""
+        """Hear that `amount` units are done; `values` are the numbers worth showing beside the bar."""
 
     def finish(self, phase: str) -> None:
-        """The phase is over."""
+        """Hear that the phase is over."""
 
     def step(self, record: Mapping[str, object]) -> None:
-        """One training step ended; `record` is the line that went to metrics.jsonl."""
+        """Hear that a training step ended; `record` is its line of metrics.jsonl."""
 
     def message(self, text: str) -> None:
-        """One line that a person should read."""
+        """Hear a line that a person should read."""
 
 
 class NoProgress:
@@ -44,3 +44,17 @@ class NoProgress:
 
     def message(self, text: str) -> None:
         """Ignore a message."""
+
+
+class Clock:
+    """Measures the seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap to `phase`."""
+        now = time.perf_counter()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
+        self._last = now

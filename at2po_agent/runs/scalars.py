@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard: every number of every record, under its kind.
+"""Writes scalars for TensorBoard: every number of every record, under its kind.
 
 Events are written by the thread that trains, so that a full disk is an error here and not in some other
 thread.

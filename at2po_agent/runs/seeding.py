@@ -1,4 +1,4 @@
-"""Seeds of a run: one independent stream for each purpose and step, all from `run.seed`."""
+"""Draws the seeds of a run from `run.seed`: one independent stream for each purpose and step."""
 
 from enum import IntEnum
 
@@ -8,7 +8,7 @@ _RUN = 7
 
 
 class RunPurpose(IntEnum):
-    """What a seed is for."""
+    """The purpose of a seed."""
 
     MODEL = 0
     TOKENIZER = 1
@@ -19,15 +19,15 @@ class RunPurpose(IntEnum):
     EVALUATION = 6
 
 
-def run_seed(seed: int, purpose: RunPurpose, *place: int) -> int:
-    """A 63-bit seed."""
-    return int(_sequence(seed, purpose, place).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def run_seed(seed: int, purpose: RunPurpose, *position: int) -> int:
+    """Return a 63-bit seed."""
+    return int(_sequence(seed, purpose, position).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def run_generator(seed: int, purpose: RunPurpose, *place: int) -> np.random.Generator:
-    """A generator."""
-    return np.random.default_rng(_sequence(seed, purpose, place))
+def run_generator(seed: int, purpose: RunPurpose, *position: int) -> np.random.Generator:
+    """Return a generator."""
+    return np.random.default_rng(_sequence(seed, purpose, position))
 
 
-def _sequence(seed: int, purpose: RunPurpose, place: tuple[int, ...]) -> np.random.SeedSequence:
-    return np.random.SeedSequence(seed, spawn_key=(_RUN, int(purpose), *place))
+def _sequence(seed: int, purpose: RunPurpose, position: tuple[int, ...]) -> np.random.SeedSequence:
+    return np.random.SeedSequence(seed, spawn_key=(_RUN, int(purpose), *position))

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from at2po_agent.agents.agent import build_agent, example_texts
 from at2po_agent.config.loading import load_config
-from at2po_agent.config.sections import Config, Section
+from at2po_agent.config.sections import Config, Section, ServedConfig
 from at2po_agent.rollout import RolloutConfig
 from at2po_agent.run import run_training
 from at2po_env.errors import ConfigError
@@ -78,9 +78,10 @@ def test_a_run_reads_every_setting_that_it_offers(run):
         for name in section.model_fields
     }
     # no occasion to read here: DAPO's number of tries and its factor, T2PO's signal, rewards of failures,
-    # engines of vLLM
+    # engines of vLLM, the server that only an evaluation asks
     elsewhere = {"AlgorithmConfig.oversampling", "RolloutConfig.overlong_factor", "RolloutConfig.signal"}
     elsewhere |= {"RolloutConfig.cut_reward", "RolloutConfig.error_reward", "ModelConfig.vllm"}
+    elsewhere |= {"Config.served", *(f"ServedConfig.{name}" for name in ServedConfig.model_fields)}
     assert offered - read <= elsewhere
 
 

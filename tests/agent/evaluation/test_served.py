@@ -14,7 +14,7 @@ from helpers.served_fake import Reply, Seen, chat, chat_log_probs, completion, e
 from typer.testing import CliRunner
 
 from at2po_agent.cli.app import app
-from at2po_agent.evaluation.served import make_served, served_config
+from at2po_agent.evaluation.target import evaluation_config
 from at2po_env.data import At2poSampleWarning
 from at2po_env.errors import ConfigError
 
@@ -52,7 +52,7 @@ HOTPOT = ("--env", "at2po/HotpotQA-v0", "dataset=qa/hotpotqa/dev.jsonl")
 
 
 def test_a_served_model_is_evaluated_and_its_cost_is_told(folder: Path) -> None:
-    prices = ("--price-input", "1", "--price-output", "10")
+    prices = ("served.price_input=1", "served.price_output=10")
     with serving(lambda _: chat(ANSWER, **SURE)) as fake:
         shown = run(fake.url, "--model", "tiny", *HOTPOT, *prices)
         told = run(fake.url, "--model", "tiny", *HOTPOT, *prices, "--json")
@@ -75,9 +75,9 @@ def test_a_served_model_is_evaluated_and_its_cost_is_told(folder: Path) -> None:
 def test_what_was_asked_is_what_the_options_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     del folder
     monkeypatch.setenv("MY_KEY", "sk-mine")
-    options = ("--endpoint", "completions", "--api-key-env", "MY_KEY", "--temperature", "0.7")
+    options = ("served.endpoint=completions", "served.api_key_env=MY_KEY", "served.temperature=0.7")
     with serving(lambda _: completion(ANSWER), models=["only"]) as fake:
-        shown = run(fake.url, *HOTPOT, *options, "--extra", '{"min_p": 0.1}', "eval.questions=1")
+        shown = run(fake.url, *HOTPOT, *options, "served.extra.min_p=0.1", "eval.questions=1")
     assert shown.exit_code == 0, shown.output
     assert "temperature 0.7" in shown.stdout
     (seen,) = fake.seen
@@ -86,13 +86,20 @@ def test_what_was_asked_is_what_the_options_say(folder: Path, monkeypatch: pytes
     assert seen.body["max_tokens"] == 2048  # rollout.max_turn_tokens, in the server's tokens again
 
 
+def test_the_short_options_are_settings_of_the_configuration(folder: Path) -> None:
+    del folder
+    with serving(lambda _: chat(ANSWER, **SURE)) as fake:
+        short = run(fake.url, "--model", "tiny", *HOTPOT, "--json")
+        settings = ("served.model=tiny", "env.id=at2po/HotpotQA-v0", "dataset=qa/hotpotqa/dev.jsonl")
+        spelled = run(fake.url, *settings, "--json")
+    assert short.exit_code == spelled.exit_code == 0
+    assert json.loads(short.stdout)["greedy"] == json.loads(spelled.stdout)["greedy"]
+
+
 def test_limits_are_tokens_of_the_server() -> None:
-    config = served_config(make_served(url="http://localhost"), [])
-    assert config.rollout.max_turn_tokens == 2048 * 4
-    assert (
-        served_config(make_served(url="http://localhost", bytes_per_token=1), []).rollout.max_turn_tokens
-        == 2048
-    )
+    assert evaluation_config("http://localhost", []).rollout.max_turn_tokens == 2048 * 4
+    single = evaluation_config("http://localhost", ["served.bytes_per_token=1"])
+    assert single.rollout.max_turn_tokens == 2048
 
 
 def test_the_suite_is_asked_set_by_set_and_keeps_what_it_has(folder: Path) -> None:
@@ -126,7 +133,7 @@ def test_native_tools_come_from_the_environment(folder: Path) -> None:
             None, finish="tool_calls", message={"tool_calls": [tool_call("search", '{"query": "Ada"}')]}
         )
 
-    words = ("--model", "tiny", *HOTPOT, "--native-tools", "eval.questions=1", "--json")
+    words = ("--model", "tiny", *HOTPOT, "served.native_tools=true", "eval.questions=1", "--json")
     with serving(model) as fake:
         told = run(fake.url, *words, "eval.kwargs.protocol=hermes")
         assert json.loads(told.stdout)["greedy"]["em"] == 1.0
@@ -139,7 +146,7 @@ def test_native_tools_come_from_the_environment(folder: Path) -> None:
             "--suite",
             "multihop",
             "dataset=qa",
-            "--native-tools",
+            "served.native_tools=true",
             "--json",
             "eval.kwargs.protocol=hermes",
         )
@@ -170,20 +177,21 @@ def test_answers_that_were_given_up_are_told(folder: Path) -> None:
     ("words", "says"),
     [
         (
-            ("http://127.0.0.1:1/v1", "--endpoint", "talk"),
-            "--endpoint: Input should be 'chat' or 'completions'",
+            ("http://127.0.0.1:1/v1", "served.endpoint=talk"),
+            "served.endpoint (command line): got 'talk', expected: input should be 'chat' or 'completions'",
         ),
-        (("http://127.0.0.1:1/v1", "--concurrency", "0"), "--concurrency: Input should be greater than"),
-        (("http://127.0.0.1:1/v1", "--timeout", "0"), "--timeout: Input should be greater than 0"),
-        (("http://127.0.0.1:1/v1", "--extra", "{"), "--extra: not JSON"),
-        (("http://127.0.0.1:1/v1", "--extra", "[1]"), "--extra: Input should be a valid dictionary"),
-        (("http://127.0.0.1:1/v1", "--api-key-env", "NO_SUCH"), "NO_SUCH holds no key"),
+        (("http://127.0.0.1:1/v1", "served.concurrency=0"), "got 0, expected: input should be greater than"),
+        (("http://127.0.0.1:1/v1", "served.timeout_s=0"), "got 0, expected: input should be greater than 0"),
+        (("http://127.0.0.1:1/v1", "served.extra={"), "served.extra: cannot read"),
+        (("http://127.0.0.1:1/v1", "served.extra=[1]"), "expected: input should be a valid dictionary"),
+        (("http://127.0.0.1:1/v1", "served.timeout=3"), "unknown key (got 3); did you mean timeout_s"),
+        (("http://127.0.0.1:1/v1", "served.api_key_env=NO_SUCH"), "NO_SUCH holds no key"),
         (("http://127.0.0.1:1/v1", "--suite", "multi"), "--suite: got 'multi'"),
         (("http://127.0.0.1:1/v1", "--suite", "all", "--env", "x"), "--suite asks its own environments"),
-        (("http://127.0.0.1:1/v1", "--price-cached", "1"), "cached tokens needs"),
+        (("http://127.0.0.1:1/v1", "served.price_cached=1"), "cached tokens needs"),
         (
-            ("some/model", "--model", "x", "--timeout", "3"),
-            "--model, --timeout: for served models, but 'some/model'",
+            ("some/model", "--model", "x", "served.timeout_s=3"),
+            "served.timeout_s=3, served.model=x: only for served models, but 'some/model'",
         ),
         (("http://127.0.0.1:1/v1", "--env", "at2po/Nothing-v0"), "`at2po envs` lists what there is"),
         (("http://127.0.0.1:1/v1",), "which model?"),
@@ -199,15 +207,15 @@ def test_wrong_words_are_one_message(folder: Path, words: tuple[str, ...], says:
 
 
 def test_another_environment_keeps_limits_and_drops_what_was_said_of_the_first() -> None:
-    served = make_served(url="http://localhost")
-    other = served_config(served, ["eval.kwargs.hops=1"], env="at2po/MiniWiki-v0")
+    url = "http://localhost"
+    other = evaluation_config(url, ["eval.kwargs.hops=1", "env.id=at2po/MiniWiki-v0"])
     assert (other.eval.id, other.eval.kwargs, other.env.kwargs) == ("at2po/MiniWiki-v0", {"hops": 1}, {})
-    bamboogle = served_config(served, ["env.kwargs.topk=5"], env="at2po/Bamboogle-v0")
+    bamboogle = evaluation_config(url, ["env.kwargs.topk=5", "env.id=at2po/Bamboogle-v0"])
     assert bamboogle.eval.kwargs == {"topk": 5, "max_turns": 7, "split": "test"}
-    dev = served_config(served, ["eval.kwargs.split=dev"], env="at2po/HotpotQA-v0")
+    dev = evaluation_config(url, ["eval.kwargs.split=dev", "env.id=at2po/HotpotQA-v0"])
     assert dev.eval.kwargs["split"] == "dev"
     with pytest.raises(ConfigError, match="no_such"):
-        served_config(served, ["eval.no_such=1"])
+        evaluation_config(url, ["eval.no_such=1"])
 
 
 def test_the_shipped_sample_serves_where_no_data_is(folder: Path) -> None:

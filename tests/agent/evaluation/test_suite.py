@@ -11,23 +11,23 @@ from typer.testing import CliRunner
 
 from at2po_agent.agents.agent import Agent
 from at2po_agent.cli.app import app
-from at2po_agent.cli.suite import results_file, take_json_file
+from at2po_agent.cli.eval import results_file, take_json_file
 from at2po_agent.config.loading import load_config
 from at2po_agent.config.sections import Config
-from at2po_agent.evaluation import suite
+from at2po_agent.evaluation import published
 from at2po_agent.evaluation.metrics import wilson_interval
-from at2po_agent.evaluation.suite_run import Source, evaluate_suite, find_questions
+from at2po_agent.evaluation.suite import Source, evaluate_suite, find_questions
 from at2po_agent.policies.scripted import ScriptedPolicy
-from at2po_agent.report.suite_table import print_suite
+from at2po_agent.report.tables import print_suite
 from at2po_agent.runs.progress import NoProgress
 from at2po_env.data import At2poSampleWarning
 from at2po_env.errors import ConfigError
 
 ANSWER = "<think> easy </think> <answer> \\boxed{ Ada } </answer>"
-ROWS = {row.name: row for row in suite.PUBLISHED}
+ROWS = {row.name: row for row in published.PUBLISHED}
 
 
-def figures(row: suite.PublishedRow) -> dict[str, dict[str, Any]]:
+def figures(row: published.PublishedRow) -> dict[str, dict[str, Any]]:
     """Published percentages in the form of results."""
     shares = {name: percent / 100 for name, percent in row.sets.items()}
     return {name: {"em": em, "em_low": em, "em_high": em, "questions": 1} for name, em in shares.items()}
@@ -44,7 +44,10 @@ def print_of(results: dict[str, Any], *, width: int = 140) -> str:
 
 
 def test_the_weights_are_the_sizes_of_the_evaluated_splits():
-    sizes = {name: (suite.published_split(name), suite.set_size(name)) for name in suite.suite_sets("all")}
+    sizes = {
+        name: (published.published_split(name), published.set_size(name))
+        for name in published.suite_sets("all")
+    }
     assert sizes == {
         "hotpotqa": ("dev", 7405),
         "2wikimultihopqa": ("dev", 12576),
@@ -59,16 +62,16 @@ def test_the_weights_are_the_sizes_of_the_evaluated_splits():
 def test_a_published_average_by_hand():
     # AT²PO: (49.44 x 7405 + 52.99 x 12576 + 24.80 x 2417 + 56.80 x 125) / 22523
     #      = (366103.20 + 666402.24 + 59941.60 + 7100.00) / 22523 = 1099547.04 / 22523 = 48.8189
-    average = suite.group_average("multihop", figures(ROWS["AT²PO"]))
+    average = published.group_average("multihop", figures(ROWS["AT²PO"]))
     assert average is not None
     assert 100 * average.em == pytest.approx(48.8189, abs=1e-4)
     assert (average.partial, average.questions) == (False, 4)
 
 
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("group", suite.GROUPS)
+@pytest.mark.parametrize("group", published.GROUPS)
 def test_published_averages_follow_from_the_sets_when_weighted_by_questions(name: str, group: str):
-    average = suite.group_average(group, figures(ROWS[name]))
+    average = published.group_average(group, figures(ROWS[name]))
     assert average is not None
     printed = ROWS[name].averages[group]
     if (name, group) == ("AT²PO", "singlehop"):  # the paper's own slip, which PUBLISHED_REMARK tells
@@ -79,23 +82,23 @@ def test_published_averages_follow_from_the_sets_when_weighted_by_questions(name
 
 
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("group", suite.GROUPS)
+@pytest.mark.parametrize("group", published.GROUPS)
 def test_the_plain_mean_of_the_sets_is_another_number(name: str, group: str):
     # negative control
-    plain = sum(ROWS[name].sets[key] for key in suite.GROUPS[group]) / len(suite.GROUPS[group])
+    plain = sum(ROWS[name].sets[key] for key in published.GROUPS[group]) / len(published.GROUPS[group])
     assert abs(plain - ROWS[name].averages[group]) > 0.2
 
 
 def test_the_interval_of_one_set_is_wilsons():
     # p = 0.5, n = 200: 0.4314 .. 0.5686 (test_evaluate has the derivation)
-    mean, low, high = suite.weighted_interval([125], [0.5], [wilson_interval(0.5, 200)])
+    mean, low, high = published.weighted_interval([125], [0.5], [wilson_interval(0.5, 200)])
     assert (mean, low, high) == pytest.approx((0.5, 0.4314, 0.5686), abs=1e-4)
 
 
 def test_intervals_of_several_sets_add_in_quadrature_each_side_on_its_own():
     # weights 3/4 and 1/4; distances down 0.04 and 0.12, up 0.08 and 0.08: mean 0.15 + 0.15 = 0.3;
     # down sqrt(0.03^2 + 0.03^2) = 0.042426; up sqrt(0.06^2 + 0.02^2) = 0.063246
-    got = suite.weighted_interval([300, 100], [0.2, 0.6], [(0.16, 0.28), (0.48, 0.68)])
+    got = published.weighted_interval([300, 100], [0.2, 0.6], [(0.16, 0.28), (0.48, 0.68)])
     assert got == pytest.approx((0.3, 0.257574, 0.363246), abs=1e-6)
 
 
@@ -109,7 +112,7 @@ def test_the_interval_covers_the_weighted_mean_as_often_as_it_says():
     for right in rng.binomial(asked, shares, size=(1000, 4)):
         seen = right / asked
         intervals = [wilson_interval(float(p), int(n)) for p, n in zip(seen, asked, strict=True)]
-        _, low, high = suite.weighted_interval(list(weights), list(seen), intervals)
+        _, low, high = published.weighted_interval(list(weights), list(seen), intervals)
         covered += low <= truth <= high
         low, high = wilson_interval(float(right.sum() / asked.sum()), int(asked.sum()))
         pooled_covered += low <= truth <= high
@@ -119,12 +122,12 @@ def test_the_interval_covers_the_weighted_mean_as_often_as_it_says():
 
 def test_an_average_over_fewer_sets_is_partial_and_names_them():
     some = {key: value for key, value in figures(ROWS["GRPO"]).items() if key in ("nq", "popqa")}
-    average = suite.group_average("singlehop", some)
+    average = published.group_average("singlehop", some)
     assert average is not None
     assert (average.partial, average.sets, average.missing) == (True, ("nq", "popqa"), ("triviaqa",))
     # (45.98 x 3610 + 49.18 x 14267) / 17877 = (165987.80 + 701651.06) / 17877
     assert 100 * average.em == pytest.approx(48.5338, abs=1e-4)
-    assert suite.group_average("multihop", some) is None
+    assert published.group_average("multihop", some) is None
 
 
 # --- where questions are ---------------------------------------------------------------------------------
@@ -279,7 +282,7 @@ def test_a_run_in_another_world_hands_on_what_all_environments_share(folder: Pat
 
 def test_the_command_prints_the_table_and_leaves_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
     ready = Agent(None, scripted())  # type: ignore[arg-type]
-    monkeypatch.setattr("at2po_agent.evaluation.suite_run.build_agent", lambda _: ready)
+    monkeypatch.setattr("at2po_agent.evaluation.target.build_agent", lambda _: ready)
     command = ["eval", "some/model", "--suite", "multihop", "dataset=qa", "corpus=corpus.jsonl"]
     shown = CliRunner().invoke(app, [*command, "--json", "mine.json"])
     assert shown.exit_code == 0, shown.output

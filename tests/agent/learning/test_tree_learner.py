@@ -20,7 +20,7 @@ from at2po_agent.packing.tree_attention.flex import block_mask
 from at2po_agent.packing.trees import check_model, pack_trees
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.rollout import RolloutConfig, rollout
-from at2po_agent.runs.clock import Clock
+from at2po_agent.runs.progress import Clock
 from at2po_agent.tree import Tree
 from at2po_agent.types import Turn
 from at2po_env.errors import ConfigError

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from rich.console import Console
 
-from at2po_agent.report.actions_in_short import LONGEST, shorten
 from at2po_agent.report.curves import draw_run, draw_runs, read_curves, smooth, smoothing_window
-from at2po_agent.report.ending import evaluation_table, print_ending, shown_path, tree_table
 from at2po_agent.report.live import LiveBars, PlainLines, duration, figures, make_listener
 from at2po_agent.report.run_folder import (
     NothingYetError,
@@ -27,7 +25,7 @@ from at2po_agent.report.run_folder import (
     read_trees,
 )
 from at2po_agent.report.run_report import node_credit, page_options, run_of, write_run_report
-from at2po_agent.report.token_text import token_pieces
+from at2po_agent.report.tables import evaluation_table, print_ending, shown_path, tree_table
 from at2po_agent.report.tree_page import (
     PageOptions,
     node_origins,
@@ -36,6 +34,7 @@ from at2po_agent.report.tree_page import (
     tree_stats,
     write_tree_page,
 )
+from at2po_agent.report.turn_text import LONGEST, shorten, token_pieces
 from at2po_agent.tree import Tree
 from at2po_env.errors import DataError
 

@@ -18,7 +18,7 @@ from at2po_agent.agents.model import ModelShape, build_model
 from at2po_agent.config.loading import load_config
 from at2po_agent.config.sections import ColdStartConfig
 from at2po_agent.evaluation.evaluate import evaluate
-from at2po_agent.evaluation.of_run import evaluate_config, evaluation_config
+from at2po_agent.evaluation.target import evaluate_policy, evaluation_config, open_policy
 from at2po_agent.packing.rows import pack_rows
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.hf.policy import HFPolicy
@@ -277,15 +277,16 @@ def test_a_run_trains_on_chats(run):
 
 def test_a_checkpoint_keeps_the_template_and_its_end(run):
     folder, summary = run
-    config = evaluation_config(str(folder), ["eval.questions=4"])
+    config = evaluation_config(str(folder), ["eval.questions=4", "eval.sampled=false"])
     assert config.model.chat.template == "chatml"
     agent = build_agent(config)
     assert isinstance(agent.transcript, ChatTranscript)
     tokenizer = agent.tokenizer
     assert tokenizer.decode([tokenizer.eos_id]) == "<|im_end|>"
     assert "Search." in tokenizer.decode(agent.transcript.open("P"))
-    again = evaluate_config(config, NoProgress(), ["greedy"])["greedy"]
-    assert again.em == summary["em_after"]
+    with open_policy(config) as policy:
+        again = evaluate_policy(config, policy, NoProgress())["greedy"]
+    assert again["em"] == summary["em_after"]
     own = load_config(
         folder, [f"model.path={config.model.path}", "model.chat.template=tokenizer", "run.dir=null"]
     )

@@ -226,8 +226,8 @@ def test_the_command_evaluates_the_whole_sample(running: Running, monkeypatch: p
         f"rollout.{name}={getattr(TOKENS, name)}" for name in ("max_turn_tokens", "max_response_tokens")
     ]
     words = [
-        *("eval", running.url, "--env", "at2po/HotpotQA-v0", "--endpoint", "completions", "--json"),
-        *("--price-input", "1", "--price-output", "2", f"corpus={running.corpus}", *limits),
+        *("eval", running.url, "--env", "at2po/HotpotQA-v0", "served.endpoint=completions", "--json"),
+        *("served.price_input=1", "served.price_output=2", f"corpus={running.corpus}", *limits),
         *("eval.kwargs.prompt=short", "eval.kwargs.topk=1"),
     ]
     told = CliRunner().invoke(app, words)
