@@ -26,7 +26,8 @@ from at2po_agent.evaluation.evaluate import Evaluation, evaluate_mode
 from at2po_agent.evaluation.metrics import staleness_metrics, tree_metrics
 from at2po_agent.learning.step import TreeLearner, give_credit
 from at2po_agent.runs.checkpoint import Restored, load_newest, save_checkpoint
-from at2po_agent.runs.folder import RunFolder, disk_refusals
+from at2po_agent.runs.disk import disk_refusals
+from at2po_agent.runs.folder import RunFolder, fixed_settings
 from at2po_agent.runs.interrupts import StopRequested
 from at2po_agent.runs.progress import Clock, Progress
 from at2po_agent.runs.scalars import Scalars
@@ -187,6 +188,7 @@ class Trainer:
             tokenizer=getattr(self.agent.tokenizer, "hf", None),
             state=vars(self.state),
             keep=self.config.train.keep_checkpoints,
+            config=fixed_settings(self.config),
         )
         self._saved_step = self.state.step
 
@@ -197,6 +199,7 @@ class Trainer:
             model=self.agent.model,
             optimizer=self._learner.optimizer,
             report=self._progress.message,
+            config=fixed_settings(self.config),
         )
         self.state = TrainerState(**restored.state)
         self._saved_step = self.state.step

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from at2po_agent.config.composition import composition_problems, did_you_mean
 from at2po_agent.config.presets import PRESETS, Preset
-from at2po_agent.config.sections import Config
+from at2po_agent.config.sections import Config, RunConfig
 from at2po_env.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
@@ -52,6 +52,7 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
     typed = _parse_overrides(overrides, problems)
     file = _read_yaml(path)
     if path.name == CONFIG_FILE and Path(name_or_path).is_dir():
+        _check_whole(path, file)
         file = _merge(file, {"run": {"dir": str(name_or_path)}})
     merged = _compose(file, typed, problems)
     config = _validate(merged, problems)
@@ -61,11 +62,24 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
     return config
 
 
-def save_config(config: Config, path: Path) -> None:
+def config_text(config: Config) -> str:
     """Write a run's configuration as YAML, without its folder (the file lies there) and `served`."""
     values = config.model_dump(mode="json", exclude={"served"})
     values["run"]["dir"] = None
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _check_whole(path: Path, file: Mapping[str, Any]) -> None:
+    """Refuse a run's configuration that lacks a section: its defaults would make it another run."""
+    lacking = [name for name in Config.model_fields if name != "served" and name not in file]
+    last = _section(file, "run")  # the section that `config_text` writes last
+    lacking += [f"run.{name}" for name in RunConfig.model_fields if "run" in file and name not in last]
+    if lacking:
+        raise ConfigError(
+            f"{path}: the file of a run holds every setting, but this one lacks {', '.join(lacking)}; it was "
+            "cut short or edited. Fix: restore it, or resume with the configuration that the run was started "
+            f"with: at2po train CONFIG run.dir={path.parent} --resume"
+        )
 
 
 def find_config(name_or_path: str | Path) -> Path:

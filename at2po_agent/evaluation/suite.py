@@ -13,7 +13,7 @@ from at2po_agent.environments import make_eval_env
 from at2po_agent.evaluation import published
 from at2po_agent.evaluation.evaluate import evaluate_mode
 from at2po_agent.policies.base import Policy
-from at2po_agent.runs.folder import disk_refusals, replace_text
+from at2po_agent.runs.disk import disk_refusals, replace_file
 from at2po_agent.runs.progress import Progress
 from at2po_env.data.cache import cache_dir
 from at2po_env.data.catalog import CORPORA, QA_SETS, WIKI_18
@@ -232,4 +232,4 @@ def write_results(file: Path, results: Mapping[str, Any]) -> None:
     """
     with disk_refusals(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(file, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        replace_file(file, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

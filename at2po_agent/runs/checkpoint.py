@@ -1,11 +1,11 @@
-"""Checkpoints: safetensors and JSON, complete or absent, never half there.
+"""Saves and loads checkpoints: safetensors and JSON, complete or absent, never half there.
 
 A checkpoint is a folder `step_000020` with the model (as transformers saves it, so that the folder is a model
-path), the tokenizer, `optimizer.safetensors`, and `state.json` that lists every file with size and digest.
-It is written into a temporary folder, synced, and renamed. Nothing is unpickled, nothing valid is
-overwritten.
+path), the tokenizer, `optimizer.safetensors`, and `state.json`, which lists every file with size and digest
+and holds a digest of the run's configuration. It is written into a temporary folder, synced, and renamed.
+Nothing is unpickled, nothing valid is overwritten.
 
-This module does not know what the state means; the trainer does.
+This module does not know the meaning of the state; the trainer does.
 """
 
 import errno
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from at2po_agent.runs.disk import replace_file, sync
 from at2po_env.errors import At2poError
 
 FORMAT_VERSION = 1
@@ -34,14 +35,14 @@ class CheckpointError(At2poError):
 
 @runtime_checkable
 class Savable(Protocol):
-    """What can write itself into a folder, as tokenizers of transformers can."""
+    """Writes itself into a folder, as tokenizers of transformers do."""
 
     def save_pretrained(self, save_directory: str) -> Any:
         """Write all files that loading needs."""
 
 
 class Restored(NamedTuple):
-    """What `load_checkpoint` returns besides filling model and optimizer."""
+    """A loaded checkpoint: its folder, and the state of the trainer."""
 
     path: Path
     state: dict[str, Any]
@@ -56,6 +57,7 @@ def save_checkpoint(
     tokenizer: Savable | None,
     state: Mapping[str, Any],
     keep: int,
+    config: Mapping[str, str],
 ) -> Path:
     """Write the checkpoint of a step and drop the oldest beyond `keep`.
 
@@ -67,6 +69,7 @@ def save_checkpoint(
         tokenizer: Saved beside the weights; None saves none.
         state: JSON values of the trainer.
         keep: How many checkpoints remain.
+        config: Settings that a resumed run has to keep, as texts by key; their digest is saved.
 
     Returns:
         The checkpoint's folder.
@@ -78,14 +81,18 @@ def save_checkpoint(
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
+        for leftover in folder.glob(".step_*.tmp"):  # a process that was killed left it
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
-        _write_files(temporary, step, model, optimizer, tokenizer, state)
-        if target.exists():
-            _set_aside(target)
+        _write_files(temporary, step, model, optimizer, tokenizer, state, config)
+        if target.exists():  # broken, or of a step that is done again: keep it beside
+            number = 1
+            while (aside := target.with_name(f"{target.name}.replaced-{number}")).exists():
+                number += 1
+            target.rename(aside)
         temporary.rename(target)
-        _sync(folder)
-        _write_pointer(folder, target.name)
+        sync(folder)
+        replace_file(folder / "latest", target.name + "\n")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise _cannot_write(target, error) from error
@@ -108,6 +115,7 @@ def load_newest(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     report: Callable[[str], None],
+    config: Mapping[str, str] | None = None,
 ) -> Restored:
     """Fill model and optimizer from the newest checkpoint that is whole.
 
@@ -116,9 +124,10 @@ def load_newest(
         model: Receives the weights.
         optimizer: Receives its state; None leaves it out.
         report: Told, for each broken checkpoint that is passed over, which file is broken and what to do.
+        config: Settings that the checkpoint must have been saved with; None takes any.
 
     Raises:
-        CheckpointError: No checkpoint is whole.
+        CheckpointError: No checkpoint is whole, or the newest one belongs to another configuration.
     """
     found = list_checkpoints(folder)
     for path in found:
@@ -127,6 +136,8 @@ def load_newest(
         except CheckpointError as error:
             report(f"{error}; going on from the checkpoint before it")
             continue
+        if config is not None:
+            _check_config(path, config)
         return load_checkpoint(path, model=model, optimizer=optimizer)
     what = "all of its checkpoints are broken" if found else "it holds no checkpoint"
     raise CheckpointError(f"cannot resume from {folder}: {what}; start a new run in another run.dir")
@@ -142,24 +153,51 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: A file is missing, cut short or changed.
     """
     fix = f"delete the folder {path} or restore the file"
-    state_file = path / STATE
+    body = _read_state(path, fix)
+    for name, expected in body["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; {fix}")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{file}: cut short or changed, {size} bytes instead of {expected['bytes']}; {fix}"
+            )
+        if _describe(file)["sha256"] != expected["sha256"]:
+            raise CheckpointError(f"{file}: its content has changed since it was saved; {fix}")
+    return dict(body["state"])
+
+
+def _read_state(path: Path, fix: str) -> dict[str, Any]:
+    """Read the members of `state.json`, and check that each has its shape."""
+    file = path / STATE
+    shapes = {"version": int, "step": int, "state": dict, "optimizer": dict, "files": dict}
     try:
-        body = json.loads(state_file.read_text(encoding="utf-8"))
-        version, files, state = body["version"], body["files"], body["state"]
+        body = json.loads(file.read_bytes())
+        wrong = [name for name, shape in shapes.items() if not isinstance(body[name], shape)]
+        wrong += [
+            f"optimizer.{key}" for key, entry in body["optimizer"].items() if not isinstance(entry, dict)
+        ]
+        wrong += [
+            f"files.{name}" for name, entry in body["files"].items() if entry.keys() != {"bytes", "sha256"}
+        ]
+        config = body.setdefault("config", None)  # an older release saved none
+        if config is not None and not (
+            isinstance(config["sha256"], str) and isinstance(config["values"], dict)
+        ):
+            wrong.append("config")
+        if wrong:
+            raise ValueError(f"another shape of {', '.join(wrong)}")
     except OSError as error:
-        raise CheckpointError(f"{state_file}: {error.strerror}; {fix}") from error
-    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error.strerror}; {fix}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not the JSON that a checkpoint ends with ({error}); {fix}") from error
+    if body["version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{state_file}: not the JSON that a checkpoint ends with ({error}); {fix}"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{state_file}: format version {version}, expected {FORMAT_VERSION}; "
+            f"{file}: format version {body['version']}, expected {FORMAT_VERSION}; "
             "resume with the release that wrote it"
         )
-    for name, expected in files.items():
-        _check_file(path / name, expected, fix)
-    return dict(state)
+    return dict(body)
 
 
 def load_checkpoint(
@@ -175,14 +213,39 @@ def load_checkpoint(
         tensors = load_file(path / MODEL)
         _fill_model(model, tensors, path / MODEL)
         if optimizer is not None:
-            scalars = json.loads((path / STATE).read_text(encoding="utf-8"))["optimizer"]
+            scalars = _read_state(path, "")["optimizer"]
             _fill_optimizer(optimizer, load_file(path / OPTIMIZER), scalars)
-    except (SafetensorError, RuntimeError, ValueError) as error:
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path}: its weights do not fit this model ({error}); "
             "resume with the configuration it was saved with"
         ) from error
     return Restored(path, state)
+
+
+def config_digest(config: Mapping[str, str]) -> str:
+    """Compute the digest of some settings; their order does not matter."""
+    return hashlib.sha256(json.dumps(sorted(config.items())).encode()).hexdigest()
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """List the settings that differ, a line each."""
+    return [
+        f"  {key}: was {before.get(key, 'unset')}, is {now.get(key, 'unset')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _check_config(path: Path, config: Mapping[str, str]) -> None:
+    saved = _read_state(path, "")["config"]
+    if saved is None or saved["sha256"] == config_digest(config):
+        return
+    differences = "\n".join(changes(saved["values"], config))
+    raise CheckpointError(
+        f"{path}: belongs to another configuration than this run; move the folder away, or undo:\n"
+        f"{differences}"
+    )
 
 
 def _write_files(
@@ -192,6 +255,7 @@ def _write_files(
     optimizer: torch.optim.Optimizer,
     tokenizer: Savable | None,
     state: Mapping[str, Any],
+    config: Mapping[str, str],
 ) -> None:
     _save_model(model, folder)
     if tokenizer is not None:
@@ -203,23 +267,24 @@ def _write_files(
         "version": FORMAT_VERSION,
         "step": step,
         "state": dict(state),
+        "config": {"sha256": config_digest(config), "values": dict(config)},
         "optimizer": scalars,
         "files": {name: _describe(folder / name) for name in names},
     }
     (folder / STATE).write_text(json.dumps(body, indent=1, allow_nan=False), encoding="utf-8")
     for name in [*names, STATE]:
-        _sync(folder / name)
-    _sync(folder)
+        sync(folder / name)
+    sync(folder)
 
 
 def _save_model(model: nn.Module, folder: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and place in seen:
+        storage = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and storage in seen:  # tied weights are saved once
             continue
-        seen.add(place)
+        seen.add(storage)
         tensors[name] = tensor.detach().contiguous()
     save_file(tensors, folder / MODEL, metadata={"format": "pt"})
     config = getattr(model, "config", None)
@@ -267,47 +332,6 @@ def _fill_optimizer(
 def _describe(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _check_file(file: Path, expected: Mapping[str, Any], fix: str) -> None:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing; {fix}")
-    size = file.stat().st_size
-    if size != expected["bytes"]:
-        raise CheckpointError(
-            f"{file}: cut short or changed, {size} bytes instead of {expected['bytes']}; {fix}"
-        )
-    if _describe(file)["sha256"] != expected["sha256"]:
-        raise CheckpointError(f"{file}: its content has changed since it was saved; {fix}")
-
-
-def _write_pointer(folder: Path, name: str) -> None:
-    temporary = folder / ".latest.tmp"
-    temporary.write_text(name + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(folder / "latest")
-    _sync(folder)
-
-
-def _set_aside(target: Path) -> None:
-    """A checkpoint of the same step is there (broken, or from steps that are done again): keep it beside."""
-    number = 1
-    while (aside := target.with_name(f"{target.name}.replaced-{number}")).exists():
-        number += 1
-    target.rename(aside)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob(".step_*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(target: Path, error: Exception) -> CheckpointError:

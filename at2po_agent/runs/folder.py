@@ -1,9 +1,8 @@
-"""The folder of a run: who may write into it, and the files it holds."""
+"""Opens the folder of a run for one process at a time, and writes its files."""
 
 import contextlib
 import glob
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from at2po_agent.config.loading import CONFIG_FILE, flatten, load_config, save_config
+from at2po_agent.config.loading import CONFIG_FILE, config_text, flatten, load_config
 from at2po_agent.config.sections import Config
-from at2po_env.errors import At2poError, ConfigError
+from at2po_agent.runs.checkpoint import changes
+from at2po_agent.runs.disk import disk_refusals, replace_file
+from at2po_env.errors import ConfigError
 
 METRICS_FILE, SUMMARY_FILE, LOCK_FILE = "metrics.jsonl", "summary.json", ".lock"
 CHECKPOINTS, TREES, TENSORBOARD = "checkpoints", "trees", "tensorboard"
@@ -22,7 +23,7 @@ MAY_CHANGE = (
     *("train.steps", "train.save_", "train.keep_", "train.micro_batch_tokens", "eval."),
     *("run.dir", "run.name", "run.threads", "run.dry_run"),
 )
-"""Settings that a resumed run may change; the others would make it another run."""
+"""Beginnings of the settings that a resumed run may change; any other would make it another run."""
 
 
 class RunFolder:
@@ -68,7 +69,7 @@ class RunFolder:
             return
         with (self.path / f"metrics.after_step_{step:06d}.jsonl").open("a", encoding="utf-8") as stream:
             stream.writelines(dropped)
-        replace_text(file, "".join(kept))
+        replace_file(file, "".join(kept))
 
     def write_trees(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Keep trees of a step, one JSON object per line."""
@@ -76,28 +77,12 @@ class RunFolder:
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
         with disk_refusals(folder):
             folder.mkdir(exist_ok=True)
-            replace_text(folder / f"step_{step:06d}.jsonl", "".join(lines))
+            replace_file(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
         with disk_refusals(self.path / SUMMARY_FILE):
-            replace_text(self.path / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
-
-
-class RunFolderError(At2poError):
-    """The folder of a run cannot be written."""
-
-
-@contextlib.contextmanager
-def disk_refusals(path: Path) -> Iterator[None]:
-    """Say in one message which file could not be written and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise RunFolderError(
-            f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
-            "another run.dir, then go on with --resume from the newest checkpoint"
-        ) from error
+            replace_file(self.path / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -117,15 +102,15 @@ def open_run(config: Config, *, resume: bool = False) -> Iterator[tuple[RunFolde
             folder or was started with other settings.
     """
     path = _choose_folder(config, resume=resume)
+    lock = FileLock(str(path / LOCK_FILE))
     with disk_refusals(path):
         path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(path / LOCK_FILE))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError(
-            f"{path}: another run is using this folder; wait for it, stop it, or choose another run.dir"
-        ) from error
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"{path}: another run is using this folder; wait for it, stop it, or choose another run.dir"
+            ) from error
     try:
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(path)})})
         if resume:
@@ -134,7 +119,12 @@ def open_run(config: Config, *, resume: bool = False) -> Iterator[tuple[RunFolde
             raise ConfigError(
                 f"{path}: holds a run already; add --resume to go on with it, or choose another run.dir"
             )
-        save_config(config, path / CONFIG_FILE)
+        file, text = path / CONFIG_FILE, config_text(config)
+        with disk_refusals(file):
+            for stray in path.glob(".*.tmp"):  # a process that was killed left it
+                stray.unlink()
+            if not file.is_file() or file.read_bytes() != text.encode():
+                replace_file(file, text)
         yield RunFolder(path), config
     finally:
         lock.release()
@@ -144,13 +134,6 @@ def newest_run(name: str) -> Path | None:
     """The folder of runs/NAME, runs/NAME-2 ... with the highest number; None when there is none."""
     number = _highest_number(name)
     return _numbered(name, number) if number else None
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _choose_folder(config: Config, *, resume: bool) -> Path:
@@ -180,15 +163,18 @@ def _highest_number(name: str) -> int:
     return max(numbers, default=0)
 
 
+def fixed_settings(config: Config) -> dict[str, str]:
+    """Return the settings that a resumed run has to keep: JSON texts by dotted key."""
+    values = flatten(config.model_dump(mode="json", exclude={"served"}))
+    return {key: json.dumps(value) for key, value in values if not key.startswith(MAY_CHANGE)}
+
+
 def _check_same_run(path: Path, config: Config) -> None:
-    before = dict(flatten(load_config(path).model_dump(mode="json")))
-    now = dict(flatten(config.model_dump(mode="json")))
-    changed = [
-        f"  {key}: was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-    ]
-    if changed:
+    try:
+        before = fixed_settings(load_config(path))
+    except ConfigError:
+        return  # the file is damaged; the digest in the checkpoints tells whether `config` is the run's
+    if changed := changes(before, fixed_settings(config)):
         raise ConfigError(
             f"{path}: cannot be resumed with other settings; start a new run in another run.dir, or undo:\n"
             + "\n".join(changed)

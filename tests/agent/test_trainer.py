@@ -24,7 +24,8 @@ from at2po_agent.learning.learner import TrainingError
 from at2po_agent.policies.base import Request, TrainablePolicy
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.run import run_training
-from at2po_agent.runs.folder import RunFolderError, newest_run, open_run
+from at2po_agent.runs.disk import RunFolderError
+from at2po_agent.runs.folder import newest_run, open_run
 from at2po_agent.runs.interrupts import TrainingInterrupted
 from at2po_agent.runs.progress import NoProgress
 from at2po_agent.tree import Tree

@@ -5,7 +5,7 @@ import pytest
 from pydantic import BaseModel
 
 import at2po_agent
-from at2po_agent.config.loading import find_config, flatten, load_config, save_config, shipped_configs
+from at2po_agent.config.loading import config_text, find_config, flatten, load_config, shipped_configs
 from at2po_agent.config.sections import Config
 from at2po_env.errors import ConfigError
 
@@ -168,7 +168,7 @@ def test_a_saved_configuration_reads_back_equal(tmp_path):
     config = load_config(
         "quickstart", ["algorithm=grpo", "algorithm.loss=gspo", "run.name=ö", "dataset=a b.jsonl"]
     )
-    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_text(config), encoding="utf-8")
     assert load_config(tmp_path / "config.yaml") == config
     in_folder = load_config(tmp_path)
     assert in_folder.run.dir == str(tmp_path)
@@ -176,7 +176,7 @@ def test_a_saved_configuration_reads_back_equal(tmp_path):
 
 
 def test_the_folder_of_a_run_is_a_configuration(tmp_path):
-    save_config(load_config("quickstart"), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_text(load_config("quickstart")), encoding="utf-8")
     assert find_config(tmp_path) == tmp_path / "config.yaml"
     with pytest.raises(ConfigError, match="no configuration"):
         find_config(tmp_path / "nothing")

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.kills import killed_at
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -14,12 +16,14 @@ from at2po_agent.runs import checkpoint
 from at2po_agent.runs.checkpoint import (
     CheckpointError,
     check_checkpoint,
+    config_digest,
     list_checkpoints,
     load_checkpoint,
     load_newest,
     save_checkpoint,
 )
 
+CONFIG = {"optimizer.lr": "0.01", "run.seed": "0"}
 SHAPE = ModelShape(vocab_size=300, hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn_size=16)
 
 
@@ -41,7 +45,14 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def save(folder: Path, number: int, parts, keep: int = 9, **state) -> Path:
     model, optimizer = parts
     return save_checkpoint(
-        folder, step=number, model=model, optimizer=optimizer, tokenizer=None, state=state, keep=keep
+        folder,
+        step=number,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=None,
+        state=state,
+        keep=keep,
+        config=CONFIG,
     )
 
 
@@ -96,7 +107,14 @@ def test_the_tokenizer_is_saved_beside_the_weights(tmp_path):
     tokenizer = train_tokenizer(["some text, some more text"], vocab_size=280)
     model, optimizer = trained()
     path = save_checkpoint(
-        tmp_path, step=1, model=model, optimizer=optimizer, tokenizer=tokenizer.hf, state={}, keep=1
+        tmp_path,
+        step=1,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=tokenizer.hf,
+        state={},
+        keep=1,
+        config=CONFIG,
     )
     assert type(tokenizer).load(path).encode("some text") == tokenizer.encode("some text")
     assert "tokenizer.json" in json.loads((path / "state.json").read_text())["files"]
@@ -224,3 +242,62 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     (tmp_path / ".step_000004.123.tmp").mkdir()
     save(tmp_path, 5, trained())
     assert not (tmp_path / ".step_000004.123.tmp").exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("name", ["fsync", "rename", "replace", "unlink", "rmdir"])
+def test_whenever_a_process_is_killed_every_checkpoint_that_counts_is_whole(tmp_path, name, moment):
+    parts, number = trained(), 1
+    save(tmp_path, 1, parts, keep=1)
+    while killed_at(name, number, moment, lambda: save(tmp_path, 2, parts, keep=1)):
+        found = list_checkpoints(tmp_path)
+        assert found
+        for path in found:
+            check_checkpoint(path)
+        save(tmp_path, 1, parts, keep=1)  # the next try replaces an older checkpoint again
+        number += 1
+    assert number > 1  # it was killed at least once
+    assert list_checkpoints(tmp_path)[0].name == "step_000002"
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_though_its_shape_fits(tmp_path):
+    path = save(tmp_path, 1, trained())
+    other = {**CONFIG, "optimizer.lr": "0.5"}
+    with pytest.raises(
+        CheckpointError, match=r"another configuration .*\n  optimizer\.lr: was 0\.01, is 0\.5"
+    ):
+        load_newest(tmp_path, model=build_model(SHAPE, seed=0), report=print, config=other)
+    load_newest(tmp_path, model=build_model(SHAPE, seed=0), report=print, config=CONFIG)
+    body = json.loads((path / "state.json").read_text())
+    del body["config"]  # an older release saved it
+    (path / "state.json").write_text(json.dumps(body))
+    load_newest(tmp_path, model=build_model(SHAPE, seed=0), report=print, config=other)
+
+
+def test_the_digest_does_not_depend_on_the_order_of_the_settings():
+    assert config_digest({"a": "1", "b": "2"}) == config_digest({"b": "2", "a": "1"})
+    assert config_digest({"a": "1", "b": "2"}) != config_digest({"a": "2", "b": "1"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "[" * 100_000,
+        '{"step": "\xff"}',
+        *(f'{{"{name}": []}}' for name in ("state", "files", "optimizer", "config")),
+        '{"files": {"model.safetensors": []}}',
+        '{"files": {"model.safetensors": {"bytes": 1}}}',
+        '{"optimizer": {"0": 1}}',
+        '{"version": "1"}',
+    ],
+)
+def test_a_state_of_another_shape_is_one_clear_error(tmp_path, text):
+    path = save(tmp_path, 1, trained())
+    file = path / "state.json"
+    with contextlib.suppress(ValueError, RecursionError):
+        members = json.loads(text)
+        text = json.dumps(json.loads(file.read_text()) | members if isinstance(members, dict) else members)
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"state\.json: not the JSON that a checkpoint ends with"):
+        check_checkpoint(path)
