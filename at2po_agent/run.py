@@ -15,6 +15,7 @@ from at2po_agent.agents.cold_start import cold_start, record_demonstrations
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import Env, make_cold_start_env
 from at2po_agent.policies.base import transcript_of
+from at2po_agent.runs.checkpoint import list_checkpoints
 from at2po_agent.runs.folder import RunFolder, open_run
 from at2po_agent.runs.interrupts import InterruptibleProgress, Interrupts, StopRequested, TrainingInterrupted
 from at2po_agent.runs.progress import NoProgress, Progress
@@ -76,13 +77,15 @@ def run_training(
             command = folder.resume_command
             saved = f"stopped; everything is saved. Go on with: {command}"
             lost = f"stopped before the first checkpoint; start again with: {command}"
-            raise TrainingInterrupted(saved if folder.checkpoints.exists() else lost, folder) from stop
+            raise TrainingInterrupted(
+                saved if list_checkpoints(folder.checkpoints) else lost, folder
+            ) from stop
 
 
 def _run(
     config: Config, trainer: Trainer, folder: RunFolder, progress: Progress, *, resume: bool
 ) -> dict[str, Any]:
-    if resume and folder.checkpoints.exists():
+    if resume and list_checkpoints(folder.checkpoints):
         restored = trainer.restore()
         progress.message(f"resumed from {restored.path}, step {trainer.state.step}")
     else:
