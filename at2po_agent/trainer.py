@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from at2po_agent.agents.agent import Agent
 from at2po_agent.collect import Collected, collect_trees
 from at2po_agent.config.sections import Config
@@ -25,7 +27,7 @@ from at2po_agent.environments import (
 from at2po_agent.evaluation.evaluate import Evaluation, evaluate_mode
 from at2po_agent.evaluation.metrics import staleness_metrics, tree_metrics
 from at2po_agent.learning.step import TreeLearner, give_credit
-from at2po_agent.runs.checkpoint import Restored, load_newest, save_checkpoint
+from at2po_agent.runs.checkpoint import CheckpointError, Restored, load_newest, save_checkpoint
 from at2po_agent.runs.disk import disk_refusals
 from at2po_agent.runs.folder import RunFolder, fixed_settings
 from at2po_agent.runs.interrupts import StopRequested
@@ -47,6 +49,7 @@ class TrainerState:
         cold_start: What the cold start reported.
         before: Evaluations before training, by mode.
         evaluated: The last step that was evaluated on the way.
+        metrics_lines: Lines of metrics.jsonl when the checkpoint was saved; None in those of older releases.
     """
 
     step: int = 0
@@ -56,6 +59,7 @@ class TrainerState:
     cold_start: dict[str, float] = field(default_factory=dict)
     before: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluated: int = 0
+    metrics_lines: int | None = None
 
 
 class Trainer:
@@ -178,6 +182,7 @@ class Trainer:
         """Write a checkpoint of the current step, unless it was written or read before."""
         if self._saved_step == self.state.step:
             return
+        self.state.metrics_lines = self.folder.metrics_lines()
         self.state.seconds = self.seconds
         self._started = time.monotonic()
         save_checkpoint(
@@ -201,10 +206,16 @@ class Trainer:
             report=self._progress.message,
             config=fixed_settings(self.config),
         )
-        self.state = TrainerState(**restored.state)
+        try:
+            self.state = TypeAdapter(TrainerState).validate_python(restored.state)
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{restored.path}: state.json holds no state of a training run ({error.errors()[0]['msg']}); "
+                f"delete the folder {restored.path} or restore the file"
+            ) from error
         self._saved_step = self.state.step
         self._first_step = self.state.step + 1
-        self.folder.rewind_metrics(self.state.step)
+        self.folder.rewind_metrics(self.state.step, self.state.metrics_lines)
         self.agent.sampler.weights_changed()
         return restored
 

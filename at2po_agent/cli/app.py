@@ -6,6 +6,7 @@ at2po raises on purpose is printed as one message, with exit code 2; any other i
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from at2po_agent.config.sections import Config
 
 EXIT_ERROR = 2
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
 def _examples(*commands: str) -> str:
@@ -33,16 +35,21 @@ def _examples(*commands: str) -> str:
 
 
 class _Commands(TyperGroup):
-    """Turns at2po's own errors into one message."""
+    """Turns at2po's own errors, and those of a disk that refuses, into one message."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         try:
             return super().invoke(ctx)
-        except At2poError as error:
+        except (At2poError, OSError) as error:
+            text = str(error)
+            if isinstance(error, OSError):
+                if error.errno not in DISK_ERRORS:
+                    raise
+                text = f"{error.filename or 'a file'}: cannot be written ({error.strerror}); make room first"
             console = Console(stderr=True)
             console.print("Error:", style="bold red", end=" ")
-            console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(EXIT_ERROR) from error
 
 

@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from at2po_agent.report.run_folder import NothingYetError, check_run_folder, read_metrics
+from at2po_agent.report.run_folder import METRICS, NothingYetError, check_run_folder, read_metrics
 from at2po_agent.types import FloatArray
-from at2po_env.errors import require
+from at2po_env.errors import DataError, require
 
 Axis = Literal["steps", "tokens"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
@@ -57,12 +57,18 @@ def read_curves(run: Path) -> RunCurves:
         DataError: No run, or it has not measured anything yet.
     """
     records = read_metrics(check_run_folder(run))
-    curves = RunCurves(
-        run.resolve().name,
-        _series(records, {"kind": "train"}),
-        _series(records, {"kind": "eval", "mode": "greedy"}),
-        _series(records, {"kind": "eval", "mode": "sampled"}),
-    )
+    try:
+        curves = RunCurves(
+            run.resolve().name,
+            _series(records, {"kind": "train"}),
+            _series(records, {"kind": "eval", "mode": "greedy"}),
+            _series(records, {"kind": "eval", "mode": "sampled"}),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{run / METRICS}: a record has no number as step, em or sampled_tokens ({error!r}). "
+            "Fix: restore or remove the line."
+        ) from error
     if not any(len(series.step) for series in (curves.training, curves.greedy, curves.sampled)):
         raise NothingYetError(
             f"{run}: nothing to plot yet, the run has not recorded a training step or an evaluation."

@@ -88,7 +88,7 @@ def read_rollout_config(run: Path) -> dict[str, Any]:
     path = run / CONFIG
     try:
         section = (yaml.safe_load(path.read_bytes()) or {}).get("rollout") if path.exists() else None
-    except (yaml.YAMLError, AttributeError) as error:
+    except (yaml.YAMLError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a configuration ({error}).") from error
     return section if isinstance(section, dict) else {}
 
@@ -167,7 +167,7 @@ def _entries(path: Path) -> Iterator[tuple[int | None, Any]]:
     data = path.read_bytes()
     try:
         whole = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         for number, line in enumerate(data.splitlines(), start=1):
             yield number, _json_object(line, path, number)
         return
@@ -192,7 +192,7 @@ def _tree_record(entry: Any, path: Path, number: int | None) -> TreeRecord:
             _numbers(beside.get("values"), {(len(tree),)}),
             _numbers(beside.get("advantages"), {(len(tree),), (leaves,), (leaves, len(tree))}),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{_at(path, number)}: not a tree ({error}).") from error
 
 
@@ -208,7 +208,7 @@ def _numbers(values: Any, shapes: set[tuple[int, ...]]) -> FloatArray | None:
 def _json_object(data: bytes, path: Path, number: int | None) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{_at(path, number)}: not JSON ({error}). Fix: restore or remove it.") from error
     if not isinstance(value, dict):
         raise DataError(f"{_at(path, number)}: expected a JSON object, got {type(value).__name__}.")

@@ -21,6 +21,7 @@ from at2po_agent.report.run_folder import (
 from at2po_agent.report.tree_page import PageOptions, write_tree_page
 from at2po_agent.report.turn_text import run_decoder
 from at2po_agent.types import FloatArray
+from at2po_env.errors import DataError
 
 CURVE_PICTURE, TREE_PAGE = "learning_curve.png", "tree.html"
 
@@ -61,11 +62,14 @@ def page_options(record: TreeRecord, run: Path | None) -> PageOptions:
     if run is None:
         return PageOptions(values, advantages)
     rollout = read_rollout_config(run)
+    shape = {name: rollout.get(name, 0) for name in ("chains", "forks", "rounds")}
+    if not all(isinstance(number, int) for number in shape.values()):
+        raise DataError(f"{run / CONFIG}: rollout has no numbers as chains, forks and rounds, got {shape}.")
     return PageOptions(
         values,
         advantages,
-        chains=int(rollout.get("chains", 0)) if rollout.get("rounds") else None,
-        forks=int(rollout.get("forks", 0)),
+        chains=shape["chains"] if shape["rounds"] else None,
+        forks=shape["forks"],
         decode=run_decoder(run),
         facts=(f"run {run.name}",),
     )

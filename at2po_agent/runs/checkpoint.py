@@ -8,6 +8,7 @@ Nothing is unpickled, nothing valid is overwritten.
 This module does not know the meaning of the state; the trainer does.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -98,12 +99,15 @@ def save_checkpoint(
         raise _cannot_write(target, error) from error
     earlier = [path for path in list_checkpoints(folder) if path.name < target.name]
     for old in earlier[keep - 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
+        deleted = folder / f".{old.name}.deleted.tmp"  # half deleted it must not count as a checkpoint
+        with contextlib.suppress(OSError):
+            old.rename(deleted)
+            shutil.rmtree(deleted)
     return target
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, the newest first, whether or not they are whole."""
+    """List the checkpoints of a run, the newest first, whether or not they are whole."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.glob("step_*") if path.name[5:].isdigit()), reverse=True)

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from at2po_agent.config.loading import CONFIG_FILE, config_text, flatten, load_config
 from at2po_agent.config.sections import Config
 from at2po_agent.runs.checkpoint import changes
-from at2po_agent.runs.disk import disk_refusals, replace_file
+from at2po_agent.runs.disk import disk_refusals, replace_file, sync
 from at2po_env.errors import ConfigError
 
 METRICS_FILE, SUMMARY_FILE, LOCK_FILE = "metrics.jsonl", "summary.json", ".lock"
@@ -56,20 +56,38 @@ class RunFolder:
         ):
             stream.write(line)
 
-    def rewind_metrics(self, step: int) -> None:
-        """Move the lines of steps after `step`, which will be done again, into a file of their own."""
+    def metrics_lines(self) -> int:
+        """Count the lines of metrics.jsonl, once they are on the disk."""
+        file = self.path / METRICS_FILE
+        if not file.exists():
+            return 0
+        with disk_refusals(file):
+            sync(file)
+            return file.read_bytes().count(b"\n")
+
+    def rewind_metrics(self, step: int, lines: int | None = None) -> None:
+        """Move the lines that will be written again into a file of their own.
+
+        Args:
+            step: Step of the checkpoint that the run goes on from; -1 for the beginning.
+            lines: Lines that were there when it was saved; None keeps the lines of its step and of earlier
+                ones (an older release does not tell how many there were).
+        """
         file = self.path / METRICS_FILE
         if not file.exists():
             return
-        kept: list[str] = []
-        dropped: list[str] = []
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-            (kept if _is_up_to(line, step) else dropped).append(line)
-        if not dropped:
-            return
-        with (self.path / f"metrics.after_step_{step:06d}.jsonl").open("a", encoding="utf-8") as stream:
-            stream.writelines(dropped)
-        replace_file(file, "".join(kept))
+        with disk_refusals(file):
+            written = file.read_bytes().splitlines(keepends=True)
+            if lines is None:
+                kept = [line for line in written if _is_up_to(line, step)]
+                dropped = [line for line in written if not _is_up_to(line, step)]
+            else:
+                kept, dropped = written[:lines], written[lines:]
+            if not dropped:
+                return
+            with (self.path / f"metrics.after_step_{max(0, step):06d}.jsonl").open("ab") as stream:
+                stream.writelines(dropped)
+            replace_file(file, b"".join(kept))
 
     def write_trees(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Keep trees of a step, one JSON object per line."""
@@ -181,10 +199,10 @@ def _check_same_run(path: Path, config: Config) -> None:
         )
 
 
-def _is_up_to(line: str, step: int) -> bool:
-    """Whether a line is whole and of a step up to `step`; a last line cut short is not."""
+def _is_up_to(line: bytes, step: int) -> bool:
+    """Tell whether a line is whole and of a step up to `step`; a last line cut short is not."""
     try:
         record = json.loads(line)
         return bool(record["step"] <= step)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -127,6 +127,13 @@ def test_a_bug_is_not_dressed_up_as_a_users_error(cli: CliRunner, monkeypatch: p
     assert isinstance(result.exception, ZeroDivisionError)
 
 
+def test_a_disk_that_refuses_is_one_message(cli: CliRunner, tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    result = cli.invoke(app, ["view", "a", "--out", "/dev/full"])
+    assert result.exit_code == 2
+    assert "cannot be written (No space left on device)" in result.stderr
+
+
 def test_our_warnings_are_one_line_for_the_person_at_the_terminal() -> None:
     code = (
         "import warnings\n"

@@ -366,6 +366,20 @@ def test_only_a_last_line_without_its_end_is_tolerated(tmp_path: Path) -> None:
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize("line", [b'{"step": "\xff"}\n', b"[" * 100_000 + b"\n"])
+def test_metrics_that_no_parser_takes_are_one_clear_error(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line)
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: not JSON"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("record", [{"em": 0.5}, {"em": "high", "step": 1}, {"em": [1], "step": 1}])
+def test_metrics_of_another_shape_are_one_clear_error(tmp_path: Path, record: dict[str, object]) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", **record}) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no number as step, em or sampled_tokens"):
+        read_curves(tmp_path)
+
+
 def test_a_broken_summary_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(DataError, match=r"summary\.json: expected a JSON object, got list"):
