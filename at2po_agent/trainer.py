@@ -49,6 +49,7 @@ class TrainerState:
         cold_start: What the cold start reported.
         before: Evaluations before training, by mode.
         evaluated: The last step that was evaluated on the way.
+        version: Version of the weights, as the sampler counts them; None in checkpoints of older releases.
         metrics_lines: Lines of metrics.jsonl when the checkpoint was saved; None in those of older releases.
     """
 
@@ -59,6 +60,7 @@ class TrainerState:
     cold_start: dict[str, float] = field(default_factory=dict)
     before: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluated: int = 0
+    version: int | None = None
     metrics_lines: int | None = None
 
 
@@ -182,6 +184,7 @@ class Trainer:
         """Write a checkpoint of the current step, unless it was written or read before."""
         if self._saved_step == self.state.step:
             return
+        self.state.version = self.agent.sampler.version
         self.state.metrics_lines = self.folder.metrics_lines()
         self.state.seconds = self.seconds
         self._started = time.monotonic()
@@ -216,6 +219,8 @@ class Trainer:
         self._saved_step = self.state.step
         self._first_step = self.state.step + 1
         self.folder.rewind_metrics(self.state.step, self.state.metrics_lines)
+        if self.state.version is not None:
+            self.agent.sampler.count_from(self.state.version - 1)  # the checkpoint's weights come next
         self.agent.sampler.weights_changed()
         return restored
 

@@ -162,6 +162,9 @@ class TrainablePolicy:
     def weights_changed(self) -> None:
         """Take over the learner's new weights; called after every update."""
 
+    def count_from(self, version: int) -> None:
+        """Set the version of the present weights, for a resumed run; the next update counts on."""
+
     def rest(self) -> None:
         """Give back memory of a device that the learner shares, until the next request."""
 

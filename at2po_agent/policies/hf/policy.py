@@ -102,6 +102,10 @@ class HFPolicy(SteppingPolicy):
         """Counts weight updates; every generation carries the version that sampled its first token."""
         return self._batcher.version
 
+    def count_from(self, version: int) -> None:
+        """Set the version of the present weights; the next update counts on from it."""
+        self._batcher.version = version
+
     @property
     def stats(self) -> PolicyStats:
         """Counts of all that was computed since the policy was made."""

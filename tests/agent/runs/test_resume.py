@@ -18,6 +18,7 @@ from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.run import run_training
 from at2po_agent.runs.checkpoint import CheckpointError
 from at2po_agent.runs.progress import NoProgress
+from at2po_agent.tree import Tree
 from at2po_env.errors import ConfigError
 
 SHAPE = replace(learners.SHAPE, layers=1)
@@ -27,7 +28,9 @@ class Killed(BaseException):
     """Ends a run as a kill does: nothing is tidied up but the lock."""
 
 
-def train(folder: Path, *, resume: bool = False, progress: Any = None, lr: float = 1e-2) -> dict[str, Any]:
+def train(
+    folder: Path, *, resume: bool = False, progress: Any = None, lr: float = 1e-2, steps: int = 2
+) -> dict[str, Any]:
     def make_agent(config: Config) -> Agent:
         model = build_model(SHAPE, seed=config.run.seed, eos_id=SmallTokenizer.eos_id)
         return Agent(model, HFPolicy(model, SmallTokenizer(), slots=32))
@@ -46,7 +49,7 @@ def train(folder: Path, *, resume: bool = False, progress: Any = None, lr: float
             },
             "optimizer": {"lr": lr},
             "train": {
-                **{"steps": 2, "questions": 2, "minibatch_questions": 1, "old_log_probs": "sampler"},
+                **{"steps": steps, "questions": 2, "minibatch_questions": 1, "old_log_probs": "sampler"},
                 **{"save_every": 1, "save_trees_every": 1},
             },
         }
@@ -120,6 +123,16 @@ def test_no_evaluation_is_written_twice(whole_run, tmp_path, phase, number):
     train(folder, resume=True)  # a finished run measures again, and writes the same
     assert lines(folder) == lines(whole_run)
     assert weights(folder) == weights(whole_run)
+
+
+def test_the_version_of_the_weights_goes_on_counting(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(folder, steps=3, progress=KillAt("rollout", 3))
+    train(folder, steps=3, resume=True)
+    kept = (folder / "trees" / "step_000003.jsonl").read_text().splitlines()
+    trees = [Tree.from_json(json.loads(line)["tree"]) for line in kept]
+    assert {turn.version for tree in trees for turn in tree.turns if turn} == {2}  # two updates came before
 
 
 def test_the_checkpoint_of_another_run_of_the_same_shape_is_refused(whole_run, tmp_path):
