@@ -8,6 +8,7 @@ The cache is a convenience: when it cannot be opened, read or written (a full di
 search goes on without it and `cache_errors` counts it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ConfigDict, FiniteFloat, TypeAdapter
+
 from at2po_env.data.passages import Passage
 from at2po_env.retrieval.base import Retriever
 from at2po_env.retrieval.counters import count
@@ -24,6 +27,7 @@ from at2po_env.retrieval.counters import count
 BUSY_S = 5.0
 REST_S = 30.0  # how long a cache that failed is left alone
 _TOUCH_S = 60  # a result used again within this time is not marked again
+_kept = TypeAdapter(list[tuple[str, str, str, FiniteFloat]], config=ConfigDict(strict=True))
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS results
   (key BLOB PRIMARY KEY, used INTEGER NOT NULL, found TEXT NOT NULL) WITHOUT ROWID;
@@ -63,7 +67,9 @@ class ResultCache:
             stale = []
             for key in keys:
                 row = connection.execute("SELECT used, found FROM results WHERE key = ?", (key,)).fetchone()
-                found.append(None if row is None else [Passage(*item) for item in json.loads(row[1])])
+                found.append(
+                    None if row is None else [Passage(*item) for item in _kept.validate_json(row[1])]
+                )
                 if row is not None and now - row[0] > _TOUCH_S:
                     stale.append((now, key))
             if stale:
@@ -165,7 +171,7 @@ class CachedRetriever:
         if time.monotonic() >= self._rest_until:
             try:
                 return self.cache.get([self._key(query, topk) for query in queries])
-            except (sqlite3.Error, OSError, ValueError, TypeError):
+            except Exception:  # noqa: BLE001 - whatever is wrong with a cache, the search goes on without it
                 self._failed()
         return [None] * len(queries)
 
@@ -173,13 +179,14 @@ class CachedRetriever:
         if time.monotonic() >= self._rest_until:
             try:
                 self.cache.put([(self._key(query, topk), found) for query, found in fresh.items()])
-            except (sqlite3.Error, OSError, UnicodeError):
+            except Exception:  # noqa: BLE001 - as above
                 self._failed()
 
     def _failed(self) -> None:
         count(cache_errors=1)
         self._rest_until = time.monotonic() + REST_S
-        self.cache.close()
+        with contextlib.suppress(sqlite3.Error):
+            self.cache.close()
 
     def _key(self, query: str, topk: int) -> bytes:
         text = f"{self.retriever.digest} {topk} {query}".encode("utf-8", "surrogatepass")

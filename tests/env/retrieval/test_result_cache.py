@@ -148,11 +148,58 @@ def test_a_folder_that_cannot_be_made_is_survived(tmp_path: Path) -> None:
     assert retriever.search(["a"], 1) == Counting().search(["a"], 1)
 
 
-def test_a_damaged_row_is_survived(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "found",
+    [
+        "[[1",
+        "5",
+        "null",
+        "{}",
+        '["abcd"]',
+        "[[1, 2, 3, 4]]",
+        '[["0", "t", "text", "high"]]',
+        '[["0", "t", "text", NaN]]',
+        '[["0", "t", null, 1.0]]',
+        '[["0", "t", "text", 1.0, 2]]',
+        "[" * 100_000,
+        '[["0", "t", "text", %s]]' % ("9" * 400),
+        b"\xff\xfe",
+        3,
+        None,
+    ],
+    ids=lambda found: f"{found!r:.30}",
+)
+def test_a_damaged_row_is_survived(tmp_path: Path, found: object) -> None:
     retriever = CachedRetriever(Counting(), tmp_path / "c")
     retriever.search(["a"], 1)
-    retriever.cache._open().execute("UPDATE results SET found = '[[1'")
+    table = retriever.cache._open()
+    table.execute("PRAGMA ignore_check_constraints = ON")
+    table.executescript(
+        "ALTER TABLE results RENAME TO old; CREATE TABLE results (key, used, found); "
+        "INSERT INTO results SELECT * FROM old;"
+    )  # without its constraints
+    table.execute("UPDATE results SET found = ?", (found,))
     assert retriever.search(["a"], 1) == Counting().search(["a"], 1)
+
+
+def test_a_damaged_time_of_use_is_survived(tmp_path: Path) -> None:
+    retriever = CachedRetriever(Counting(), tmp_path / "c")
+    retriever.search(["a"], 1)
+    retriever.cache._open().execute("UPDATE results SET used = 'yesterday'")
+    assert retriever.search(["a"], 1) == Counting().search(["a"], 1)
+
+
+@pytest.mark.parametrize("at", [100, 4096 + 8, 2 * 4096 + 8, 5 * 4096 + 50])
+def test_damage_while_the_file_is_open_is_survived(tmp_path: Path, at: int) -> None:
+    retriever = CachedRetriever(Counting(), tmp_path / "c")
+    queries = [f"q{i}" for i in range(100)]
+    retriever.search(queries, 5)
+    retriever.cache.close()
+    with (tmp_path / "c").open("r+b") as file:
+        file.seek(at)
+        file.write(b"\xff" * 200)
+    for _ in range(2):
+        assert retriever.search([*queries, "new"], 5) == Counting().search([*queries, "new"], 5)
 
 
 def _search_many(path: Path, first: int) -> None:
