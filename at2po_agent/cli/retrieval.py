@@ -1,5 +1,6 @@
 """`at2po index` and `at2po serve-retriever`."""
 
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -10,11 +11,6 @@ import typer
 from at2po_env.errors import ConfigError
 
 app = typer.Typer()
-
-_Corpus = Annotated[Path, typer.Argument(help="JSON lines in wiki-18 form.")]
-_Option = Annotated[
-    list[str] | None, typer.Option("--option", "-o", help="Setting of the retriever, NAME=VALUE; repeatable.")
-]
 
 
 @app.command("index")
@@ -47,7 +43,7 @@ def index(
 
 @app.command("serve-retriever")
 def serve_retriever(
-    corpus: _Corpus,
+    corpus: Annotated[Path, typer.Argument(help="JSON lines in wiki-18 form.")],
     retriever: Annotated[str, typer.Option(help="bm25, lucene, dense or hybrid.")] = "bm25",
     host: Annotated[str, typer.Option(help="Others than loopback need a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
@@ -59,7 +55,10 @@ def serve_retriever(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="SQLite file that keeps results.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Each opens the corpus and answers for itself.")] = 1,
-    option: _Option = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="Option of the retriever, NAME=VALUE; repeatable."),
+    ] = None,
 ) -> None:
     """Serve searches over HTTP: POST /retrieve as Search-R1's clients expect, /health, /metrics."""
     from at2po_env.retrieval import open_retriever
@@ -87,22 +86,14 @@ def serve_retriever(
 
 
 def _options(given: list[str]) -> dict[str, object]:
-    """Parse NAME=VALUE; numbers and true/false become what they say."""
+    """Parse NAME=VALUE; numbers, true and false become what they say."""
     options: dict[str, object] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
             raise typer.BadParameter(f"{text!r} is not NAME=VALUE")
-        options[name] = _value(value)
+        options[name] = {"true": True, "false": False}.get(value, value)
+        for number in (float, int):
+            with contextlib.suppress(ValueError):
+                options[name] = number(value)
     return options
-
-
-def _value(text: str) -> object:
-    if text in ("true", "false"):
-        return text == "true"
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text

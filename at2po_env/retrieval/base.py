@@ -1,4 +1,4 @@
-"""What a retriever is: text queries in, ranked passages out."""
+"""Declares what every retriever offers: it takes text queries and gives ranked passages."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable

@@ -1,4 +1,4 @@
-"""Build any index of a corpus and verify it: `build_index` and `verify_index`, what `at2po index` calls.
+"""Builds any index of a corpus and verifies it, for `at2po index`.
 
 Every build streams the corpus, shows its progress, works in bounded memory, and goes on where it was killed.
 The finished folder holds a manifest with the corpus digest and the settings, which every opening checks.

@@ -1,4 +1,4 @@
-"""What happened in retrieval, counted per process, so that a trainer can write it to its metrics.
+"""Counts what happens in the retrieval of this process, so that a trainer can write it to its metrics.
 
 `counted()` returns running totals; the difference between two calls is what happened in between. Names:
 

@@ -1,4 +1,4 @@
-"""Two rankings of one corpus made one, by reciprocal rank fusion.
+"""Fuses two or more rankings of one corpus into one, by reciprocal rank fusion.
 
     score(d) = sum over the rankings r that hold d of 1 / (k + rank_r(d)),   rank from 1
 
@@ -26,7 +26,7 @@ class HybridRetriever:
 
     Args:
         corpus: JSON lines in wiki-18 form, searched by every part that is given by name.
-        parts: Kinds by name (or `{"kind": ..., settings of that kind}`), or retrievers.
+        parts: Kinds by name (or `{"kind": ..., options of that kind}`), or retrievers.
         k: Dampens the advantage of the first ranks.
         depth: Passages asked of each part; at least `topk` are.
     """
@@ -43,7 +43,10 @@ class HybridRetriever:
             raise ConfigError(
                 f"a hybrid needs two parts, k >= 0 and depth >= 1; got {len(parts)}, {k}, {depth}."
             )
-        self.parts = [_open(part, corpus) for part in parts]
+        self.parts = list[Retriever]()
+        for part in parts:
+            options = dict(part) if isinstance(part, Mapping) else {"kind": part}
+            self.parts.append(open_retriever(options.pop("kind", "bm25"), corpus, **options))
         self._k, self._depth = k, depth
         text = f"hybrid {k} {depth} {' '.join(part.digest for part in self.parts)}"
         self._digest = hashlib.sha256(text.encode()).hexdigest()
@@ -56,7 +59,7 @@ class HybridRetriever:
 
     @property
     def digest(self) -> str:
-        """Digest of the parts and the settings."""
+        """Digest of the parts and the options."""
         return self._digest
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
@@ -78,10 +81,3 @@ def fuse(rankings: Sequence[Sequence[Passage]], topk: int, *, k: float = 60.0) -
             passages.setdefault(key, passage)
     ranked = sorted(scores, key=lambda key: (-scores[key], best[key]))[:topk]
     return [passages[key]._replace(score=scores[key]) for key in ranked]
-
-
-def _open(part: str | Mapping[str, Any] | Retriever, corpus: str | Path | None) -> Retriever:
-    if isinstance(part, Mapping):
-        settings = dict(part)
-        return open_retriever(settings.pop("kind", "bm25"), corpus, **settings)
-    return open_retriever(part, corpus)

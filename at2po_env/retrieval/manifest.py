@@ -1,4 +1,4 @@
-"""An index folder's word about itself, and the one way in which such a folder comes to be.
+"""Describes an index folder, builds it once, and checks it.
 
 A build works in `FOLDER.partial` and moves it to `FOLDER` when it is whole, so that a folder with its final
 name is complete. `plan.json` in the partial folder says what is being built; a build that is started again
@@ -9,8 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +20,7 @@ from at2po_env.data.cache import beside_or_cached
 from at2po_env.data.corpus import Corpus
 from at2po_env.errors import DataError, RetrievalError
 
-HASHED_BYTES = (
-    256 * 2**20
-)  # files up to this size are hashed at each opening; of larger ones the size is checked
+HASHED_BYTES = 256 * 2**20  # larger files are not hashed at each opening; their size is checked
 FIX = "Fix: delete that folder; building the index again makes a new one (at2po index)."
 
 
@@ -37,7 +34,7 @@ class IndexFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an index is, and what it was made from."""
+    """Says of what kind an index is, from which corpus and settings it was built, and which files it has."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,17 +63,6 @@ def home_of(corpus: Corpus, wanted: Manifest) -> Path:
     return beside_or_cached(corpus.path, name)
 
 
-@contextmanager
-def _explained(home: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RetrievalError(
-            f"{home}: cannot write the index ({error}). Fix: make room there; the next try goes on where "
-            "this one stopped."
-        ) from error
-
-
 def build_once(home: Path, wanted: Manifest, build: Callable[[Path], None]) -> Path:
     """Build an index unless it is there; other processes wait for the result.
 
@@ -89,7 +75,7 @@ def build_once(home: Path, wanted: Manifest, build: Callable[[Path], None]) -> P
         RetrievalError: `home` holds something else, or cannot be written.
         DataError: a line of the corpus is not a passage.
     """
-    with _explained(home):
+    try:
         home.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(home.parent / f".{home.name}.lock"):
             if home.exists():
@@ -107,22 +93,22 @@ def build_once(home: Path, wanted: Manifest, build: Callable[[Path], None]) -> P
                 shutil.rmtree(work, ignore_errors=True)
                 raise
             left.unlink()
-            _finish(work, wanted)
+            files = {}
+            for path in sorted(work.rglob("*")):
+                if path.is_file() and path.name != "manifest.json" and not path.name.endswith(".lock"):
+                    name = path.relative_to(work).as_posix()
+                    files[name] = IndexFile(bytes=path.stat().st_size, sha256=_sha256(path))
+            with (work / "manifest.json").open("w", encoding="utf-8") as file:
+                file.write(wanted.model_copy(update={"files": files}).model_dump_json(indent=1))
+                file.flush()
+                os.fsync(file.fileno())
             work.rename(home)
+    except OSError as error:
+        raise RetrievalError(
+            f"{home}: cannot write the index ({error}). Fix: make room there; the next try goes on where "
+            "this one stopped."
+        ) from error
     return home
-
-
-def _finish(work: Path, wanted: Manifest) -> None:
-    files = {}
-    for path in sorted(work.rglob("*")):
-        if path.is_file() and path.name != "manifest.json" and not path.name.endswith(".lock"):
-            size = path.stat().st_size
-            files[path.relative_to(work).as_posix()] = IndexFile(bytes=size, sha256=_sha256(path))
-    text = wanted.model_copy(update={"files": files}).model_dump_json(indent=1)
-    with (work / "manifest.json").open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:

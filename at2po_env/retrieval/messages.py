@@ -1,4 +1,4 @@
-r"""The `/retrieve` messages of Search-R1's server and its kin, written and read.
+r"""Writes and reads the `/retrieve` messages of Search-R1's server and its kin.
 
     POST /retrieve {"queries": ["..."], "topk": 3, "return_scores": true}
     -> {"result": [[{"document": {"id": "0", "contents": "\"Title\"\ntext"}, "score": 1.5}, ...], ...]}
@@ -50,6 +50,10 @@ class WireError(ValueError):
     """An answer does not have the form that it should have."""
 
 
+class NotJsonError(WireError):
+    """An answer is not JSON at all: usually a proxy's page, or an answer cut short. Worth another try."""
+
+
 def request_body(queries: Sequence[str], topk: int, form: Form = "queries") -> bytes:
     """Write a request; lone surrogates, which JSON in UTF-8 cannot hold, become '?'."""
     texts = [query if query.isascii() else query.encode("utf-8", "replace").decode() for query in queries]
@@ -59,14 +63,15 @@ def request_body(queries: Sequence[str], topk: int, form: Form = "queries") -> b
 
 def response_body(results: Sequence[Sequence[Passage]], *, return_scores: bool) -> bytes:
     """Write an answer in the form that the request asked for."""
-    if return_scores:
-        rows = [[{"document": _document(p), "score": float(p.score)} for p in found] for found in results]
-        return to_json({"result": rows})
-    return to_json({"result": [[_document(passage) for passage in found] for found in results]})
-
-
-def _document(passage: Passage) -> dict[str, str]:
-    return {"id": passage.id, "contents": f'"{passage.title}"\n{passage.text}'}
+    rows: list[list[dict[str, Any]]] = []
+    for found in results:
+        documents = [{"id": p.id, "contents": f'"{p.title}"\n{p.text}'} for p in found]
+        if return_scores:
+            scored = zip(documents, found, strict=True)
+            rows.append([{"document": document, "score": float(p.score)} for document, p in scored])
+        else:
+            rows.append([*documents])
+    return to_json({"result": rows})
 
 
 def read_response(body: bytes, *, queries: int, topk: int) -> list[list[Passage]]:
@@ -78,7 +83,8 @@ def read_response(body: bytes, *, queries: int, topk: int) -> list[list[Passage]
         topk: How many passages of each are kept.
 
     Raises:
-        WireError: it is not JSON, or not of that form; `retryable` tells the two apart.
+        NotJsonError: it is not JSON.
+        WireError: it is not of that form.
     """
     try:
         answer = json.loads(body)
@@ -90,10 +96,6 @@ def read_response(body: bytes, *, queries: int, topk: int) -> list[list[Passage]
     if len(rows) != queries:
         raise WireError(f"the answer has {len(rows)} lists of passages for {queries} queries")
     return [[_passage(item) for item in row[:topk]] for row in rows]
-
-
-class NotJsonError(WireError):
-    """An answer is not JSON at all: usually a proxy's page, or an answer cut short. Worth another try."""
 
 
 def _passage(item: object) -> Passage:

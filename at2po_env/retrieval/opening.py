@@ -1,20 +1,18 @@
-"""Retrievers by name, opened once per process and shared."""
+"""Opens retrievers by name, once per process, so that all environments share them."""
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from at2po_env.errors import RetrievalError
 from at2po_env.retrieval.base import Retriever
-from at2po_env.retrieval.bm25.retriever import Bm25Retriever
 
 KEPT_OPEN = 8
 
-_kinds: dict[str, Callable[..., Retriever]] = {"bm25": Bm25Retriever}
-_lazy = {  # imported when asked for, because they need extras or cost time
+_KINDS = {  # imported when asked for, because they need extras or cost time
+    "bm25": "at2po_env.retrieval.bm25.retriever:Bm25Retriever",
     "http": "at2po_env.retrieval.client.retriever:HttpRetriever",
     "hybrid": "at2po_env.retrieval.hybrid:HybridRetriever",
     "lucene": "at2po_env.retrieval.lucene.retriever:LuceneRetriever",
@@ -29,9 +27,9 @@ def open_retriever(
     corpus: str | Path | None = None,
     *,
     cache: str | Path | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> Retriever:
-    """Return the retriever of a corpus; the same unchanged corpus and settings give the same object.
+    """Return the retriever of a corpus; the same unchanged corpus and options give the same object.
 
     The `KEPT_OPEN` most recently asked for stay open.
 
@@ -40,63 +38,45 @@ def open_retriever(
             retriever, which is returned as it is.
         corpus: JSON lines in wiki-18 form; only "http" goes without.
         cache: SQLite file that keeps results and is shared by processes; see `cache.CachedRetriever`.
-        **settings: Keywords of the kind; for "bm25" `k1`, `b`, `stop_words`, `index`.
+        **options: Keywords of the kind; for "bm25" `k1`, `b`, `stop_words`, `index`.
 
     Raises:
-        RetrievalError: unknown kind or setting, or an index that is damaged or does not fit.
+        RetrievalError: unknown kind or option, no corpus, or an index that is damaged or does not fit.
         DataError: the corpus is unreadable or has a bad line.
+        MissingExtraError: the kind needs an extra that is not installed.
     """
     if not isinstance(kind, str):
         return kind
     if kind.startswith(("http://", "https://")):
-        kind, settings = "http", {"url": kind, **settings}
-    make = _maker(kind, corpus)
+        kind, options = "http", {"url": kind, **options}
+    if kind not in _KINDS:
+        raise RetrievalError(f"There is no retriever {kind!r}. Fix: use one of {', '.join(sorted(_KINDS))}.")
+    if corpus is None and kind != "http":
+        raise RetrievalError(f"The retriever {kind!r} needs a corpus. Fix: give corpus=PATH.")
+    module, _, name = _KINDS[kind].partition(":")
+    make = getattr(import_module(module), name)
+
+    path = Path(corpus or "")
+    try:
+        stat = path.stat()
+        stamp: tuple[object, ...] = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    except OSError:  # left for the retriever to complain about
+        stamp = (str(path),)
     with _lock:
-        key = (kind, *_stamp(corpus), str(cache), *(f"{k}={v!r}" for k, v in sorted(settings.items())))
+        key = (kind, *stamp, str(cache), *(f"{k}={v!r}" for k, v in sorted(options.items())))
         if key not in _open:
             try:
-                opened = make(corpus, **settings)
-                _open[key] = opened if cache is None else _cached(opened, cache)
+                opened: Retriever = make(corpus, **options)
             except TypeError as error:
                 raise RetrievalError(
                     f"The retriever {kind!r} does not take these settings: {error}."
                 ) from error
+            if cache is not None:
+                from at2po_env.retrieval.cache import CachedRetriever
+
+                opened = CachedRetriever(opened, cache)
+            _open[key] = opened
         _open.move_to_end(key)
         while len(_open) > KEPT_OPEN:
             _open.popitem(last=False)
         return _open[key]
-
-
-def _maker(kind: str, corpus: str | Path | None) -> Callable[..., Retriever]:
-    """Return what opens a kind.
-
-    Raises:
-        RetrievalError: there is no such kind, or it needs a corpus.
-        MissingExtraError: the kind needs an extra that is not installed.
-    """
-    if kind not in _kinds and kind not in _lazy:
-        known = ", ".join(sorted({*_kinds, *_lazy}))
-        raise RetrievalError(f"There is no retriever {kind!r}. Fix: use one of {known}.")
-    if corpus is None and kind != "http":
-        raise RetrievalError(f"The retriever {kind!r} needs a corpus. Fix: give corpus=PATH.")
-    if kind not in _kinds:
-        module, _, name = _lazy[kind].partition(":")
-        _kinds[kind] = getattr(import_module(module), name)
-    return _kinds[kind]
-
-
-def _cached(retriever: Retriever, path: str | Path) -> Retriever:
-    # Imported here because most runs keep no cache.
-    from at2po_env.retrieval.cache import CachedRetriever
-
-    return CachedRetriever(retriever, path)
-
-
-def _stamp(corpus: str | Path | None) -> tuple[object, ...]:
-    """Return what identifies an unchanged file; a missing one is left for the retriever to complain about."""
-    corpus = Path(corpus or "")
-    try:
-        stat = corpus.stat()
-    except OSError:
-        return (str(corpus),)
-    return str(corpus.resolve()), stat.st_size, stat.st_mtime_ns
