@@ -95,7 +95,6 @@ class Episode(NamedTuple):
         action: str,
         observation: str,
         outcome: str,
-        *,
         calls: int = 0,
         tool_states: Mapping[str, Any] | None = None,
     ) -> Episode:

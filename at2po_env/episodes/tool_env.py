@@ -210,14 +210,15 @@ class ToolEnv(ForkableEnv):
                 raise EnvError(f"an action is the text of one turn (str), got {type(action).__name__}")
             action = action.decode("utf-8", "surrogateescape")
         parsed = self._parse(action)
+        last = episode.turn + 1 >= self.max_turns
+        if isinstance(parsed, ToolCall) and not last:
+            return self._call(episode, action, parsed)
         if isinstance(parsed, FinalAnswer):
             return self._end(episode.after(action, "", "answer"), "answer", answer=parsed.text)
         if isinstance(parsed, Malformed) and self.on_malformed == "end":
             return self._end(episode.after(action, "", "malformed"), "malformed", reason=parsed.reason)
-        if episode.turn + 1 >= self.max_turns:
+        if last or isinstance(parsed, ToolCall):  # a call on the last turn is not made
             return self._end(episode.after(action, "", "limit"), "max_turns", reason="max_turns")
-        if isinstance(parsed, ToolCall):
-            return self._call(episode, action, parsed)
         # The reason stands in the transcript without the tags that the format rules count.
         reason = parsed.reason.replace("<", "").replace(">", "")
         observation = MALFORMED_NOTICE.format(reason=reason)
@@ -244,7 +245,7 @@ class ToolEnv(ForkableEnv):
             shown += LIMIT_NOTICE
         observation = self.protocol.format_result(shown)
         outcome = "tool" if ok else "tool_error"
-        episode = episode.after(action, observation, outcome, calls=1, tool_states=states)
+        episode = episode.after(action, observation, outcome, 1, states)
         reason = "" if ok else text
         if ends:
             return self._end(episode, "tool", reason=reason, tool=name)
