@@ -1,4 +1,4 @@
-"""The command line `at2po`: `app` (all commands), `eval` with `suite` and `served`, `retrieval`."""
+"""Implements the command line `at2po`: `app` has all commands, `eval` and `retrieval` the larger ones."""
 
 from at2po_agent.cli.app import main
 

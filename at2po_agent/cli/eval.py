@@ -59,7 +59,8 @@ def evaluate_command(
     as_json: Annotated[
         bool,
         typer.Option(
-            "--json", help="Print JSON instead of a table; --json FILE writes it to a file as well."
+            "--json",
+            help="Print JSON instead of a table; --json FILE prints the table and writes JSON to FILE.",
         ),
     ] = False,
     model: Annotated[

@@ -27,24 +27,24 @@ MAY_CHANGE = (
 
 
 class RunFolder:
-    """Paths and writing; made by `open_run`, which holds the lock."""
+    """Writes the files of a run; `open_run` makes it and holds the lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are."""
+        """The folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
     @property
     def tensorboard(self) -> Path:
-        """Where TensorBoard's event files are."""
+        """The folder of TensorBoard's event files."""
         return self.path / TENSORBOARD
 
     @property
     def resume_command(self) -> str:
-        """What a person types to go on."""
+        """The command that goes on with the run."""
         return f"at2po train {self.path} --resume"
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
