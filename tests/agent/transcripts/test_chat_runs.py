@@ -11,7 +11,7 @@ from helpers.chat_samples import tokenizer_of
 from helpers.guess_env import GuessEnv
 
 import at2po_env  # noqa: F401  registers the ids
-from at2po_agent.agents.agent import Agent, build_agent
+from at2po_agent.agents.agent import build_agent
 from at2po_agent.agents.cold_start import record_demonstrations
 from at2po_agent.agents.expert import ExpertConfig, demonstrate
 from at2po_agent.agents.model import ModelShape, build_model
@@ -20,13 +20,14 @@ from at2po_agent.config.sections import ColdStartConfig
 from at2po_agent.evaluation.evaluate import evaluate
 from at2po_agent.evaluation.target import evaluate_policy, evaluation_config, open_policy
 from at2po_agent.packing.rows import pack_rows
-from at2po_agent.policies.base import Request
+from at2po_agent.policies.base import Request, transcript_of
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.policies.scripted import ScriptedPolicy
 from at2po_agent.rollout import RolloutConfig, rollout
 from at2po_agent.run import run_training
 from at2po_agent.runs.progress import NoProgress
 from at2po_agent.transcripts.chat import ChatTranscript
+from at2po_agent.transcripts.inline import InlineTranscript
 from at2po_agent.tree import Tree
 from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError
@@ -280,10 +281,11 @@ def test_a_checkpoint_keeps_the_template_and_its_end(run):
     config = evaluation_config(str(folder), ["eval.questions=4", "eval.sampled=false"])
     assert config.model.chat.template == "chatml"
     agent = build_agent(config)
-    assert isinstance(agent.transcript, ChatTranscript)
+    transcript = transcript_of(agent.policy)
+    assert isinstance(transcript, ChatTranscript)
     tokenizer = agent.tokenizer
     assert tokenizer.decode([tokenizer.eos_id]) == "<|im_end|>"
-    assert "Search." in tokenizer.decode(agent.transcript.open("P"))
+    assert "Search." in tokenizer.decode(transcript.open("P"))
     with open_policy(config) as policy:
         again = evaluate_policy(config, policy, NoProgress())["greedy"]
     assert again["em"] == summary["em_after"]
@@ -291,7 +293,7 @@ def test_a_checkpoint_keeps_the_template_and_its_end(run):
         folder, [f"model.path={config.model.path}", "model.chat.template=tokenizer", "run.dir=null"]
     )
     served = build_agent(own)  # what the checkpoint itself says
-    assert served.transcript.open("P") == agent.transcript.open("P")
+    assert transcript_of(served.policy).open("P") == transcript.open("P")
 
 
 def test_a_run_from_nothing_is_told_to_name_a_template():
@@ -305,9 +307,8 @@ def test_a_chat_that_would_not_be_used_is_an_error():
 
 
 def test_an_agent_is_inline_unless_told_otherwise(transcript):
-    policy = random_policy(transcript)
-    assert Agent(policy.model, policy).transcript is None
-    assert build_agent(load_config("quickstart", TINY)).transcript is None
+    assert isinstance(transcript_of(random_policy(transcript)), ChatTranscript)
+    assert isinstance(transcript_of(build_agent(load_config("quickstart", TINY)).policy), InlineTranscript)
 
 
 def test_the_sampler_ends_a_turn_where_the_template_does(transcript):
