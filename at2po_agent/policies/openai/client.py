@@ -139,8 +139,9 @@ class Client:
             return max(self._backoff(state), _passing(state).pause_s)
 
         def is_last(state: tenacity.RetryCallState) -> bool:
-            """A server that is only busy is asked until the deadline."""
-            return state.attempt_number > patience.retries and not _passing(state).busy
+            """Stop before the deadline, and after all retries unless the server is only busy."""
+            spent = state.attempt_number > patience.retries and not _passing(state).busy
+            return spent or tenacity.stop_before_delay(patience.timeout_s)(state)
 
         def note(state: tenacity.RetryCallState) -> None:
             nonlocal last
@@ -149,7 +150,7 @@ class Client:
 
         tries = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(PassingError),
-            stop=tenacity.stop_any(is_last, tenacity.stop_before_delay(patience.timeout_s)),
+            stop=is_last,
             wait=pause,
             before_sleep=note,
             reraise=True,
