@@ -25,7 +25,7 @@ from typing import Any
 
 import gymnasium
 
-from at2po_env.data.sources import Tasks, as_tasks
+from at2po_env.data.qa import Tasks, as_tasks
 from at2po_env.episodes.tool_env import Reward, ToolEnv
 from at2po_env.errors import EnvError
 from at2po_env.tools.base import Tool

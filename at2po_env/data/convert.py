@@ -16,16 +16,16 @@ Test files without answers cannot be converted. The paragraphs that some files c
 import csv
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import IO, Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, Json, ValidationError
 
 from at2po_env.data.catalog import qa_set
-from at2po_env.data.json_array import read_array
 from at2po_env.data.jsonl import read_lines
 from at2po_env.data.progress import progress_bar
 from at2po_env.data.qa import QaRow
@@ -138,8 +138,59 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{path}, line {number}: {error}. Fix: get the original file again.") from error
 
 
-def _json_array(path: Path, key: str | None = None) -> Iterator[tuple[str, Any]]:
-    return ((f"item {number}", item) for number, item in read_array(path, key))
+_CHUNK = 2**20
+_decode = json.JSONDecoder().raw_decode
+
+
+def read_array(path: Path, key: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield ("item N", item), N from 1, of the array in `path` or of the array under `key` of its object.
+
+    Memory is that of a few items. The text before and after the array is not checked.
+
+    Raises:
+        DataError: no array, or one that is damaged or cut short; names the item.
+    """
+    fix = "Fix: get the original file again."
+    start = re.compile(rf'"{key}"\s*:\s*\[' if key else r"\s*\[")
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_CHUNK)
+            found = start.search(text) if key else start.match(text)
+            if not found:
+                raise DataError(f"{path}: no JSON array{f' {key!r}' if key else ''} at its beginning. {fix}")
+            for item in _items(file, text[found.end() :]):
+                number += 1
+                yield f"item {number}", item
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}, item {number + 1}: cannot be read ({error}). {fix}") from error
+
+
+def _items(file: IO[str], text: str) -> Iterator[Any]:
+    """Yield the items of an array whose opening bracket stands right before `text`; `file` has the rest."""
+    skip, follows = re.compile(r"[\s,]*"), re.compile(r"\s*[,\]]")
+    at = 0
+    while True:
+        if skipped := skip.match(text, at):
+            at = skipped.end()
+        if text[at : at + 1] == "]":
+            return
+        # An item is whole when a comma or the closing bracket follows: a number at the end may go on.
+        try:
+            item, end = _decode(text, at)
+            whole = follows.match(text, end)
+        except json.JSONDecodeError:
+            whole = None
+        if whole:
+            yield item
+            at = end
+            continue
+        # Otherwise read more. The amount doubles, so that a huge item costs linear time.
+        more = file.read(max(_CHUNK, len(text) - at))
+        if not more:
+            _decode(text, at)  # raises, unless only the comma or bracket is missing
+            raise json.JSONDecodeError("no comma or closing bracket follows", text, len(text))
+        text, at = text[at:] + more, 0
 
 
 def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
@@ -158,11 +209,11 @@ class _Format(NamedTuple):
 
 
 _FORMATS = {
-    "hotpotqa": _Format(_Hotpot, _json_array),
-    "2wikimultihopqa": _Format(_Hotpot, _json_array),
+    "hotpotqa": _Format(_Hotpot, read_array),
+    "2wikimultihopqa": _Format(_Hotpot, read_array),
     "musique": _Format(_Musique, _json_lines),
     "nq": _Format(_NqOpen, _json_lines),
-    "triviaqa": _Format(_Trivia, partial(_json_array, key="Data")),
+    "triviaqa": _Format(_Trivia, partial(read_array, key="Data")),
     "popqa": _Format(_PopQa, partial(_table, delimiter="\t")),
     "bamboogle": _Format(_Bamboogle, partial(_table, delimiter=",")),
 }
@@ -175,8 +226,7 @@ def convert(name: str, source: str | Path, target: str | Path) -> int:
         name: The question set.
         source: The original file.
         target: The file to write. Questions without an id in the original get `STEM_NUMBER`, with the
-            target's
-            stem ("test.jsonl" gives "test_0").
+            target's stem ("test.jsonl" gives "test_0").
 
     Returns:
         The number of questions written.

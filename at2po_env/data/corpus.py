@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr
 
 from at2po_env.data.cache import beside_or_cached
 from at2po_env.data.jsonl import bad_line, open_lines, parse_line, read_lines
-from at2po_env.data.passages import Passage
 from at2po_env.data.progress import progress_bar
 
 Offsets = npt.NDArray[np.uint64]
@@ -31,6 +30,15 @@ Offsets = npt.NDArray[np.uint64]
 KEEP_BYTES = 32 * 2**20
 CACHED_ROWS = 1 << 14
 _CHUNK = 8 * 2**20
+
+
+class Passage(NamedTuple):
+    """One passage of a corpus; `score` is the retriever's, 0.0 when the passage was not ranked."""
+
+    id: str
+    title: str
+    text: str
+    score: float = 0.0
 
 
 class CorpusRow(BaseModel):

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 from at2po_env.data.tasks import Task
 from at2po_env.errors import DataError
 

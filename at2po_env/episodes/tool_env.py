@@ -16,7 +16,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
-from at2po_env.data.sources import Tasks, as_tasks
+from at2po_env.data.qa import Tasks, as_tasks
 from at2po_env.data.tasks import Task, TaskSource
 from at2po_env.episodes.actions import (
     ActionProtocol,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from at2po_env.data.passages import Passage as Passage
+from at2po_env.data.corpus import Passage as Passage
 
 
 @runtime_checkable

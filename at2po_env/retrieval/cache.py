@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter
 
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 from at2po_env.retrieval.base import Retriever
 from at2po_env.retrieval.counters import count
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 from at2po_env.errors import ConfigError
 from at2po_env.retrieval.base import Retriever
 from at2po_env.retrieval.opening import open_retriever

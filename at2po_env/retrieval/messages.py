@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import to_json
 
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 
 DIGEST_HEADER = "X-At2po-Digest"  # of the retriever that answered; keys a client's cache
 DEFAULT_TOPK = 3

@@ -27,8 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from at2po_env.data.corpus import Corpus
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Corpus, Passage
 from at2po_env.data.progress import progress_bar
 from at2po_env.retrieval.bm25.store import Array, Block, Part, Store
 from at2po_env.retrieval.tokens import tokenize

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from at2po_env.data.corpus import Corpus
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Corpus, Passage
 from at2po_env.errors import DataError, RetrievalError
 from at2po_env.retrieval.bm25.build import Postings, Settings, build
 from at2po_env.retrieval.bm25.index import build_index, open_index, settings_digest

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpcore
 import tenacity
 
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 from at2po_env.errors import ConfigError, RetrievalError
 from at2po_env.retrieval.counters import count
 from at2po_env.retrieval.messages import (

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from at2po_env.data.corpus import Corpus
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Corpus, Passage
 from at2po_env.data.progress import progress_bar
 from at2po_env.errors import require
 from at2po_env.retrieval.dense.encoders import Encoder

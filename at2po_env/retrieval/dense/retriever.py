@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from at2po_env.data.corpus import Corpus
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Corpus, Passage
 from at2po_env.errors import DataError, RetrievalError
 from at2po_env.retrieval.dense.build import INDEX, KINDS, VECTORS, build_dense
 from at2po_env.retrieval.dense.encoders import Encoder, SentenceEncoder

@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from at2po_env.data.corpus import Corpus
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Corpus, Passage
 from at2po_env.data.progress import progress_bar
 from at2po_env.errors import RetrievalError
 from at2po_env.retrieval.lucene.jvm import Jvm

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from at2po_env.data.corpus import Corpus, CorpusRow
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Corpus, CorpusRow, Passage
 from at2po_env.errors import DataError, RetrievalError
 from at2po_env.retrieval.lucene.build import TOKENS, build_lucene
 from at2po_env.retrieval.lucene.jvm import jvm

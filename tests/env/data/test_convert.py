@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from at2po_env.data import json_array, load_qa
-from at2po_env.data.convert import convert
-from at2po_env.data.json_array import read_array
+from at2po_env.data import convert as conversion
+from at2po_env.data import load_qa
+from at2po_env.data.convert import convert, read_array
 from at2po_env.errors import DataError
 
 HOTPOT = {
@@ -200,7 +200,8 @@ def test_arrays_are_read_the_same_in_chunks_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     items = [1, -25, 3.5e3, 'a, ]"[ é\\', [], {"b": [None, {"c": "x" * 50}]}, True, 12]
-    monkeypatch.setattr(json_array, "_CHUNK", max(chunk, 3))
+    monkeypatch.setattr(conversion, "_CHUNK", max(chunk, 3))
     for indent in (None, 2):
         (tmp_path / "array.json").write_text(" " + json.dumps(items, indent=indent), "utf-8")
-        assert list(read_array(tmp_path / "array.json")) == list(enumerate(items, start=1))
+        numbered = [(f"item {number}", item) for number, item in enumerate(items, start=1)]
+        assert list(read_array(tmp_path / "array.json")) == numbered

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from at2po_env.contract.checker import check_env
-from at2po_env.data.sources import as_tasks
+from at2po_env.data.qa import as_tasks
 from at2po_env.data.tasks import Task, TaskList
 from at2po_env.episodes.tool_env import LIMIT_NOTICE, Ending, ToolEnv
 from at2po_env.errors import ConfigError, DataError, EnvError, RetrievalError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.paths import REAL_DATA
 
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 
 PASSAGES = (
     Passage("0", "Ada Lovelace", "Ada Lovelace wrote the first program for the engine."),

@@ -1,6 +1,6 @@
 import pytest
 
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 from at2po_env.errors import ConfigError, RetrievalError
 from at2po_env.retrieval.bm25.retriever import Bm25Retriever
 from at2po_env.retrieval.hybrid import HybridRetriever, fuse

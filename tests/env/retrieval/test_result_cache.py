@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 from at2po_env.errors import RetrievalError
 from at2po_env.retrieval import cache as cache_module
 from at2po_env.retrieval.bm25.retriever import Bm25Retriever

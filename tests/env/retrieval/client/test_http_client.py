@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 from at2po_env.data.tasks import Task
 from at2po_env.episodes.tool_env import ToolEnv
 from at2po_env.errors import ConfigError, RetrievalError

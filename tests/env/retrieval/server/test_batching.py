@@ -3,7 +3,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 from at2po_env.retrieval.bm25.retriever import Bm25Retriever
 from at2po_env.retrieval.server.batching import DynamicBatcher
 

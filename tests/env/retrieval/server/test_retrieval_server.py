@@ -18,7 +18,7 @@ pytest.importorskip("starlette", reason="needs the extra 'serve'")
 pytest.importorskip("prometheus_client", reason="needs the extra 'serve'")
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 from at2po_env.errors import ConfigError, RetrievalError
 from at2po_env.retrieval.bm25.retriever import Bm25Retriever
 from at2po_env.retrieval.client.retriever import HttpRetriever

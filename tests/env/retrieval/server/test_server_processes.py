@@ -24,7 +24,7 @@ PROCESSES = 2
 # A script of its own, because the processes import it again. Results name the process that found them.
 SERVE = """
 import os, sys, time
-from at2po_env.data.passages import Passage
+from at2po_env.data.corpus import Passage
 from at2po_env.errors import RetrievalError
 from at2po_env.retrieval.server.app import ServerConfig
 from at2po_env.retrieval.server.running import serve_processes
