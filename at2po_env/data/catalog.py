@@ -11,20 +11,21 @@ FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
 class RemoteFile(NamedTuple):
     """One file to get: the parts of one data set repository on the hub, put together in order.
 
-    `sha256` are the digests of the parts where they are known beforehand; otherwise the hub names them, or
-    they are recorded at the first download. A `packed` file is a gzip (of one file or of a tar archive
-    with one file).
+    Attributes:
+        repo: The repository.
+        parts: Paths in it.
+        target: The file to make, relative to the cache folder.
+        packed: The parts are a gzip (of one file, or of a tar archive with one file).
     """
 
     repo: str
     parts: tuple[str, ...]
     target: str
-    sha256: tuple[str | None, ...] = ()
     packed: bool = False
 
 
 class RemoteFolder(NamedTuple):
-    """One folder to get, without folders in it; the hub says which files it has."""
+    """One folder to get, without folders in it; the hub lists its files."""
 
     repo: str
     folder: str
@@ -58,7 +59,10 @@ QA_SETS: Mapping[str, QaSet] = {qa.name: qa for qa in _QA_SETS}
 WIKI_18 = "wiki-18"
 CORPORA: Mapping[str, RemoteFile] = {
     WIKI_18: RemoteFile(
-        "PeterJinGo/wiki-18-corpus", ("wiki-18.jsonl.gz",), "corpora/wiki-18/wiki-18.jsonl", packed=True
+        "PeterJinGo/wiki-18-corpus",
+        ("wiki-18.jsonl.gz",),
+        "corpora/wiki-18/wiki-18.jsonl",
+        packed=True,
     )
 }
 INDEXES: Mapping[str, RemoteFile | RemoteFolder] = {

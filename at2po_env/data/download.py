@@ -1,30 +1,38 @@
-"""Public data into the cache: `get("hotpotqa")` is `at2po data get hotpotqa`."""
+"""Downloads public data into the cache: `get("hotpotqa")` does what `at2po data get hotpotqa` does.
 
+1. The hub lists size and digest of each file.
+2. The bytes are appended to `NAME.KEY.part`. KEY stands for the listed sizes and digests, so a file in
+   progress only ever holds bytes of one version, and its length says where to go on. A later call, or another
+   process that waited for the lock, continues there.
+3. Length and digest must be those of the listing.
+4. The file moves into its place, with a record `NAME.json` of where it came from.
+"""
+
+import gzip
+import hashlib
+import json
 import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, cast
 
-import httpx
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from filelock import FileLock
 
 from at2po_env.data.cache import cache_dir
 from at2po_env.data.catalog import RemoteFile, RemoteFolder, files_of
-from at2po_env.data.transfer import Report, fetch, locked
-from at2po_env.data.unpack import unpack
+from at2po_env.data.hub import Hub, Listed, recorded
+from at2po_env.data.progress import LateBar, progress_bar
 from at2po_env.errors import DataError
 
 HUB = "https://huggingface.co"
+_CHUNK = 2**20
 
-
-class _Linked(BaseModel):
-    oid: str
-
-
-class _Listed(BaseModel):
-    """One entry of what the hub says a folder has; large files have their SHA-256 in `lfs`."""
-
-    type: str
-    path: str
-    lfs: _Linked | None = None
+Report = Callable[[str, int, int | None], None]
+"""Called with the file's name, the bytes done and the bytes in all."""
 
 
 def get(name: str, *, base_url: str | None = None, progress: Report | None = None) -> list[Path]:
@@ -39,71 +47,167 @@ def get(name: str, *, base_url: str | None = None, progress: Report | None = Non
         The paths of the files and folders.
 
     Raises:
-        DataError: unknown name, the server refuses or cannot be reached, or a checksum is wrong.
+        DataError: unknown name, the hub refuses or cannot be reached, its files are not what it lists or not
+            data, or there is no room.
+        MissingExtraError: something has to be downloaded and huggingface_hub is not installed.
     """
-    hub = (base_url or os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-    timeout = httpx.Timeout(60.0, connect=20.0)
-    with httpx.Client(
-        follow_redirects=True, timeout=timeout, headers={"Accept-Encoding": "identity"}
-    ) as client:
-        return [
-            _get_folder(one, hub, client, progress)
-            if isinstance(one, RemoteFolder)
-            else _get_file(one, hub, client, progress)
-            for one in files_of(name)
-        ]
+    endpoint = (base_url or os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    paths = []
+    for wanted in files_of(name):
+        target = cache_dir() / wanted.target
+        with _locked(target):
+            if target.is_file():
+                _check_size(target)
+            elif not target.exists():
+                hub = Hub(endpoint, wanted.repo)
+                if isinstance(wanted, RemoteFolder):
+                    _get_folder(hub, wanted, target, progress)
+                else:
+                    _get_file(hub, wanted, target, progress)
+        paths.append(target)
+    return paths
 
 
-def _get_file(file: RemoteFile, hub: str, client: httpx.Client, progress: Report | None) -> Path:
-    target = cache_dir() / file.target
-    urls = [f"{hub}/datasets/{file.repo}/resolve/main/{part}" for part in file.parts]
-    if not file.packed:
-        return fetch(urls, target, client=client, sha256=file.sha256, progress=progress)
-    with locked(target):
-        if not target.exists():
-            packed = target.with_name(f"{target.name}.gz")
-            unpack(fetch(urls, packed, client=client, sha256=file.sha256, progress=progress), target)
-            packed.unlink()
-    return target
+def _get_file(hub: Hub, wanted: RemoteFile, target: Path, progress: Report | None) -> None:
+    if not wanted.packed:
+        _fetch(hub, hub.list_files(wanted.parts), target, progress)
+        return
+    archive = target.with_name(f"{target.name}.gz")
+    if not archive.exists():
+        _fetch(hub, hub.list_files(wanted.parts), archive, progress)
+    unpack(archive, target)
+    archive.unlink()
 
 
-def _get_folder(folder: RemoteFolder, hub: str, client: httpx.Client, progress: Report | None) -> Path:
+def _get_folder(hub: Hub, wanted: RemoteFolder, target: Path, progress: Report | None) -> None:
     """Get the files of a folder beside its final place, and move it there when it has all of them."""
-    target = cache_dir() / folder.target
-    with locked(target):
-        if target.exists():
-            return target
-        work = target.with_name(f"{target.name}.partial")
-        work.mkdir(exist_ok=True)
-        listed = _list(folder, hub, client, progress, work)
-        for name, sha256 in listed.items():
-            url = f"{hub}/datasets/{folder.repo}/resolve/main/{folder.folder}/{name}"
-            fetch([url], work / name, client=client, sha256=[sha256], progress=progress)
-        for path in work.iterdir():
-            if path.name not in listed:  # records of downloads
-                path.unlink()
-        work.rename(target)
-    return target
+    files = hub.list_folder(wanted.folder)
+    work = target.with_name(f"{target.name}.{_key(files)}.partial")
+    for old in target.parent.glob(f"{target.name}.*partial"):
+        if old != work:
+            shutil.rmtree(old)
+    work.mkdir(exist_ok=True)
+    names = {file.path.removeprefix(f"{wanted.folder}/"): file for file in files}
+    for name, file in names.items():
+        if not (work / name).exists():
+            _fetch(hub, [file], work / name, progress)
+    for path in work.iterdir():
+        if path.name not in names:  # records of downloads
+            path.unlink()
+    work.rename(target)
 
 
-def _list(
-    folder: RemoteFolder, hub: str, client: httpx.Client, progress: Report | None, work: Path
-) -> dict[str, str | None]:
-    """Return the names of the files in a folder of the hub, with their digests where it says them.
+def _fetch(hub: Hub, files: Sequence[Listed], target: Path, progress: Report | None) -> None:
+    """Download files one after the other into `target`, going on where an earlier call stopped.
 
     Raises:
-        DataError: the hub cannot be reached, or its answer is not such a list.
+        DataError: the hub refuses or cannot be reached, a file is not what was listed, or there is no room.
     """
-    listing, url = work / ".files", f"{hub}/api/datasets/{folder.repo}/tree/main/{folder.folder}"
-    for old in work.glob(".files*"):
-        old.unlink()
-    fetch([url], listing, client=client, progress=progress)
+    partial, record = (target.with_name(f"{target.name}.{end}") for end in (f"{_key(files)}.part", "json"))
     try:
-        entries = TypeAdapter(list[_Listed]).validate_json(listing.read_bytes())
-    except ValidationError as error:
-        raise DataError(f"{url}: the hub's answer is not a list of files. Fix: try again later.") from error
-    files = {entry.path.removeprefix(f"{folder.folder}/"): entry for entry in entries if entry.type == "file"}
-    names = [name for name in files if name != "write.lock"]
-    if not names or any("/" in name or "\\" in name or name.startswith(".") for name in names):
-        raise DataError(f"{url}: the hub lists no files, or files in other folders. Fix: get it by hand.")
-    return {name: linked.oid if (linked := files[name].lfs) else None for name in names}
+        partial.touch()
+        with LateBar(f"Downloading {target.name}", None) as bar:
+            report = progress or (lambda _, done, total: bar.show(done, total))
+            hub.append(files, partial, lambda done, total: report(target.name, done, total))
+        parts = hub.check(files, partial, record)
+        record.write_text(json.dumps({"parts": parts}, indent=1), "utf-8")
+        os.replace(partial, target)
+        for old in target.parent.iterdir():  # of versions that the hub no longer has
+            if old.name.startswith(f"{target.name}.") and old.name.endswith((".part", ".part.json")):
+                old.unlink()
+    except OSError as error:
+        fix = "make room, or set AT2PO_CACHE to a folder with room, and run the same command again"
+        raise DataError(f"{partial}: cannot write ({error.strerror}). Fix: {fix}.") from error
+
+
+def _key(files: Sequence[Listed]) -> str:
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:8]
+
+
+def _check_size(target: Path) -> None:
+    """Raise where a finished file no longer has the size that its record gives."""
+    parts = recorded(target.with_name(f"{target.name}.json"))
+    expected, size = sum(part["bytes"] for part in parts), target.stat().st_size
+    if parts and size != expected:
+        raise DataError(
+            f"{target} has {size} bytes, {expected} were downloaded. Fix: delete the file and get it again."
+        )
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """Write the one file in a gzip, or in a tar archive in a gzip, to `target`, in bounded memory.
+
+    Args:
+        archive: The corpus of wiki-18 comes as a gzip of a tar archive.
+        target: Appears when it is whole and checked.
+
+    Raises:
+        DataError: the archive is damaged, holds no rows or too many bytes, or there is no room.
+    """
+    new = target.with_name(f"{target.name}.tmp")
+    try:
+        with _member(archive) as source, new.open("wb") as out:
+            while chunk := source.read(_CHUNK):
+                out.write(chunk)
+    except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError) as error:
+        new.unlink(missing_ok=True)
+        raise DataError(f"{archive} is damaged ({error}). Fix: delete it and get it again.") from error
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        fix = "make room, or set AT2PO_CACHE to a folder with room"
+        raise DataError(f"{target}: cannot unpack {archive.name} ({error.strerror}). Fix: {fix}.") from error
+    os.replace(new, target)
+
+
+@contextmanager
+def _member(archive: Path) -> Iterator[IO[bytes]]:
+    """Open the file in an archive, with a progress bar of the bytes read from the archive."""
+    with gzip.open(archive) as file:
+        is_tar = file.read(512)[257:262] == b"ustar"
+    with (
+        archive.open("rb") as raw,
+        progress_bar(f"Unpacking {archive.name}", archive.stat().st_size) as advance,
+    ):
+        counted = cast(IO[bytes], _Counted(raw, advance))
+        if not is_tar:
+            with gzip.GzipFile(fileobj=counted) as whole:
+                yield cast(IO[bytes], whole)
+            return
+        with tarfile.open(fileobj=counted, mode="r|gz") as tar:
+            for member in tar:
+                if content := tar.extractfile(member):
+                    yield content
+                    return
+            raise tarfile.TarError("it holds no file")
+
+
+class _Counted:
+    """A file that reports how many bytes were read from it."""
+
+    def __init__(self, file: IO[bytes], advance: Callable[[int], None]) -> None:
+        self._file, self._advance = file, advance
+
+    def read(self, size: int = -1) -> bytes:
+        chunk = self._file.read(size)
+        self._advance(len(chunk))
+        return chunk
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Keep other processes from making `target` meanwhile; makes its folder.
+
+    Raises:
+        DataError: the folder cannot be written to.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.parent / f".{target.name}.lock")
+        lock.acquire()
+    except OSError as error:
+        fix = "set AT2PO_CACHE to a folder that can be written to"
+        raise DataError(f"{target.parent}: cannot write there ({error.strerror}). Fix: {fix}.") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -5,20 +5,24 @@ import hashlib
 import io
 import json
 import os
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
+import huggingface_hub.constants
+import huggingface_hub.file_download
 import pytest
 
-from at2po_env.data import Corpus, load_qa, resolve_dataset, transfer
+from at2po_env.data import Corpus, load_qa, resolve_dataset
+from at2po_env.data import hub as transfers
 from at2po_env.data.cache import SAMPLE, resolve_corpus
 from at2po_env.data.catalog import FLASHRAG
-from at2po_env.data.download import get
-from at2po_env.data.unpack import unpack
-from at2po_env.errors import DataError
+from at2po_env.data.download import get, unpack
+from at2po_env.errors import DataError, MissingExtraError
 
 QUESTIONS = (SAMPLE / "bamboogle.jsonl").read_bytes()
 PATH = f"/datasets/{FLASHRAG}/resolve/main/bamboogle/test.jsonl"
@@ -26,21 +30,42 @@ HALF = len(QUESTIONS) // 2
 
 
 class Hub:
-    """A small hub: files, faults (one is used up per request) and the requests that came."""
+    """A small hub: files, faults (one is used up per transfer) and the byte ranges that were asked for.
+
+    It lists what `files` has; `lies` are bodies that it sends instead, `listed` are fields of listings to
+    change.
+    """
 
     def __init__(self) -> None:
         self.files = {PATH: QUESTIONS}
+        self.lies: dict[str, bytes] = {}
+        self.listed: dict[str, object] = {}
+        self.answer: bytes | None = None
         self.faults: list[str] = []
         self.ranges: list[str | None] = []
-        self.linked: str | None = None
-        self.etag: str | None = '"1"'
+        self.large = False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def do_POST(self) -> None:
+                """List some files: /api/datasets/OWNER/NAME/paths-info/main."""
+                asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+                repo = self.path.removeprefix("/api").removesuffix("/paths-info/main")
+                found = [path for path in asked if f"{repo}/resolve/main/{path}" in hub.files]
+                hub.send_json(self, [hub.entry(repo, path) for path in found])
+
             def do_GET(self) -> None:
-                hub.answer(self)
+                """List a folder (/api/datasets/OWNER/NAME/tree/main/FOLDER?...) or send a file."""
+                repo, listing, rest = self.path.removeprefix("/api").partition("/tree/main/")
+                if listing:
+                    start = f"{repo}/resolve/main/"
+                    paths = [path.removeprefix(start) for path in hub.files if path.startswith(start)]
+                    folder = {"type": "directory", "path": f"{rest.partition('?')[0]}/old", "oid": "0"}
+                    hub.send_json(self, [*(hub.entry(repo, path) for path in paths), folder])
+                else:
+                    hub.send_file(self)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -48,44 +73,48 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        if request.path.startswith("/datasets") and self.linked:  # as the hub does for large files
-            request.send_response(302)
-            request.send_header("Location", f"/storage{request.path}")
-            request.send_header("X-Linked-ETag", f'"{self.linked}"')
-            request.send_header("Content-Length", "0")
-            request.end_headers()
-            return
-        content = self.files.get(request.path.removeprefix("/storage"))
-        self.ranges.append(request.headers["Range"])
-        fault = self.faults.pop(0) if self.faults else ""
-        if content is None or fault.isdigit():
-            request.send_error(int(fault or 404))
-            return
-        start = 0
-        if request.headers["Range"] and fault != "ignores range":
-            fits = request.headers["If-Range"] == self.etag
-            start = int(request.headers["Range"].removeprefix("bytes=").removesuffix("-")) if fits else 0
-        if start and start >= len(content):
-            request.send_response(416)
-            request.send_header("Content-Range", f"bytes */{len(content)}")
-            request.send_header("Content-Length", "0")
-            request.end_headers()
-            return
-        self.send(request, content, start, fault)
+    def entry(self, repo: str, path: str) -> dict[str, object]:
+        """Describe a file as the hub does; large ones have their SHA-256, others git's SHA-1 of a blob."""
+        content = self.files[f"{repo}/resolve/main/{path}"]
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        entry: dict[str, object] = {"type": "file", "path": path, "size": len(content), "oid": git}
+        if self.large:
+            sha = hashlib.sha256(content).hexdigest()
+            entry["lfs"] = {"oid": sha, "size": len(content), "pointerSize": 100}
+        return entry | self.listed
 
-    def send(self, request: BaseHTTPRequestHandler, content: bytes, start: int, fault: str) -> None:
+    def send_json(self, request: BaseHTTPRequestHandler, value: object) -> None:
+        body = json.dumps(value).encode() if self.answer is None else self.answer
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    def send_file(self, request: BaseHTTPRequestHandler) -> None:
+        content = self.lies.get(request.path, self.files.get(request.path))
+        asked = request.headers["Range"]
+        self.ranges.append(asked)
+        fault = self.faults.pop(0) if self.faults else ""
+        start = (
+            int(asked.removeprefix("bytes=").removesuffix("-")) if asked and fault != "ignores range" else 0
+        )
+        if content is None or fault.isdigit() or (start and start >= len(content)):
+            request.send_error(int(fault or (404 if content is None else 416)))
+            return
+        body = content[max(start - 5, 0) if fault == "wrong range" else start :]
         request.send_response(206 if start else 200)
         if start:
-            shown = 0 if fault == "wrong range" else start
-            request.send_header("Content-Range", f"bytes {shown}-{len(content) - 1}/{len(content)}")
-        if self.etag:
-            request.send_header("ETag", self.etag)
-        request.send_header("Content-Length", str(len(content) - start))
+            request.send_header(
+                "Content-Range", f"bytes {len(content) - len(body)}-{len(content) - 1}/{len(content)}"
+            )
+        if fault == "gzip":
+            request.send_header("Content-Encoding", "gzip")
+            body = gzip.compress(body)
+        request.send_header("ETag", '"1"')
+        request.send_header("Content-Length", str(len(body)))
         request.end_headers()
-        drops = fault == "drops"
-        request.wfile.write(content[start : start + HALF] if drops else content[start:])
-        if drops:
+        request.wfile.write(body[:HALF] if fault == "drops" else body)
+        if fault == "drops":
             request.wfile.flush()
             request.close_connection = True
             request.connection.close()
@@ -94,7 +123,12 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setenv("AT2PO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(transfer, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(transfers, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1
+    )  # what a broken connection may lose
+    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda _: None)
     hub = Hub()
     thread = threading.Thread(target=hub.server.serve_forever, args=(0.01,))
     thread.start()
@@ -102,6 +136,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     hub.server.shutdown()
     hub.server.server_close()
     thread.join()
+
+
+def part_of(file: Path) -> Path:
+    (part,) = file.parent.glob(f"{file.name}.*.part")
+    return part
 
 
 def folder(tmp_path: Path) -> Path:
@@ -144,13 +183,13 @@ def test_only_the_missing_bytes_are_asked_for(hub: Hub) -> None:
 
 
 def test_broken_off_download_is_resumed_by_the_next_call(hub: Hub, tmp_path: Path) -> None:
-    hub.faults = ["drops", *["500"] * transfer.TRIES]
+    hub.faults = ["drops", *["500"] * (transfers.TRIES + 1)]
     with pytest.raises(
         DataError, match=r"gave up after 6 tries .*HTTP 500.*Fix: run the same command again"
     ) as error:
         get("bamboogle", base_url=hub.url)
     assert hub.url in str(error.value)
-    assert (folder(tmp_path) / "test.jsonl.part").stat().st_size == HALF
+    assert part_of(folder(tmp_path) / "test.jsonl").stat().st_size == HALF
     hub.ranges.clear()
     (path,) = get("bamboogle", base_url=hub.url)
     assert hub.ranges == [f"bytes={HALF}-"]
@@ -158,35 +197,43 @@ def test_broken_off_download_is_resumed_by_the_next_call(hub: Hub, tmp_path: Pat
 
 
 def test_killed_after_the_last_byte_is_finished_without_a_download(hub: Hub, tmp_path: Path) -> None:
-    hub.faults = ["drops", *["500"] * transfer.TRIES]
+    hub.faults = ["drops", *["500"] * (transfers.TRIES + 1)]
     with pytest.raises(DataError):
         get("bamboogle", base_url=hub.url)
-    (folder(tmp_path) / "test.jsonl.part").write_bytes(QUESTIONS)
+    part_of(folder(tmp_path) / "test.jsonl").write_bytes(QUESTIONS)
+    hub.ranges.clear()
     (path,) = get("bamboogle", base_url=hub.url)
-    assert hub.ranges[-1] == f"bytes={len(QUESTIONS)}-"
+    assert hub.ranges == []
     assert path.read_bytes() == QUESTIONS
 
 
-@pytest.mark.parametrize("etag", ['"2"', None, 'W/"1"'])
-def test_file_that_may_have_changed_meanwhile_is_not_mixed(hub: Hub, etag: str | None) -> None:
-    hub.faults = ["drops", *["500"] * transfer.TRIES]
+@pytest.mark.parametrize("large", [True, False])
+def test_file_that_changed_meanwhile_is_not_mixed(hub: Hub, large: bool) -> None:
+    hub.large = large
+    hub.faults = ["drops", *["500"] * (transfers.TRIES + 1)]
     with pytest.raises(DataError):
         get("bamboogle", base_url=hub.url)
-    changed = bytes(reversed(QUESTIONS))
-    hub.files[PATH], hub.etag = changed, etag
+    changed = QUESTIONS.replace(b"Rome", b"Oslo")
+    hub.files[PATH] = changed
     hub.faults = ["drops"]
     (path,) = get("bamboogle", base_url=hub.url)
     assert path.read_bytes() == changed
+    assert not list(path.parent.glob("*.part"))
 
 
-def test_checksum_of_the_hub_is_checked(hub: Hub, tmp_path: Path) -> None:
-    hub.linked = "0" * 64
-    with pytest.raises(DataError, match=r"checksum is wrong: got SHA-256 .*expected 0000.*Fix: ") as error:
+@pytest.mark.parametrize(("large", "kind"), [(True, 256), (False, 1)])
+def test_checksum_of_the_hub_is_checked(hub: Hub, tmp_path: Path, large: bool, kind: int) -> None:
+    hub.large = large
+    hub.lies[PATH] = lie = QUESTIONS.replace(b"Rome", b"Oslo")
+    match = rf"checksum is wrong: got SHA-{kind} .*expected .*Fix: "
+    with pytest.raises(DataError, match=match) as error:
         get("bamboogle", base_url=hub.url)
-    assert hashlib.sha256(QUESTIONS).hexdigest() in str(error.value)
-    assert (folder(tmp_path) / "test.jsonl.part").stat().st_size == 0
+    if large:
+        assert hashlib.sha256(lie).hexdigest() in str(error.value)
+        assert hashlib.sha256(QUESTIONS).hexdigest() in str(error.value)
+    assert part_of(folder(tmp_path) / "test.jsonl").stat().st_size == 0
     assert not (folder(tmp_path) / "test.jsonl").exists()
-    hub.linked = hashlib.sha256(QUESTIONS).hexdigest()
+    hub.lies.clear()
     (path,) = get("bamboogle", base_url=hub.url)
     assert path.read_bytes() == QUESTIONS
 
@@ -229,9 +276,9 @@ def test_full_disk_is_an_error_that_names_the_file(hub: Hub, monkeypatch: pytest
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transfer._Partial, "_accept", full)
+    monkeypatch.setattr(transfers._Bounded, "write", full)
     with pytest.raises(
-        DataError, match=r"test.jsonl.part: cannot write \(No space left on device\). Fix: make"
+        DataError, match=r"test.jsonl.*.part: cannot write \(No space left on device\). Fix: make"
     ):
         get("bamboogle", base_url=hub.url)
 
@@ -271,7 +318,7 @@ INDEX = "/datasets/PeterJinGo/wiki-18-e5-index/resolve/main/part_"
 
 def test_parts_become_one_file_and_finished_parts_are_not_asked_for_again(hub: Hub) -> None:
     hub.files |= {f"{INDEX}aa": b"first " * 3000, f"{INDEX}ab": b"second" * 3000}
-    hub.faults = ["", "drops", *["500"] * transfer.TRIES]
+    hub.faults = ["", "drops", *["500"] * (transfers.TRIES + 1)]
     with pytest.raises(DataError, match="part_ab: gave up"):
         get("wiki-18-e5", base_url=hub.url)
     hub.ranges.clear()
@@ -282,35 +329,29 @@ def test_parts_become_one_file_and_finished_parts_are_not_asked_for_again(hub: H
 
 
 LUCENE = "PeterJinGo/wiki-18-bm25-index"
-LISTING = f"/api/datasets/{LUCENE}/tree/main/bm25"
 
 
 def lucene_on(hub: Hub, files: dict[str, bytes]) -> None:
-    """Put a folder on the hub; the first file is one of those that it knows the digest of."""
-    entries: list[dict[str, object]] = [
-        {"type": "file", "path": f"bm25/{name}", "oid": "0", "size": len(content)}
-        for name, content in files.items()
-    ]
-    entries[0]["lfs"] = {"oid": hashlib.sha256(next(iter(files.values()))).hexdigest(), "size": 0}
-    hub.files[LISTING] = json.dumps([*entries, {"type": "directory", "path": "bm25/old"}]).encode()
+    """Put a folder on the hub."""
     for name, content in files.items():
         hub.files[f"/datasets/{LUCENE}/resolve/main/bm25/{name}"] = content
 
 
 def test_a_folder_appears_whole_and_is_gone_on_with(hub: Hub) -> None:
     files = {"_0.fdt": b"text " * 3000, "segments_1": b"seg", "_0.si": b"info"}
-    lucene_on(hub, {**files, "write.lock": b""})
-    hub.faults = ["", "", "500", "500", "500", "500", "500", "500"]
+    lucene_on(hub, {**files, "write.lock": b"lock"})
+    hub.faults = ["", "500", "500", "500", "500", "500", "500"]
     with pytest.raises(DataError, match="segments_1: gave up"):
         get("wiki-18-bm25", base_url=hub.url)
     (partial,) = resolve_cache().glob("corpora/wiki-18/bm25*")
-    assert partial.name == "bm25.partial"
+    assert partial.name.endswith(".partial")
     hub.ranges.clear()
     (path,) = get("wiki-18-bm25", base_url=hub.url)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == files
-    assert len(hub.ranges) == 3  # the list and two files: the first was there
+    assert len(hub.ranges) == 2  # the first was there
     assert get("wiki-18-bm25", base_url=hub.url) == [path]
-    assert len(hub.ranges) == 3
+    assert len(hub.ranges) == 2
+    assert names(path.parent) == {"bm25"}
 
 
 def resolve_cache() -> Path:
@@ -319,20 +360,67 @@ def resolve_cache() -> Path:
 
 def test_digests_of_a_folder_are_checked(hub: Hub) -> None:
     lucene_on(hub, {"_0.fdt": b"text", "segments_1": b"seg"})
-    hub.files[f"/datasets/{LUCENE}/resolve/main/bm25/_0.fdt"] = b"test"
+    hub.lies[f"/datasets/{LUCENE}/resolve/main/bm25/_0.fdt"] = b"test"
     with pytest.raises(DataError, match="checksum is wrong"):
         get("wiki-18-bm25", base_url=hub.url)
 
 
 @pytest.mark.parametrize(
     "listing",
-    [b"<html>", b"{}", b"[]", b'[{"type": "file", "path": "bm25/../../../x"}]', b'[{"type": "file"}]'],
+    [
+        b"<html>",
+        b"{}",
+        b"[]",
+        b'[{"type": "file", "path": "bm25/../../../x"}]',
+        b'[{"type": "file"}]',
+        b"[3]",
+    ],
 )
-def test_a_listing_that_is_none_or_leads_elsewhere_is_refused(hub: Hub, listing: bytes) -> None:
-    hub.files[LISTING] = listing
+@pytest.mark.parametrize("name", ["wiki-18-bm25", "bamboogle"])
+def test_a_listing_that_is_none_or_leads_elsewhere_is_refused(hub: Hub, listing: bytes, name: str) -> None:
+    hub.answer = listing
     with pytest.raises(DataError, match=r"the hub.*Fix: "):
-        get("wiki-18-bm25", base_url=hub.url)
+        get(name, base_url=hub.url)
     assert not list(resolve_cache().parent.rglob("x"))
+
+
+@pytest.mark.parametrize("listed", [{"size": "9"}, {"size": -1}, {"size": 0}, {"oid": "x"}, {"oid": None}])
+def test_a_listing_without_size_or_digest_is_refused(hub: Hub, listed: dict[str, object]) -> None:
+    hub.listed = listed
+    with pytest.raises(DataError, match=r"the hub.*Fix: "):
+        get("bamboogle", base_url=hub.url)
+
+
+PAGE = b"<!DOCTYPE html><html><title>Please log in</title></html>\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (PAGE, "gave up after 6 tries|the server has fewer bytes"),
+        (b"", "gave up after 6 tries|the server has fewer bytes"),
+        (QUESTIONS[:HALF], "the server has fewer bytes than the hub lists"),
+        (QUESTIONS + b"\n", "more bytes than the hub lists"),
+        (QUESTIONS * 1000, "more bytes than the hub lists"),
+        (PAGE * (len(QUESTIONS) // len(PAGE)) + b" " * (len(QUESTIONS) % len(PAGE)), "checksum is wrong"),
+        (gzip.compress(QUESTIONS), "the server has fewer bytes|gave up"),
+    ],
+    ids=["page", "empty", "cut", "longer", "much longer", "page of the same length", "gzip"],
+)
+def test_a_body_that_is_not_what_was_listed_is_refused(
+    hub: Hub, tmp_path: Path, body: bytes, what: str
+) -> None:
+    hub.lies[PATH] = body
+    with pytest.raises(DataError, match=rf"({what}).*Fix: "):
+        get("bamboogle", base_url=hub.url)
+    assert not (folder(tmp_path) / "test.jsonl").exists()
+    hub.lies.clear()
+    assert get("bamboogle", base_url=hub.url)[0].read_bytes() == QUESTIONS
+
+
+def test_a_transfer_in_gzip_is_unpacked(hub: Hub) -> None:
+    hub.faults = ["gzip"]
+    assert get("bamboogle", base_url=hub.url)[0].read_bytes() == QUESTIONS
 
 
 CORPUS = (SAMPLE / "corpus.jsonl").read_bytes()
@@ -380,3 +468,10 @@ def test_no_room_to_unpack_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file.gz").write_bytes(gzip.compress(CORPUS))
     with pytest.raises(DataError, match=r"cannot unpack file.gz .*Fix: make room"):
         unpack(tmp_path / "file.gz", tmp_path / "no folder" / "file")
+
+
+@pytest.mark.usefixtures("hub")
+def test_without_the_hubs_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'at2po\[hub\]'"):
+        get("bamboogle", base_url="http://127.0.0.1:9")

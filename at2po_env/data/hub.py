@@ -1,0 +1,244 @@
+"""Lists and transfers files of a hub's data set repositories through the hub's library (extra `hub`).
+
+The library gives the listing with sizes and digests, addresses, credentials and `http_get`, which continues
+at a byte. `hf_hub_download` is not used because it deletes a broken download, and the index of wiki-18 has
+64.5 GB.
+"""
+
+import hashlib
+import io
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+
+from at2po_env.data.progress import progress_bar
+from at2po_env.errors import DataError, require
+
+TRIES = 6  # in a row without a single new byte
+BACKOFF_S = 0.5
+_CHUNK = 2**20
+_AGAIN = "Fix: run the same command again"
+
+
+class Listed(NamedTuple):
+    """A file as the hub lists it; the digest of large files is their SHA-256, of others git's SHA-1."""
+
+    path: str
+    size: int
+    digest: str
+
+
+class Hub:
+    """One data set repository on a hub."""
+
+    def __init__(self, endpoint: str, repo: str) -> None:
+        try:
+            httpx.URL(endpoint)
+        except httpx.InvalidURL as error:
+            raise DataError(f"{endpoint} is no address ({error}). Fix: check HF_ENDPOINT.") from error
+        self._hub = require("huggingface_hub", "hub")
+        self._errors = require("huggingface_hub.errors", "hub")
+        self._endpoint, self._repo = endpoint, repo
+        self._api = self._hub.HfApi(endpoint=endpoint)
+
+    def list_files(self, paths: Sequence[str]) -> list[Listed]:
+        """Return what the hub knows of some files, in this order."""
+        where = f"{self._endpoint}, {self._repo}"
+        listed = self._list(
+            where, lambda: self._api.get_paths_info(self._repo, list(paths), repo_type="dataset")
+        )
+        found = {file.path: file for file in listed}
+        if missing := [path for path in paths if path not in found]:
+            raise DataError(
+                f"{where}: the hub has no file {missing[0]!r}. Fix: check HF_ENDPOINT, or get it by hand."
+            )
+        return [found[path] for path in paths]
+
+    def list_folder(self, folder: str) -> list[Listed]:
+        """Return what the hub knows of the files in a folder."""
+        where = f"{self._endpoint}, {self._repo}/{folder}"
+        tree = self._list(where, lambda: self._api.list_repo_tree(self._repo, folder, repo_type="dataset"))
+        files = [file for file in tree if file.path != f"{folder}/write.lock"]
+        names = [file.path.removeprefix(f"{folder}/") for file in files]
+        if not names or any("/" in name or "\\" in name or name.startswith(".") for name in names):
+            raise DataError(
+                f"{where}: the hub lists no files, or files in other folders. Fix: get it by hand."
+            )
+        return files
+
+    def _list(self, where: str, ask: Callable[[], Any]) -> list[Listed]:
+        """Ask the hub's API for files; folders among them are left out."""
+        try:
+            found = self._try(where, lambda: list(ask()), lambda: 0)
+            files = [file for file in found if hasattr(file, "size")]
+            listed = [
+                Listed(file.path, file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in files
+            ]
+            if all(
+                isinstance(size, int) and size > 0 and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest)
+                for _, size, digest in listed
+            ):
+                return listed
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where}: the hub's answer is not a list of files. {_AGAIN} later.") from error
+        raise DataError(f"{where}: the hub lists a file without a size or a digest. {_AGAIN} later.")
+
+    def append(self, files: Sequence[Listed], partial: Path, report: Callable[[int, int], None]) -> None:
+        """Append to `partial` the bytes that it lacks of some files, one after the other.
+
+        Raises:
+            DataError: the hub refuses or cannot be reached, or sends too much.
+            OSError: there is no room.
+        """
+        utils = require("huggingface_hub.utils", "hub")
+        http_get = require("huggingface_hub.file_download", "hub").http_get
+        headers = {**utils.build_hf_headers(), "Accept-Encoding": "identity"}
+        total, start = sum(file.size for file in files), 0
+        for file in files:
+            url = self._url(file)
+
+            def append(url: str = url, start: int = start, size: int = file.size) -> None:
+                with _Bounded(partial, start + size, lambda done: report(done, total)) as out:
+                    have = out.tell() - start
+                    try:
+                        http_get(url, out, resume_size=have, headers=headers, expected_size=size)
+                    except (self._errors.HTTPError, _TooLongError) as error:
+                        # What is here is not the beginning of the server's file, which ends before it or
+                        # went beyond what was listed.
+                        if isinstance(error, _TooLongError) or _status(error) == 416:
+                            out.seek(start)
+                            out.truncate()
+                        raise
+
+            bars = "huggingface_hub.http_get"  # the hub's own progress bar, beside which ours would stand
+            utils.disable_progress_bars(bars)
+            try:
+                while partial.stat().st_size < start + file.size:
+                    self._try(url, append, lambda: partial.stat().st_size)
+            finally:
+                utils.enable_progress_bars(bars)
+            start += file.size
+
+    def check(self, files: Sequence[Listed], partial: Path, record: Path) -> list[dict[str, Any]]:
+        """Compare `partial` with the listing and with the record of an earlier download.
+
+        Returns:
+            url, bytes and sha256 of each file.
+
+        Raises:
+            DataError: one differs; it and all after it are cut off.
+        """
+        known = {part["url"]: part["sha256"] for part in recorded(record)}
+        parts: list[dict[str, Any]] = []
+        with (
+            partial.open("rb+") as whole,
+            progress_bar(f"Checking {record.stem}", sum(file.size for file in files)) as advance,
+        ):
+            for file in files:
+                sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+                left = file.size
+                while chunk := whole.read(min(left, _CHUNK)):
+                    for sha in (sha256, git):
+                        sha.update(chunk)
+                    left -= len(chunk)
+                    advance(len(chunk))
+                part: dict[str, Any] = {
+                    "url": self._url(file),
+                    "bytes": file.size,
+                    "sha256": sha256.hexdigest(),
+                }
+                got = part["sha256"] if len(file.digest) == 64 else git.hexdigest()
+                expected = file.digest
+                if got == expected:  # then also what an earlier download of the same address had
+                    got, expected = part["sha256"], known.get(part["url"], part["sha256"])
+                if got != expected:
+                    whole.truncate(whole.tell() - file.size)
+                    kind = 256 if len(got) == 64 else 1
+                    raise DataError(
+                        f"{part['url']}: the checksum is wrong: got SHA-{kind} {got}, expected {expected}; "
+                        f"what came was thrown away. {_AGAIN}; if the hub has a new version of the file, "
+                        f"delete {record} first."
+                    )
+                parts.append(part)
+        return parts
+
+    def _try(self, url: str, ask: Callable[[], Any], done: Callable[[], int]) -> Any:
+        """Call `ask` until it succeeds; give up after `TRIES` calls in a row that added nothing to `done`.
+
+        Raises:
+            DataError: the hub refuses or cannot be reached.
+        """
+        failures = 0
+        while True:
+            before = done()
+            try:
+                return ask()
+            except self._errors.OfflineModeIsEnabled as error:
+                raise DataError(f"{url}: HF_HUB_OFFLINE is set. Fix: unset it to download.") from error
+            # The library shows the errors of its HTTP client as they are; its own derive from the same base.
+            # An OSError without a number is its complaint that a file came shorter than listed.
+            except (self._errors.HTTPError, OSError) as error:
+                status = _status(error)
+                if isinstance(error, OSError) and error.errno is not None and status is None:
+                    raise
+                if status == 416:
+                    raise DataError(
+                        f"{url}: the server has fewer bytes than the hub lists. {_AGAIN} later."
+                    ) from error
+                if status is not None and status < 500 and status not in (408, 425, 429):
+                    fix = "check the name and the address; HF_ENDPOINT sets another hub"
+                    raise DataError(f"{url}: the server answered HTTP {status}. Fix: {fix}.") from error
+                failures = 0 if done() > before else failures + 1
+                if failures == TRIES:
+                    reason = f"HTTP {status}" if status else (str(error) or repr(error)).splitlines()[0]
+                    raise DataError(
+                        f"{url}: gave up after {TRIES} tries without a new byte ({reason}); {done()} bytes "
+                        f"are kept. {_AGAIN}, to go on from there."
+                    ) from error
+                time.sleep(min(BACKOFF_S * 2**failures, 30.0))
+
+    def _url(self, file: Listed) -> str:
+        url: str = self._hub.hf_hub_url(self._repo, file.path, repo_type="dataset", endpoint=self._endpoint)
+        return url
+
+
+def _status(error: Exception) -> int | None:
+    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return status
+
+
+class _TooLongError(OSError):
+    """The server sends more bytes than the hub lists."""
+
+
+class _Bounded(io.BufferedWriter):
+    """Appends to a file up to `end` bytes and reports its length."""
+
+    def __init__(self, path: Path, end: int, report: Callable[[int], None]) -> None:
+        super().__init__(io.FileIO(path, "ab"))
+        self._end, self._report = end, report
+
+    def write(self, data: Any) -> int:
+        """Write, or raise where that would make the file longer than `end`."""
+        if self.tell() + len(data) > self._end:
+            raise _TooLongError("the server sends more bytes than the hub lists")
+        written = super().write(data)
+        self._report(self.tell())
+        return written
+
+
+def recorded(path: Path) -> list[dict[str, Any]]:
+    """Return url, bytes and sha256 of each part of a finished download; nothing where there is no record."""
+    try:
+        record = json.loads(path.read_bytes())
+        return [
+            {"url": part["url"], "bytes": int(part["bytes"]), "sha256": part["sha256"]}
+            for part in record["parts"]
+        ]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
