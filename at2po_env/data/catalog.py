@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from at2po_env.errors import DataError
 
+GB = 10**9
 FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
 
 
@@ -15,21 +16,24 @@ class RemoteFile(NamedTuple):
         repo: The repository.
         parts: Paths in it.
         target: The file to make, relative to the cache folder.
+        limit: The most bytes that it may have, packed or not; about twice what was published.
         packed: The parts are a gzip (of one file, or of a tar archive with one file).
     """
 
     repo: str
     parts: tuple[str, ...]
     target: str
+    limit: int
     packed: bool = False
 
 
 class RemoteFolder(NamedTuple):
-    """One folder to get, without folders in it; the hub lists its files."""
+    """One folder to get, without folders in it; its files have at most `limit` bytes."""
 
     repo: str
     folder: str
     target: str
+    limit: int
 
 
 class QaSet(NamedTuple):
@@ -42,7 +46,7 @@ class QaSet(NamedTuple):
     def file(self, split: str) -> RemoteFile:
         """Return the file of a split; `target` is relative to the cache folder."""
         path = f"{self.name}/{split}.jsonl"
-        return RemoteFile(FLASHRAG, (path,), f"datasets/{path}")
+        return RemoteFile(FLASHRAG, (path,), f"datasets/{path}", 4 * GB)
 
 
 _QA_SETS = (
@@ -62,14 +66,15 @@ CORPORA: Mapping[str, RemoteFile] = {
         "PeterJinGo/wiki-18-corpus",
         ("wiki-18.jsonl.gz",),
         "corpora/wiki-18/wiki-18.jsonl",
+        30 * GB,
         packed=True,
     )
 }
 INDEXES: Mapping[str, RemoteFile | RemoteFolder] = {
     "wiki-18-e5": RemoteFile(
-        "PeterJinGo/wiki-18-e5-index", ("part_aa", "part_ab"), "corpora/wiki-18/e5_Flat.index"
+        "PeterJinGo/wiki-18-e5-index", ("part_aa", "part_ab"), "corpora/wiki-18/e5_Flat.index", 130 * GB
     ),
-    "wiki-18-bm25": RemoteFolder("PeterJinGo/wiki-18-bm25-index", "bm25", "corpora/wiki-18/bm25"),
+    "wiki-18-bm25": RemoteFolder("PeterJinGo/wiki-18-bm25-index", "bm25", "corpora/wiki-18/bm25", 6 * GB),
 }
 
 

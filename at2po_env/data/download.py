@@ -1,10 +1,10 @@
 """Downloads public data into the cache: `get("hotpotqa")` does what `at2po data get hotpotqa` does.
 
-1. The hub lists size and digest of each file.
+1. The hub lists size and digest of each file; a listing beyond the catalog's limit is refused.
 2. The bytes are appended to `NAME.KEY.part`. KEY stands for the listed sizes and digests, so a file in
    progress only ever holds bytes of one version, and its length says where to go on. A later call, or another
    process that waited for the lock, continues there.
-3. Length and digest must be those of the listing.
+3. Length and digest must be those of the listing, and JSON lines must begin and end with a row of their kind.
 4. The file moves into its place, with a record `NAME.json` of where it came from.
 """
 
@@ -24,8 +24,11 @@ from filelock import FileLock
 
 from at2po_env.data.cache import cache_dir
 from at2po_env.data.catalog import RemoteFile, RemoteFolder, files_of
+from at2po_env.data.corpus import CorpusRow
 from at2po_env.data.hub import Hub, Listed, recorded
+from at2po_env.data.jsonl import check_ends
 from at2po_env.data.progress import LateBar, progress_bar
+from at2po_env.data.qa import QaRow
 from at2po_env.errors import DataError
 
 HUB = "https://huggingface.co"
@@ -70,18 +73,18 @@ def get(name: str, *, base_url: str | None = None, progress: Report | None = Non
 
 def _get_file(hub: Hub, wanted: RemoteFile, target: Path, progress: Report | None) -> None:
     if not wanted.packed:
-        _fetch(hub, hub.list_files(wanted.parts), target, progress)
+        _fetch(hub, hub.list_files(wanted.parts, wanted.limit), target, progress)
         return
     archive = target.with_name(f"{target.name}.gz")
     if not archive.exists():
-        _fetch(hub, hub.list_files(wanted.parts), archive, progress)
-    unpack(archive, target)
+        _fetch(hub, hub.list_files(wanted.parts, wanted.limit), archive, progress)
+    unpack(archive, target, limit=wanted.limit)
     archive.unlink()
 
 
 def _get_folder(hub: Hub, wanted: RemoteFolder, target: Path, progress: Report | None) -> None:
     """Get the files of a folder beside its final place, and move it there when it has all of them."""
-    files = hub.list_folder(wanted.folder)
+    files = hub.list_folder(wanted.folder, wanted.limit)
     work = target.with_name(f"{target.name}.{_key(files)}.partial")
     for old in target.parent.glob(f"{target.name}.*partial"):
         if old != work:
@@ -110,6 +113,8 @@ def _fetch(hub: Hub, files: Sequence[Listed], target: Path, progress: Report | N
             report = progress or (lambda _, done, total: bar.show(done, total))
             hub.append(files, partial, lambda done, total: report(target.name, done, total))
         parts = hub.check(files, partial, record)
+        if target.suffix == ".jsonl":
+            _check_rows(partial, target, "run the same command again later; what came was thrown away")
         record.write_text(json.dumps({"parts": parts}, indent=1), "utf-8")
         os.replace(partial, target)
         for old in target.parent.iterdir():  # of versions that the hub no longer has
@@ -134,12 +139,23 @@ def _check_size(target: Path) -> None:
         )
 
 
-def unpack(archive: Path, target: Path) -> None:
+def _check_rows(path: Path, target: Path, fix: str) -> None:
+    """Check the first and last row of a file that is to become `target`; delete it where they are none."""
+    model, kind = (CorpusRow, "corpus") if "corpora" in target.parts else (QaRow, "question file")
+    try:
+        check_ends(path, model, kind=kind)
+    except DataError as error:
+        path.unlink()
+        raise DataError(f"{target}: what came is no {kind} ({error}). Fix: {fix}.") from error
+
+
+def unpack(archive: Path, target: Path, *, limit: int) -> None:
     """Write the one file in a gzip, or in a tar archive in a gzip, to `target`, in bounded memory.
 
     Args:
         archive: The corpus of wiki-18 comes as a gzip of a tar archive.
         target: Appears when it is whole and checked.
+        limit: The most bytes that it may have.
 
     Raises:
         DataError: the archive is damaged, holds no rows or too many bytes, or there is no room.
@@ -149,6 +165,8 @@ def unpack(archive: Path, target: Path) -> None:
         with _member(archive) as source, new.open("wb") as out:
             while chunk := source.read(_CHUNK):
                 out.write(chunk)
+                if out.tell() > limit:
+                    raise tarfile.TarError(f"it unpacks to more than {limit:,} bytes")
     except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError) as error:
         new.unlink(missing_ok=True)
         raise DataError(f"{archive} is damaged ({error}). Fix: delete it and get it again.") from error
@@ -156,6 +174,7 @@ def unpack(archive: Path, target: Path) -> None:
         new.unlink(missing_ok=True)
         fix = "make room, or set AT2PO_CACHE to a folder with room"
         raise DataError(f"{target}: cannot unpack {archive.name} ({error.strerror}). Fix: {fix}.") from error
+    _check_rows(new, target, f"delete {archive} and {archive}.json, and get them again")
     os.replace(new, target)
 
 

@@ -46,7 +46,7 @@ class Hub:
         self._endpoint, self._repo = endpoint, repo
         self._api = self._hub.HfApi(endpoint=endpoint)
 
-    def list_files(self, paths: Sequence[str]) -> list[Listed]:
+    def list_files(self, paths: Sequence[str], limit: int) -> list[Listed]:
         """Return what the hub knows of some files, in this order."""
         where = f"{self._endpoint}, {self._repo}"
         listed = self._list(
@@ -57,19 +57,20 @@ class Hub:
             raise DataError(
                 f"{where}: the hub has no file {missing[0]!r}. Fix: check HF_ENDPOINT, or get it by hand."
             )
-        return [found[path] for path in paths]
+        return _bounded([found[path] for path in paths], limit, where)
 
-    def list_folder(self, folder: str) -> list[Listed]:
+    def list_folder(self, folder: str, limit: int) -> list[Listed]:
         """Return what the hub knows of the files in a folder."""
         where = f"{self._endpoint}, {self._repo}/{folder}"
         tree = self._list(where, lambda: self._api.list_repo_tree(self._repo, folder, repo_type="dataset"))
         files = [file for file in tree if file.path != f"{folder}/write.lock"]
+        # A name becomes a path on this machine, which may take "A" and "a" for the same.
         names = [file.path.removeprefix(f"{folder}/") for file in files]
-        if not names or any("/" in name or "\\" in name or name.startswith(".") for name in names):
-            raise DataError(
-                f"{where}: the hub lists no files, or files in other folders. Fix: get it by hand."
-            )
-        return files
+        strange = [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII)]
+        if not names or strange or len({name.lower() for name in names}) < len(names):
+            what = f"the hub lists {strange[0]!r}" if strange else "the hub lists no files, or one name twice"
+            raise DataError(f"{where}: {what}. Fix: get it by hand.")
+        return _bounded(files, limit, where)
 
     def _list(self, where: str, ask: Callable[[], Any]) -> list[Listed]:
         """Ask the hub's API for files; folders among them are left out."""
@@ -230,6 +231,14 @@ class _Bounded(io.BufferedWriter):
         written = super().write(data)
         self._report(self.tell())
         return written
+
+
+def _bounded(files: list[Listed], limit: int, where: str) -> list[Listed]:
+    if (total := sum(file.size for file in files)) > limit:
+        raise DataError(
+            f"{where}: the hub lists {total:,} bytes, expected at most {limit:,}. Fix: check HF_ENDPOINT."
+        )
+    return files
 
 
 def recorded(path: Path) -> list[dict[str, Any]]:

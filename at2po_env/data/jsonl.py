@@ -13,8 +13,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def bad_line(path: Path, number: int, what: str, fix: str) -> DataError:
-    """Describe a line that cannot be used."""
-    return DataError(f"{path}, line {number}: {what}. Fix: {fix}.")
+    """Describe a line that cannot be used; number -1 is the last one."""
+    return DataError(f"{path}, {f'line {number}' if number > 0 else 'last line'}: {what}. Fix: {fix}.")
 
 
 def open_lines(path: Path, *, kind: str) -> int:
@@ -45,6 +45,27 @@ def read_lines(path: Path, *, kind: str) -> Iterator[tuple[int, bytes]]:
     open_lines(path, kind=kind)
     with path.open("rb") as file:
         yield from enumerate(file, start=1)
+
+
+def check_ends(path: Path, model: type[BaseModel], *, kind: str) -> None:
+    """Check that the first and the last line of a file are rows, which tells a page or a torso from data.
+
+    Raises:
+        DataError: one is not, or the file is empty.
+    """
+    size, longest = open_lines(path, kind=kind), 64 * 2**20
+    with path.open("rb") as file:
+        parse_line(model, file.readline(longest), path, 1)
+        # The last line begins after the last line end but that of the file itself; look further back until it
+        # shows.
+        step = 2**16
+        while True:
+            file.seek(max(size - step, 0))
+            tail = file.read().removesuffix(b"\n")
+            if b"\n" in tail or step >= min(size, longest):
+                break
+            step *= 2
+    parse_line(model, tail.rpartition(b"\n")[2], path, -1)
 
 
 def parse_line(model: type[Model], line: bytes, path: Path, number: int) -> Model:

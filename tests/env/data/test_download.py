@@ -391,6 +391,16 @@ def test_a_listing_without_size_or_digest_is_refused(hub: Hub, listed: dict[str,
         get("bamboogle", base_url=hub.url)
 
 
+@pytest.mark.parametrize(
+    "names", [["a", "A"], ["a\0b"], ["../x"], ["sub/x"], ["a\\b"], [".hidden"], ["a\nb"]]
+)
+def test_names_that_collide_or_lead_elsewhere_are_refused(hub: Hub, names: list[str]) -> None:
+    lucene_on(hub, dict.fromkeys(["segments_1", *names], b"text"))
+    with pytest.raises(DataError, match=r"the hub lists .*Fix: get it by hand"):
+        get("wiki-18-bm25", base_url=hub.url)
+    assert hub.ranges == []
+
+
 PAGE = b"<!DOCTYPE html><html><title>Please log in</title></html>\n"
 
 
@@ -421,6 +431,34 @@ def test_a_body_that_is_not_what_was_listed_is_refused(
 def test_a_transfer_in_gzip_is_unpacked(hub: Hub) -> None:
     hub.faults = ["gzip"]
     assert get("bamboogle", base_url=hub.url)[0].read_bytes() == QUESTIONS
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (PAGE, "line 1: Invalid JSON"),
+        (QUESTIONS[:HALF], "last line: Invalid JSON"),
+        (QUESTIONS[: QUESTIONS.index(b"\n") + 1] + b"\0" * 200_000, "last line: "),
+        (gzip.compress(QUESTIONS), "line 1: "),
+        (b"{}\n", "line 1: .*Field required"),
+        (b"\xef\xbb\xbf" + QUESTIONS, "byte order mark"),
+    ],
+    ids=["page", "cut", "holes", "gzip", "rows of another kind", "byte order mark"],
+)
+def test_a_listed_file_that_is_no_data_is_refused(hub: Hub, tmp_path: Path, body: bytes, what: str) -> None:
+    hub.files[PATH] = body
+    with pytest.raises(
+        DataError, match=rf"test.jsonl: what came is no question file .*{what}.*Fix: run.*thrown away"
+    ):
+        get("bamboogle", base_url=hub.url)
+    assert names(folder(tmp_path)) == set()
+
+
+def test_more_than_the_catalog_expects_is_refused_before_it_is_transferred(hub: Hub) -> None:
+    hub.listed = {"size": 5 * 10**9}
+    with pytest.raises(DataError, match=r"lists 5,000,000,000 bytes, expected at most 4,000,000,000. Fix: "):
+        get("bamboogle", base_url=hub.url)
+    assert hub.ranges == []
 
 
 CORPUS = (SAMPLE / "corpus.jsonl").read_bytes()
@@ -460,14 +498,36 @@ def test_packed_corpus_is_unpacked_once(hub: Hub, content: bytes) -> None:
 def test_damaged_archive_is_an_error_and_leaves_no_target(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"file.gz is damaged .*Fix: delete it and get it again"):
-        unpack(tmp_path / "file.gz", tmp_path / "file")
+        unpack(tmp_path / "file.gz", tmp_path / "file", limit=10**9)
     assert names(tmp_path) == {"file.gz"}
 
 
 def test_no_room_to_unpack_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file.gz").write_bytes(gzip.compress(CORPUS))
     with pytest.raises(DataError, match=r"cannot unpack file.gz .*Fix: make room"):
-        unpack(tmp_path / "file.gz", tmp_path / "no folder" / "file")
+        unpack(tmp_path / "file.gz", tmp_path / "no folder" / "file", limit=10**9)
+
+
+@pytest.mark.parametrize("content", [bytes(10**7), in_tar(bytes(10**7))], ids=["gzip", "tar in gzip"])
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(
+        DataError, match=r"damaged \(it unpacks to more than 3,000,000 bytes\). Fix: delete it"
+    ):
+        unpack(tmp_path / "file.gz", tmp_path / "file", limit=3 * 10**6)
+    assert names(tmp_path) == {"file.gz"}
+
+
+def test_a_packed_corpus_without_rows_is_refused(hub: Hub) -> None:
+    hub.files[PACKED] = gzip.compress(PAGE)
+    with pytest.raises(
+        DataError, match=r"wiki-18.jsonl: what came is no corpus .*Invalid JSON.*Fix: delete .*gz"
+    ):
+        get("wiki-18", base_url=hub.url)
+    hub.files[PACKED] = gzip.compress(CORPUS)
+    resolve_cache().joinpath("corpora/wiki-18/wiki-18.jsonl.gz").unlink()
+    resolve_cache().joinpath("corpora/wiki-18/wiki-18.jsonl.gz.json").unlink()
+    assert get("wiki-18", base_url=hub.url)[0].read_bytes() == CORPUS
 
 
 @pytest.mark.usefixtures("hub")
