@@ -47,10 +47,9 @@ def build_index(
     """
     home = None if out is None else Path(out)
     if kind == "bm25":
-        from at2po_env.retrieval.bm25.index import build_index as build_bm25
-        from at2po_env.retrieval.bm25.retriever import bm25_settings
+        from at2po_env.retrieval.bm25 import retriever as bm25
 
-        return build_bm25(Corpus(corpus), bm25_settings(k1, b), home)
+        return bm25.build_index(Corpus(corpus), bm25.bm25_config(k1, b), home)
     if kind == "lucene":
         from at2po_env.retrieval.lucene import retriever as lucene
 

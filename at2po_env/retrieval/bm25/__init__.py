@@ -1,6 +1,6 @@
 """BM25 search in this process with numpy alone.
 
-`retriever` (what users open), `index` (a folder of it), `build`, `store`, `rank`.
+Read `retriever` (opens an index and searches), `build` (passages to postings) and `rank` (the best rows).
 """
 
 from at2po_env.retrieval.bm25.retriever import Bm25Retriever

@@ -1,9 +1,15 @@
-"""The best rows for weighted terms: exact, with numpy alone.
+"""Finds the best rows for weighted terms: exactly, with numpy alone.
 
-The postings of the rarest terms are summed first. As soon as the best rows found are ahead of anything
-that the remaining terms together could give, those terms are only looked up for the rows that can still
-win (MaxScore), so that a frequent term of a large corpus costs little. Every row's score is summed in the
-same order either way: pruning changes no bit of the result.
+A row's score is the sum of its weights over the query's terms. With few postings they are all summed
+(`_sum`). With many, frequent terms would cost most and decide least, so they are pruned (`_prune`, MaxScore):
+
+1. Sum the postings of the terms from the rarest on.
+2. After each term, bound what the remaining terms can still add: the sum of their highest weights. When the
+   best rows are ahead of all others by more than that, no new row can reach them: stop reading postings.
+3. For the rows that can still win, look up the remaining terms one by one, and after each drop the rows that
+   fell too far behind.
+
+Every row's score is summed in the same order either way, so pruning changes no bit of the result.
 
 References:
     Turtle and Flood, "Query evaluation: strategies and optimizations", 1995.
@@ -28,7 +34,10 @@ Scores = npt.NDArray[np.float32]
 
 
 class _Term(NamedTuple):
-    """A term's postings, ordered by how many there are: weights[start : start + length]."""
+    """A term of a query: its postings are start to start + length of the index.
+
+    `length` comes first, so that sorting terms puts the rarest first. `times` is how often the query has it.
+    """
 
     length: int
     start: int
@@ -50,7 +59,8 @@ class Ranker:
             self._rows = self._rows.astype(np.intp)
         self._size = size
         self._term = lru_cache(_KNOWN_TERMS)(self._find)
-        # All zero between searches. Each search takes one, so there are as many as ever ran at once.
+        # Scores by row, all zero between searches. Each search takes a buffer and gives it back, so there are
+        # as many as searches ever ran at once, and none has to be filled with zeros again.
         self._buffers: deque[Scores] = deque()
 
     def rank(self, counts: Mapping[str, int], topk: int) -> list[tuple[int, float]]:
@@ -60,8 +70,8 @@ class Ranker:
             return []
         few = sum(term.length for term in terms) <= PRUNE_FROM
         rows, scores = self._sum(terms) if few else self._prune(terms, topk)
-        # A row occurs at most once per term: the best topk * terms entries hold the best topk rows and all
-        # ties.
+        # `_sum` returns a row once for each of its terms. So the best topk * terms entries hold at least the
+        # best topk rows, and `>=` keeps all ties with the last of them; only these are sorted.
         enough = topk * len(terms)
         if len(scores) > enough:
             best = scores >= _nth_best(scores, enough)
@@ -84,10 +94,10 @@ class Ranker:
 
     def _sum(self, terms: list[_Term]) -> tuple[Rows, Scores]:
         """Sum all postings; a row comes as often as terms have it, each time with its whole score."""
-        parts = [self._postings(term) for term in terms]
-        rows = np.concatenate([rows for rows, _ in parts])
+        found = [self._postings(term) for term in terms]
+        rows = np.concatenate([rows for rows, _ in found])
         buffer = self._take()
-        np.add.at(buffer, rows, np.concatenate([weights for _, weights in parts]))
+        np.add.at(buffer, rows, np.concatenate([weights for _, weights in found]))
         scores = buffer[rows]
         buffer[rows] = 0
         self._buffers.append(buffer)
@@ -99,16 +109,20 @@ class Ranker:
         seen: list[Rows] = []
         postings_left = sum(term.length for term in terms)
         floor = 0.0
+        # Read postings until rows not seen yet cannot win. `floor` is then the score that a row needs by now;
+        # it is positive exactly when a row without any of the terms so far (score 0) is too far behind.
         for number, term in enumerate(terms, start=1):
             new, weights = self._postings(term)
             np.add.at(buffer, new, weights)
             seen.append(new)
             postings_left -= term.length
-            if postings_left > term.length:  # else the next term is as cheap as looking
+            if postings_left > term.length:  # else the next term is as cheap as finding the floor
+                # `seen` has a row up to `number` times: the topk-th best row is among the best topk * number.
                 floor = _floor(buffer[np.concatenate(seen)], topk * number, terms[number:])
                 if floor > 0:
                     break
         rows, scores = self._drain(buffer, seen, floor)
+        # Complete the scores of the rows that are left; the more terms are done, the higher the floor.
         for done, term in enumerate(terms[number:], start=number + 1):
             self._look_up(term, rows, scores)
             keep = scores >= _floor(scores, topk, terms[done:])
@@ -131,6 +145,7 @@ class Ranker:
         """Add the term's weights to the scores of the candidates that have it."""
         here = slice(term.start, term.start + term.length)
         rows, weights = self._rows[here], self._weights[here]
+        # The rows of a term ascend: bisect for each candidate instead of reading all of them.
         at = np.minimum(np.searchsorted(rows, candidates.astype(rows.dtype)), term.length - 1)
         has = rows[at] == candidates
         scores[has] += weights[at[has]] * np.float32(term.times)
@@ -143,7 +158,10 @@ class Ranker:
 
 
 def _floor(scores: Scores, n: int, left: list[_Term]) -> float:
-    """Return what a row needs by now to be among the best `n` when the terms `left` are summed too."""
+    """Return the score that a row needs by now to be among the best `n` when the terms `left` are summed too.
+
+    That is the n-th best score so far less all that the terms left can add to a row behind it.
+    """
     return _nth_best(scores, n) * _SLACK - sum(term.highest * term.times for term in left)
 
 

@@ -1,8 +1,12 @@
-"""BM25 search in this process: exact, deterministic, thread safe, no Java and no compiler.
+"""Searches by BM25 in this process: exact, deterministic, thread safe, without Java or a compiler.
 
 Equal scores rank by row number. Terms are lower-case runs of letters and digits without Lucene's English
-stop words; a term that a query repeats counts as often. k1 and b default to 0.9 and 0.4, the settings of
-Pyserini's wiki-18 indexes.
+stop words; a term that a query repeats counts as often. k1 and b default to 0.9 and 0.4, as in Pyserini's
+wiki-18 indexes.
+
+The index of a corpus file is a folder, which is built once, continued after a kill and checked at every
+opening. It lies beside the corpus (in the cache folder where that is read-only) unless another place is
+given.
 """
 
 import hashlib
@@ -16,13 +20,15 @@ import numpy as np
 
 from at2po_env.data.corpus import Corpus, Passage
 from at2po_env.errors import DataError, RetrievalError
-from at2po_env.retrieval.bm25.build import Postings, Settings, build
-from at2po_env.retrieval.bm25.index import build_index, open_index, settings_digest
+from at2po_env.retrieval.bm25.build import Bm25Config, FolderStore, MemoryStore, Postings, build
 from at2po_env.retrieval.bm25.rank import Ranker
-from at2po_env.retrieval.bm25.store import MemoryStore
+from at2po_env.retrieval.manifest import FIX, HASHED_BYTES, Manifest, build_once, check, home_of, plan
 from at2po_env.retrieval.tokens import STOP_WORDS, tokenize
 
 QUERY_CHARS = 8192
+FILES = {"terms.u64": np.uint64, "starts.i64": np.int64, "rows.u32": np.uint32, "weights.f32": np.float32}
+IN_MEMORY_BYTES = HASHED_BYTES  # larger indexes are mapped
+_TERMS = "lower-case runs of letters and digits"
 
 
 class Bm25Retriever:
@@ -52,19 +58,19 @@ class Bm25Retriever:
 
         Raises:
             DataError: the corpus is unreadable or has a bad line.
-            RetrievalError: the index is damaged, or belongs to another corpus or other settings.
+            RetrievalError: the index is damaged, or belongs to another corpus or another configuration.
         """
-        settings = bm25_settings(k1, b, stop_words)
+        config = bm25_config(k1, b, stop_words)
         self._arguments: dict[str, Any] = {
             "k1": k1,
             "b": b,
-            "stop_words": settings.stop_words,
+            "stop_words": config.stop_words,
             "index": index,
         }
         self._passages: Sequence[Passage] | Corpus = (opened := Corpus(corpus))
         self._corpus_digest = opened.digest
-        home = build_index(opened, settings) if index is None else Path(index)
-        self._start(open_index(home, opened, settings), settings)
+        home = build_index(opened, config) if index is None else Path(index)
+        self._start(open_index(home, opened, config), config)
 
     @classmethod
     def from_passages(
@@ -77,22 +83,22 @@ class Bm25Retriever:
     ) -> "Bm25Retriever":
         """Index `passages` in memory; row numbers are their order."""
         self = cls.__new__(cls)
-        settings = bm25_settings(k1, b, stop_words)
-        self._arguments = {"k1": k1, "b": b, "stop_words": settings.stop_words}
+        config = bm25_config(k1, b, stop_words)
+        self._arguments = {"k1": k1, "b": b, "stop_words": config.stop_words}
         self._passages = tuple(passages)
         text = json.dumps([passage[:3] for passage in self._passages])
         self._corpus_digest = hashlib.sha256(text.encode()).hexdigest()
-        self._start(build(self._passages, settings, MemoryStore()), settings)
+        self._start(build(self._passages, config, MemoryStore()), config)
         return self
 
-    def _start(self, postings: Postings, settings: Settings) -> None:
+    def _start(self, postings: Postings, config: Bm25Config) -> None:
         self._ranker = Ranker(postings, len(self._passages))
         # Nothing is read from the disk but passages, which the system has in memory where the index is small.
         self.computes_only = not isinstance(postings.rows.base, np.memmap)
-        self._stop_words = settings.stop_words
-        self.digest = hashlib.sha256(
-            f"bm25 {self._corpus_digest} {settings_digest(settings)}".encode()
-        ).hexdigest()
+        self._stop_words = config.stop_words
+        text = json.dumps([1, _TERMS, config.k1, config.b, sorted(config.stop_words)])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        self.digest = hashlib.sha256(f"bm25 {self._corpus_digest} {digest}".encode()).hexdigest()
 
     def __repr__(self) -> str:
         corpus = (
@@ -139,15 +145,60 @@ class Bm25Retriever:
             ) from error
 
 
-def bm25_settings(k1: float = 0.9, b: float = 0.4, stop_words: Iterable[str] = STOP_WORDS) -> Settings:
-    """Check and collect what an index depends on beside the corpus.
+def bm25_config(k1: float = 0.9, b: float = 0.4, stop_words: Iterable[str] = STOP_WORDS) -> Bm25Config:
+    """Check the options that an index depends on.
 
     Raises:
         RetrievalError: k1 or b is impossible.
     """
     if not (k1 >= 0 and 0 <= b <= 1):
         raise RetrievalError(f"BM25 needs k1 >= 0 and b in [0, 1], got k1={k1}, b={b}.")
-    return Settings(float(k1), float(b), frozenset(stop_words))
+    return Bm25Config(float(k1), float(b), frozenset(stop_words))
+
+
+def _manifest(corpus: Corpus, config: Bm25Config) -> Manifest:
+    """Return the manifest that the index of `corpus` has."""
+    values: dict[str, Any] = {"k1": config.k1, "b": config.b, "tokens": _TERMS}
+    return plan("bm25", corpus, {**values, "stop_words": sorted(config.stop_words)})
+
+
+def build_index(corpus: Corpus, config: Bm25Config, home: Path | None = None) -> Path:
+    """Build the index of `corpus` unless it is there; see `manifest.build_once`.
+
+    Raises:
+        RetrievalError: `home` holds something else, or cannot be written.
+        DataError: a line of the corpus is not a passage.
+    """
+    wanted = _manifest(corpus, config)
+
+    def fill(work: Path) -> None:
+        build(corpus, config, FolderStore(work))
+
+    return build_once(home or home_of(corpus, wanted), wanted, fill)
+
+
+def open_index(folder: Path, corpus: Corpus, config: Bm25Config) -> Postings:
+    """Open the index in `folder` if it is whole and was made from this corpus with this configuration.
+
+    Raises:
+        RetrievalError: it is not; names the file and the fix.
+    """
+    found = check(folder, _manifest(corpus, config))
+    # Small indexes are read whole. Larger ones are mapped: the system loads the pages that a search touches
+    # and drops them again under memory pressure, and all processes share them.
+    mapped = sum(file.bytes for file in found.files.values()) > IN_MEMORY_BYTES
+    try:
+        terms, starts, rows, weights = (
+            np.asarray(np.memmap(folder / name, kind, mode="r"))
+            if mapped
+            else np.fromfile(folder / name, kind)
+            for name, kind in FILES.items()
+        )
+    except (OSError, ValueError) as error:
+        raise RetrievalError(f"{folder}: cannot read the index ({error}). {FIX}") from error
+    if len(starts) < 1 or starts[0] != 0 or (np.diff(starts) < 1).any() or starts[-1] > len(rows):
+        raise RetrievalError(f"{folder / 'starts.i64'} is damaged: it does not ascend. {FIX}")
+    return Postings(terms[: len(starts) - 1], starts, rows, weights)
 
 
 def _reopen(corpus: Path, arguments: dict[str, Any]) -> Bm25Retriever:

@@ -22,8 +22,8 @@ from at2po_env.data import Corpus
 from at2po_env.errors import DataError, RetrievalError
 from at2po_env.retrieval import Bm25Retriever, Passage, Retriever, open_retriever
 from at2po_env.retrieval.bm25 import build as bm25_build
-from at2po_env.retrieval.bm25 import index as bm25_index
 from at2po_env.retrieval.bm25 import rank as bm25_rank
+from at2po_env.retrieval.bm25 import retriever as bm25_retriever
 from at2po_env.retrieval.tokens import STOP_WORDS, tokenize
 
 REAL_CORPUS = REAL_DATA / "corpus" / "wiki_hotpotqa_musique.jsonl"
@@ -150,7 +150,7 @@ def test_second_opening_reads_the_index_instead_of_building(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = Bm25Retriever(corpus)
-    monkeypatch.setattr(bm25_index, "build", None)
+    monkeypatch.setattr(bm25_retriever, "build", None)
     assert Bm25Retriever(corpus).search(["cat"], 3) == first.search(["cat"], 3)
 
 
@@ -173,7 +173,7 @@ def test_other_settings_and_other_contents_get_their_own_index(corpus: Path) -> 
 
 
 def test_mapped_index_gives_the_same_results(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bm25_index, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(bm25_retriever, "IN_MEMORY_BYTES", 0)
     assert Bm25Retriever(corpus).search(["dog sat", "grass"], 3) == RETRIEVER.search(["dog sat", "grass"], 3)
 
 
@@ -183,7 +183,7 @@ def test_many_small_blocks_give_the_same_index(monkeypatch: pytest.MonkeyPatch, 
     assert Bm25Retriever(corpus).search(queries, 3) == RETRIEVER.search(queries, 3)
 
 
-@pytest.mark.parametrize("name", [*bm25_index.FILES, "manifest.json"])
+@pytest.mark.parametrize("name", [*bm25_retriever.FILES, "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_damaged_index_is_one_clear_error_and_stays_as_it_is(corpus: Path, name: str, damage: str) -> None:
     Bm25Retriever(corpus)

@@ -10,20 +10,19 @@ import pytest
 
 from at2po_env.errors import RetrievalError
 from at2po_env.retrieval.bm25 import build as bm25_build
-from at2po_env.retrieval.bm25.index import FILES
-from at2po_env.retrieval.bm25.retriever import Bm25Retriever
-from at2po_env.retrieval.bm25.store import FolderStore, Part
+from at2po_env.retrieval.bm25.build import CountedBlock, FolderStore
+from at2po_env.retrieval.bm25.retriever import FILES, Bm25Retriever
 from at2po_env.retrieval.building import build_index
 
 ROWS = 300
 # Builds in small parts; says what it does, and after "stop" waits to be killed.
 BUILD = """
 import sys, time
-from at2po_env.retrieval.bm25 import build as bm25_build, store as bm25_store
+from at2po_env.retrieval.bm25 import build as bm25_build
 from at2po_env.retrieval.building import build_index
 corpus, out, stop = sys.argv[1:]
 bm25_build.BLOCK_TERMS = 200
-put, array = bm25_store.FolderStore.put, bm25_store.FolderStore.array
+put, array = bm25_build.FolderStore.put, bm25_build.FolderStore.array
 def say(text):
     print(text, flush=True)
     if text == stop:
@@ -34,7 +33,7 @@ def noted_put(self, part):
 def noted_array(self, name, dtype, length):
     say(name)
     return array(self, name, dtype, length)
-bm25_store.FolderStore.put, bm25_store.FolderStore.array = noted_put, noted_array
+bm25_build.FolderStore.put, bm25_build.FolderStore.array = noted_put, noted_array
 build_index(corpus, "bm25", out=out)
 """
 
@@ -93,11 +92,11 @@ def test_half_a_part_counts_for_nothing(corpus: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in home.iterdir()) == sorted([*FILES, "manifest.json"])
 
 
-def test_parts_come_back_as_they_were_put(tmp_path: Path) -> None:
-    block = bm25_build._block(7, np.array([0, 1, 1]), np.array([2, 1]), 9)
+def test_blocks_come_back_as_they_were_put(tmp_path: Path) -> None:
+    block = bm25_build._block(7, [0, 1, 1], [2, 1], 9, {}, 0).block
     for terms in ([], ["a", "\ud800"]):
-        FolderStore(tmp_path).put(Part(block, np.array([2, 1], "u4"), terms))
-    first, second = FolderStore(tmp_path).parts()
+        FolderStore(tmp_path).put(CountedBlock(block, np.array([2, 1], "u4"), terms))
+    first, second = FolderStore(tmp_path).blocks()
     assert (first.terms, second.terms) == ([], ["a", "\ud800"])
     assert second.block.tolist() == block.tolist() == [[0, 1, 1], [7, 7, 8], [1, 1, 1]]
     assert second.lengths.tolist() == [2, 1]
