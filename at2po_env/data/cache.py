@@ -12,6 +12,7 @@ from pathlib import Path
 import platformdirs
 
 from at2po_env.data.catalog import CORPORA, WIKI_18, QaSet, qa_set
+from at2po_env.data.jsonl import require_regular
 from at2po_env.errors import DataError
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -102,8 +103,9 @@ def _split(qa: QaSet, split: str | None) -> str:
 
 
 def _existing(path: Path, keyword: str) -> Path:
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: there is no such file. Fix: give {keyword}= the path of a JSON lines file.")
+    require_regular(path, kind=keyword)
     return path
 
 

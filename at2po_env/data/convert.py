@@ -26,7 +26,7 @@ from typing import IO, Annotated, Any, NamedTuple
 from pydantic import BaseModel, Field, Json, ValidationError
 
 from at2po_env.data.catalog import qa_set
-from at2po_env.data.jsonl import read_lines
+from at2po_env.data.jsonl import read_lines, require_regular
 from at2po_env.data.progress import progress_bar
 from at2po_env.data.qa import QaRow
 from at2po_env.errors import DataError
@@ -236,6 +236,8 @@ def convert(name: str, source: str | Path, target: str | Path) -> int:
             target.
     """
     source, target = Path(source), Path(target)
+    if source.exists():
+        require_regular(source, kind="original file")
     form = _FORMATS[qa_set(name).name]
     if target.exists():
         raise DataError(f"{target} exists already. Fix: delete it or give another target.")

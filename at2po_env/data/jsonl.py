@@ -1,6 +1,7 @@
 """JSON lines as bytes: streamed, numbered, and refused with the file, the line and the fix in the message."""
 
 import codecs
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -17,9 +18,26 @@ def bad_line(path: Path, number: int, what: str, fix: str) -> DataError:
     return DataError(f"{path}, {f'line {number}' if number > 0 else 'last line'}: {what}. Fix: {fix}.")
 
 
+def require_regular(path: Path, *, kind: str) -> None:
+    """Refuse a FIFO, device, socket or folder: opening one could wait for ever, and it cannot be read twice.
+
+    Raises:
+        DataError: `path` is one of these.
+        OSError: there is nothing at `path`.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}
+    what = next((name for matches, name in kinds.items() if matches(mode)), "a device")
+    fix = "give the path of a JSON lines file" if what == "a folder" else "write the data to a file first"
+    raise DataError(f"{path}: this {kind} is {what}, expected a regular file. Fix: {fix}.")
+
+
 def open_lines(path: Path, *, kind: str) -> int:
     """Check that `path` is a readable file with something in it, and return its size in bytes."""
     try:
+        require_regular(path, kind=kind)
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(len(codecs.BOM_UTF8))

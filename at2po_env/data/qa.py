@@ -14,7 +14,7 @@ from typing import Annotated, Any, overload
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
 
-from at2po_env.data.jsonl import bad_line, open_lines, parse_line, read_lines
+from at2po_env.data.jsonl import bad_line, open_lines, parse_line, read_lines, require_regular
 from at2po_env.data.progress import progress_bar
 from at2po_env.data.tasks import Task, TaskList, TaskSource
 from at2po_env.errors import DataError
@@ -137,6 +137,7 @@ def load_qa(path: str | Path) -> QaFile:
     """
     path = Path(path)
     try:
+        require_regular(path, kind="question file")
         stat = path.stat()
     except OSError as error:
         raise DataError(

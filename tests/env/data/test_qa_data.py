@@ -1,12 +1,16 @@
 """FlashRAG question files: lazily read, fully checked, every complaint with file, line and fix."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers.paths import REAL_DATA
 
-from at2po_env.data import Task, TaskSource, load_qa, qa
+from at2po_env.data import Corpus, Task, TaskSource, load_qa, qa, resolve_corpus, resolve_dataset
+from at2po_env.data.convert import convert
+from at2po_env.data.qa import as_tasks
 from at2po_env.errors import DataError
 
 REAL = REAL_DATA / "qa"
@@ -84,6 +88,31 @@ def test_file_that_is_no_question_file_is_an_error(tmp_path: Path, content: byte
         load_qa(tmp_path / "qa.jsonl")
     with pytest.raises(DataError, match=r"Fix: give the path"):
         load_qa(tmp_path)
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reads: list[Callable[[Path], object]] = [
+        load_qa,
+        Corpus,
+        as_tasks,
+        lambda path: resolve_dataset("nq", "test", path),
+        lambda path: resolve_corpus("nq", path),
+        lambda path: convert("hotpotqa", path, tmp_path / "out.jsonl"),
+    ]
+    for read in reads:
+        with pytest.raises(
+            DataError, match=r"pipe: this .* is a named pipe, expected a regular file. Fix: write"
+        ):
+            read(tmp_path / "pipe")
+    for read in (load_qa, Corpus):
+        with pytest.raises(
+            DataError, match=r"null: this .* is a device, expected a regular file. Fix: write"
+        ):
+            read(Path("/dev/null"))
+        with pytest.raises(DataError, match=r"is a folder, expected a regular file. Fix: give the path"):
+            read(tmp_path)
 
 
 def test_last_line_needs_no_line_end(tmp_path: Path) -> None:
