@@ -1,4 +1,5 @@
 """Search by meaning (extra `dense`).
 
-`retriever`, `encoders` (text to vectors), `build`, `flat` (exact search), `faiss_files`.
+Read `retriever` first, then `encoders` (texts to vectors), `build` (a corpus to an index) and `search` (exact
+search and FAISS files).
 """

@@ -1,8 +1,8 @@
-"""Passages to vectors to an index, in bounded memory and with nothing lost when it is killed.
+"""Turns passages into vectors and an index, in bounded memory, and continues after a kill.
 
 First every passage is encoded and its vector appended to `vectors.f32`; the length of that file says how far
-it got. Then, for kinds other than flat, FAISS trains on a sample and takes the vectors in chunks; the
-unfinished index is written now and then, and knows itself how many it has.
+the build got. Then, for kinds other than flat, FAISS trains on a sample and takes the vectors in chunks; the
+unfinished index is written every few minutes and knows how many vectors it has.
 """
 
 import os
@@ -38,11 +38,11 @@ def build_dense(work: Path, corpus: Corpus, encoder: Encoder, kind: str, encoded
     """Build an index in the folder `work`, going on from what a killed build left there.
 
     Args:
-        work: The unfinished index.
+        work: The folder of the unfinished index.
         corpus: The passages.
-        encoder: What makes their vectors.
+        encoder: Makes their vectors.
         kind: One of `KINDS`.
-        encoded: The vectors, when they are known already; else they are made.
+        encoded: A file of the vectors, when they have been made before.
     """
     if encoded is None:
         _encode(work / VECTORS, corpus, encoder)
@@ -69,7 +69,7 @@ def _encode(path: Path, corpus: Corpus, encoder: Encoder) -> None:
 
 
 def recipe(kind: str, dimension: int, passages: int) -> str:
-    """Return FAISS' description of an index: cells grow with the square root of the corpus.
+    """Return FAISS' description of an index; the number of cells grows with the square root of the corpus.
 
     Vectors are kept in half precision, at which scores change by about 1e-3 of the score.
     """
@@ -80,11 +80,9 @@ def recipe(kind: str, dimension: int, passages: int) -> str:
     if kind == "ivf":
         return f"IVF{cells},SQfp16"
     bits = 8 if passages >= 39 * 256 else 4
-    return f"IVF{cells},PQ{_divisor(dimension)}x{bits}"
-
-
-def _divisor(dimension: int) -> int:
-    return next(parts for parts in range(max(dimension // 8, 1), 0, -1) if dimension % parts == 0)
+    # Product quantisation cuts a vector into equal pieces, here of about 8 numbers.
+    pieces = next(count for count in range(max(dimension // 8, 1), 0, -1) if dimension % count == 0)
+    return f"IVF{cells},PQ{pieces}x{bits}"
 
 
 def _sample_size(dimension: int, passages: int) -> int:

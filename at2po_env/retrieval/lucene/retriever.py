@@ -1,4 +1,4 @@
-"""BM25 by Lucene, through pyserini's jar: for published indexes, stemming, and corpora beyond `bm25`'s reach.
+"""Searches by Lucene's BM25, through pyserini's jar: for published indexes, stemming and very large corpora.
 
 Parameters have the same names and meaning as those of `bm25`. With `tokens="plain"` the same terms are
 indexed too, and both rank alike but for Lucene's rounding of passage lengths to one byte; with
@@ -8,18 +8,23 @@ indexed too, and both rank alike but for Lucene's rounding of passage lengths to
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from at2po_env.data.corpus import Corpus, CorpusRow, Passage
+from at2po_env.data.progress import Advance, progress_bar
 from at2po_env.errors import DataError, RetrievalError
-from at2po_env.retrieval.lucene.build import TOKENS, build_lucene
-from at2po_env.retrieval.lucene.jvm import jvm
-from at2po_env.retrieval.manifest import build_once, check, home_of, plan
+from at2po_env.retrieval.lucene.jvm import Jvm, jvm
+from at2po_env.retrieval.manifest import Manifest, build_once, check, home_of, plan
 from at2po_env.retrieval.tokens import tokenize
 
 QUERY_CHARS = 8192
-_BLANK = dict.fromkeys(range(0xD800, 0xE000), " ")  # lone surrogates, which Java's strings would not survive
+TOKENS = ("english", "plain")
+_COMMIT_EVERY = 200_000
+_AT_ONCE = 2_000
+# Lone surrogates, which cannot be passed to Java as strings, become spaces.
+_BLANK = dict.fromkeys(range(0xD800, 0xE000), " ")
 
 
 class LuceneRetriever:
@@ -32,7 +37,7 @@ class LuceneRetriever:
         tokens: "english" (Porter stemming) or "plain" (the terms of `bm25`).
         index: Folder of an index built before, or of a Lucene index made elsewhere whose document ids are row
             numbers of the corpus; default: beside the corpus, built when missing.
-        threads: Of a batch.
+        threads: How many search a batch; default: the processors of this machine.
     """
 
     def __init__(
@@ -126,7 +131,7 @@ class LuceneRetriever:
         return [_hits(results.get(str(number)) or ()) for number in range(len(texts))]
 
     def _passage(self, docid: str, score: float) -> Passage:
-        """Return the passage in the row that `docid` names; an index made elsewhere may know it otherwise."""
+        """Return the passage in the row that `docid` names, else the text that the index itself keeps."""
         try:
             passage = self._corpus[int(docid)] if docid.isdecimal() else None
             if passage is None:
@@ -149,14 +154,70 @@ def _raw_passage(docid: str, raw: str | None) -> Passage:
     return Passage(docid, title.strip('"'), text)
 
 
-def lucene_plan(corpus: Corpus, tokens: str) -> Any:
+def lucene_plan(corpus: Corpus, tokens: str) -> Manifest:
     """Return the manifest that a Lucene index of `corpus` has; k1 and b are chosen when searching."""
     return plan("lucene", corpus, {"tokens": tokens})
 
 
 def build(corpus: Corpus, tokens: str = "english", home: Path | None = None) -> Path:
-    """Build a Lucene index unless it is there; see `manifest.build_once`."""
+    """Build a Lucene index unless it is there; see `manifest.build_once`.
+
+    One thread adds the passages in row order, and each part of `_COMMIT_EVERY` passages ends with a commit.
+    So the number of documents in an unfinished index says after which row a killed build has to continue.
+    """
     wanted = lucene_plan(corpus, tokens)
-    return build_once(
-        home or home_of(corpus, wanted), wanted, lambda work: build_lucene(work, corpus, jvm(), tokens)
-    )
+
+    def fill(work: Path) -> None:
+        java, folder = jvm(), work / "lucene"
+        done = java.run(lambda: _documents(java, folder))
+        if done > len(corpus):
+            raise RetrievalError(f"{folder} has more documents than the corpus. Fix: delete {work}.")
+        with progress_bar("Indexing", len(corpus), unit="passages") as advance:
+            advance(done)
+            for start in range(done, len(corpus), _COMMIT_EVERY):
+                rows = range(start, min(start + _COMMIT_EVERY, len(corpus)))
+                _add(java, folder, corpus, rows, tokens, advance)
+        if not len(corpus):
+            raise RetrievalError(f"{corpus.path} is empty.")
+
+    return build_once(home or home_of(corpus, wanted), wanted, fill)
+
+
+def _documents(java: Jvm, folder: Path) -> int:
+    """Return the number of committed documents; frees the lock that a killed build left."""
+    if not any(folder.glob("segments_*")):
+        return 0
+    (folder / "write.lock").unlink(missing_ok=True)
+    path = java.java_class("java.io.File")(os.fspath(folder)).toPath()
+    directory = java.java_class("org.apache.lucene.store.FSDirectory").open(path)
+    reader = java.java_class("org.apache.lucene.index.DirectoryReader").open(directory)
+    try:
+        return int(reader.numDocs())
+    finally:
+        reader.close()
+        directory.close()
+
+
+def _add(java: Jvm, folder: Path, corpus: Corpus, rows: range, tokens: str, advance: Advance) -> None:
+    """Add some passages to the index and commit them; every call into Java is made in its thread."""
+    arguments = ["-index", os.fspath(folder), "-collection", "JsonCollection", "-input", ""]
+    arguments += ["-threads", "1", "-append", *(["-pretokenized"] if tokens == "plain" else [])]
+    indexer = java.run(lambda: java.java_class("io.anserini.index.SimpleIndexer")(arguments))
+    document = java.java_class("io.anserini.collection.JsonCollection$Document")
+
+    def add(texts: list[tuple[str, str]]) -> None:
+        for docid, text in texts:
+            indexer.addJsonDocument(document.fromFields(docid, text))
+
+    try:
+        for start in range(rows.start, rows.stop, _AT_ONCE):
+            some = range(start, min(start + _AT_ONCE, rows.stop))
+            passages = [corpus[row] for row in some]
+            contents = [f"{passage.title} {passage.text}" for passage in passages]
+            if tokens == "plain":  # Lucene gets our own terms, which it only splits at spaces
+                contents = [" ".join(tokenize(text)) for text in contents]
+            texts = list(zip(map(str, some), contents, strict=True))
+            java.run(partial(add, texts))
+            advance(len(some))
+    finally:
+        java.run(indexer.close)

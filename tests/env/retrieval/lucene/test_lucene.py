@@ -163,14 +163,14 @@ def test_a_process_forked_after_opening_gets_an_error_and_no_hang(corpus: Path) 
 BUILD = (
     "import sys\n"
     "from pathlib import Path\n"
-    "import at2po_env.retrieval.lucene.build as build\n"
+    "import at2po_env.retrieval.lucene.retriever as build\n"
     "from at2po_env.retrieval.building import build_index\n"
     "build._COMMIT_EVERY = build._AT_ONCE = 50\n"
-    "add = build._add_part\n"
+    "add = build._add\n"
     "def slow(jvm, folder, corpus, rows, tokens, advance):\n"
     "    add(jvm, folder, corpus, rows, tokens, advance)\n"
     "    print(rows.start, flush=True)\n"
-    "build._add_part = slow\n"
+    "build._add = slow\n"
     "print(build_index(sys.argv[1], 'lucene', tokens='plain'), flush=True)\n"
 )
 

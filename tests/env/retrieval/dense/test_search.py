@@ -4,7 +4,7 @@ import pytest
 pytest.importorskip("faiss", reason="needs the extra 'dense'")
 
 from at2po_env.retrieval.dense import flat as module
-from at2po_env.retrieval.dense.flat import FlatSearch
+from at2po_env.retrieval.dense.search import FlatSearch
 
 
 def reference(matrix: np.ndarray, queries: np.ndarray, topk: int) -> np.ndarray:
