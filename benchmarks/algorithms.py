@@ -1,4 +1,4 @@
-"""The race: every algorithm from the same cold start, at the same budget of sampled tokens.
+"""Races every algorithm from the same cold start, at the same budget of sampled tokens.
 
     python -m benchmarks.algorithms --out FOLDER --tune --seeds 0
     python -m benchmarks.algorithms --out FOLDER --seeds 0 1 2 3 4 --report docs/results
@@ -8,250 +8,23 @@ reported (from 100 on). The second trains every row at the rate that was best th
 match on the way (`--rate` gives all rows one rate instead), and writes `algorithms.csv` (a row per run),
 `algorithms_curve.csv`, `algorithms.md` (means with 95% intervals), `tuning.csv` and `algorithms.png`.
 
-Both train whatever is not in FOLDER yet, one JSON file per finished run, so they can be stopped at any time;
-two runs at a time with one thread each. The task and the model are those of `race.yaml`: MiniWiki, two and
-three hops, sparse success at the start. `--study NAME --set KEY=VALUE ...` keeps runs with other settings
-apart; `--task KEY=VALUE ...` changes cold start and training, and wants a FOLDER of its own. `--studies
-FOLDER ... --report docs/results` writes `studies.csv` and `studies.md` of all such runs, and runs nothing.
+Both train the runs that FOLDER does not have yet, two at a time with one thread each, and write one JSON file
+per finished run, so they can be stopped at any time. The task and the model are those of `race.yaml`:
+MiniWiki, two and three hops, sparse success at the start. `--study NAME --set KEY=VALUE ...` keeps runs with
+other settings apart; `--task KEY=VALUE ...` changes cold start and training, and wants a FOLDER of its own.
+`--studies FOLDER ... --report docs/results` writes `studies.csv` and `studies.md` of all such runs, and runs
+nothing.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
 
-BASE = Path(__file__).with_name("race.yaml")
-TUNING_SEED = 100
-TUNING_RATES = (2e-4, 4e-4, 8e-4)
-QUESTIONS_ON_THE_WAY = 100
-DEFAULT_RATE = 4e-4
-_TREE = ("algorithm=at2po",)
-_GROUP = ("algorithm.credit=group", "algorithm.credit_options={}")
-_GRPO_LOSS = ("algorithm.loss=grpo", "algorithm.loss_options={}")
-
-
-def _value(mode: str) -> tuple[str, ...]:
-    return (*_TREE, f"algorithm.credit_options.value_mode={mode}")
-
-
-def _advantage(mode: str) -> tuple[str, ...]:
-    return (*_TREE, f"algorithm.credit_options.advantage_mode={mode}")
-
-
-METHODS: Mapping[str, tuple[str, ...]] = {
-    "at2po": _TREE,
-    "grpo": ("algorithm=grpo",),
-    "gspo": ("algorithm=gspo",),
-    "dapo": ("algorithm=dapo",),
-    "arpo": ("algorithm=arpo",),
-    "aepo": ("algorithm=aepo",),
-    "tree_grpo": ("algorithm=tree_grpo",),
-    "gigpo": ("algorithm=gigpo",),
-    "t2po": ("algorithm=t2po",),
-    "random tree + GRPO loss": (*_TREE, "rollout.expansion=random", *_GROUP, *_GRPO_LOSS),
-    "random tree + turn loss": (*_TREE, "rollout.expansion=random", *_GROUP),
-    "entropy tree + turn loss": (*_TREE, *_GROUP),
-    "value child_mean": _value("child_mean"),
-    "value child_linear": _value("child_linear"),
-    "value leaf_mean": _value("leaf_mean"),
-    "advantage diff_parent": _advantage("diff_parent"),
-    "advantage diff_global": _advantage("diff_global"),
-    "advantage diff_localglobal": _advantage("diff_localglobal"),
-}
-"""Nine algorithms; three steps of AT2PO's ablation (at2po is the fourth); value and advantage modes."""
-TUNED = tuple(name for name in METHODS if not name.startswith(("value ", "advantage ")))
-"""The rows that are tuned; the modes differ from `at2po` in its credit alone and take its rate."""
-
-
-class Job(NamedTuple):
-    """One run.
-
-    Attributes:
-        method: Key of `METHODS`.
-        seed: Of the run; it decides questions, samples and minibatches, never the weights it starts from.
-        rate: Learning rate.
-        budget: Sampled tokens.
-        start: The checkpoint of the shared cold start.
-        result: Where its figures go.
-        extra: Further `key=value` texts.
-    """
-
-    method: str
-    seed: int
-    rate: float
-    budget: int
-    start: str
-    result: str
-    extra: tuple[str, ...] = ()
-
-    @property
-    def overrides(self) -> list[str]:
-        """What is put on top of `race.yaml`."""
-        own = [f"model.path={self.start}", f"run.seed={self.seed}", f"optimizer.lr={self.rate}"]
-        return [*METHODS[self.method], *own, "cold_start.steps=0", *self.extra]
-
-
-def prepare(out: Path, settings: Sequence[str] = ()) -> Path:
-    """The shared cold start: trained once, then reused; returns its checkpoint.
-
-    Raises:
-        SystemExit: The folder's runs were started with other settings.
-    """
-    from at2po_agent.config.loading import load_config
-    from at2po_agent.run import run_training
-
-    out.mkdir(parents=True, exist_ok=True)
-    kept, text = out / "task.json", json.dumps(list(settings))
-    if kept.exists() and kept.read_text(encoding="utf-8") != text:
-        raise SystemExit(
-            f"{out} holds runs with --task {kept.read_text(encoding='utf-8')}: choose another --out"
-        )
-    kept.write_text(text, encoding="utf-8")
-    folder = out / "cold_start"
-    checkpoint = folder / "checkpoints" / "step_000000"
-    if not (checkpoint / "state.json").exists():
-        run_training(load_config(BASE, [f"run.dir={folder}", "train.steps=0", *settings]))
-    return checkpoint
-
-
-def run(job: Job, *, evaluations: int = 5) -> dict[str, Any]:
-    """Train until the budget is spent; sampled exact match on the way, both at the end.
-
-    The points on the way are of the first `QUESTIONS_ON_THE_WAY` questions, the last one is of all of them.
-    """
-    from at2po_agent.agents.agent import build_agent
-    from at2po_agent.config.loading import load_config
-    from at2po_agent.runs.folder import RunFolder
-    from at2po_agent.runs.progress import NoProgress
-    from at2po_agent.trainer import Trainer
-
-    started = time.perf_counter()
-    config = load_config(BASE, job.overrides)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, build_agent(config), RunFolder(Path(folder)), NoProgress())
-        curve = [_point(trainer)]
-        records: list[dict[str, Any]] = []
-        while _next_step_fits(records, job.budget):
-            records.append(trainer.step())
-            if trainer.state.sampled_tokens >= len(curve) * job.budget / evaluations:
-                curve.append(_point(trainer))
-        if curve[-1]["sampled_tokens"] == trainer.state.sampled_tokens:
-            curve.pop()
-        curve.append(
-            {"sampled_tokens": trainer.state.sampled_tokens, "sampled_em": trainer.evaluate("sampled").em}
-        )
-        greedy = trainer.evaluate("greedy")
-    figures = {
-        name: _mean(records, name) for name in ("turn_kl_entropy", "clip_fraction", "token_kl", "leaves")
-    }
-    return {
-        "method": job.method,
-        "seed": job.seed,
-        "sampled_tokens": trainer.state.sampled_tokens,
-        "em": greedy.em,
-        "sampled_em": curve[-1]["sampled_em"],
-        "start_sampled_em": curve[0]["sampled_em"],
-        "mean_sampled_em": sum(point["sampled_em"] for point in curve[1:]) / max(len(curve) - 1, 1),
-        "steps": len(records),
-        "rate": job.rate,
-        "budget": job.budget,
-        "settings": list(job.extra),
-        "seconds": time.perf_counter() - started,
-        **figures,
-        "curve": curve,
-    }
-
-
-def _point(trainer: Any) -> dict[str, Any]:
-    from at2po_agent.environments import first_tasks, make_eval_env
-    from at2po_agent.evaluation.evaluate import evaluate
-    from at2po_agent.runs.seeding import RunPurpose, run_seed
-
-    env, config = make_eval_env(trainer.config), trainer.config
-    seed = run_seed(config.run.seed, RunPurpose.EVALUATION)
-    tasks = first_tasks(env, QUESTIONS_ON_THE_WAY)
-    result, _ = evaluate(tasks, env, trainer.agent.policy, config.rollout, seed=seed, temperature=1.0)
-    return {"sampled_tokens": trainer.state.sampled_tokens, "sampled_em": result.em}
-
-
-def tuned_rates(folder: Path) -> dict[str, float]:
-    """The best rate of each method by mean sampled EM over the tuning runs; rows without take `at2po`'s."""
-    scores: dict[str, dict[float, list[float]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        scores.setdefault(run["method"], {}).setdefault(run["rate"], []).append(run["mean_sampled_em"])
-    best = {
-        method: max(rates, key=lambda rate: sum(rates[rate]) / len(rates[rate]))
-        for method, rates in scores.items()
-    }
-    return {method: best.get(method, best.get("at2po", DEFAULT_RATE)) for method in METHODS}
-
-
-def _next_step_fits(records: Sequence[Mapping[str, Any]], budget: int) -> bool:
-    """Whether another step ends nearer to the budget than stopping here."""
-    if not records:
-        return True
-    return bool(records[-1]["sampled_tokens"] + records[-1]["step_tokens"] / 2 <= budget)
-
-
-def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    values = [float(record[name]) for record in records if name in record]
-    return sum(values) / len(values) if values else None
-
-
-def _work(job: Job) -> str:
-    import torch
-
-    torch.set_num_threads(1)
-    figures = run(job)
-    path = Path(job.result)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    temporary.replace(path)
-    return (
-        f"{job.method}, seed {job.seed}: sampled EM {figures['sampled_em']:.3f} in {figures['seconds']:.0f} s"
-    )
-
-
-def _outcome(done: Future[str]) -> str:
-    """What became of a run: a failed one leaves no file, and is tried again by the next race."""
-    error = done.exception()
-    return done.result() if error is None else f"failed: {type(error).__name__}: {error}"
-
-
-def results_folder(arguments: argparse.Namespace) -> Path:
-    """Where the figures of these runs lie; made if need be."""
-    name = "tuning" if arguments.tune else "runs"
-    folder: Path = arguments.out / (f"study-{arguments.study}" if arguments.study else name)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def jobs_to_do(arguments: argparse.Namespace, start: Path) -> list[Job]:
-    """All runs that are asked for and not done, seed by seed, so that a stopped race is balanced."""
-    folder = results_folder(arguments)
-    tuned = tuned_rates(arguments.out / "tuning")
-    jobs = []
-    for seed in arguments.seeds:
-        for method in arguments.methods:
-            if arguments.tune:
-                rates: tuple[float, ...] = TUNING_RATES if method in TUNED else ()
-            else:
-                rates = (arguments.rate or tuned[method],)
-            for rate in rates:
-                number = TUNING_SEED + seed if arguments.tune else seed
-                name = method.replace(" ", "_").replace("+", "and")
-                result = folder / f"{name}.lr{rate:g}.seed{number}.json"
-                if not result.exists():
-                    extra = (*arguments.task, *arguments.set)
-                    jobs.append(Job(method, number, rate, arguments.budget, str(start), str(result), extra))
-    return jobs
+from benchmarks.race import METHODS, jobs_to_do, outcome, prepare, results_folder, work
+from benchmarks.race_report import write_report, write_studies
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -291,8 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then report."""
     options = parse(arguments)
     if options.studies:
-        from benchmarks.race_report import write_studies
-
         write_studies(options.studies, options.report)
         return
     if options.jobs:
@@ -301,11 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{len(jobs)} runs to do")
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
-            for number, done in enumerate(as_completed([pool.submit(_work, job) for job in jobs]), start=1):
-                print(f"[{number}/{len(jobs)}] {_outcome(done)}", flush=True)
+            for number, done in enumerate(as_completed([pool.submit(work, job) for job in jobs]), start=1):
+                print(f"[{number}/{len(jobs)}] {outcome(done)}", flush=True)
     if options.report is not None:
-        from benchmarks.race_report import write_report
-
         write_report(results_folder(options), options.report, tuning=options.out / "tuning")
 
 

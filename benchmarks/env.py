@@ -1,4 +1,4 @@
-"""Cost of a fork, and of a step, of the search-QA environment with a retriever that answers at once.
+"""Measures a fork and a step of the search-QA environment with a retriever that answers at once.
 
     python -m benchmarks.env --json
 

@@ -1,4 +1,4 @@
-"""The turn-level loss of AT2PO against the token-level loss of GRPO, forward and backward.
+"""Compares the turn-level loss of AT2PO with the token-level loss of GRPO, forward and backward.
 
     python -m benchmarks.losses --json
 

@@ -1,4 +1,4 @@
-"""One packed tree against one row per leaf: time and peak memory of forward and backward.
+"""Compares one packed tree with one row per leaf: time and peak memory of forward and backward.
 
     python -m benchmarks.packing --json
 
@@ -12,7 +12,8 @@ Peak memory is the growth of the process's peak resident set during one forward 
 process of its own for each way, after a pass over a tiny tree has loaded every library.
 
 `gradient_error` is the norm of the difference between the gradients of sorted and packed, relative to that of
-sorted. `speedup` is sorted / packed; `goal` is 0.9 x flattened / unique tokens.
+sorted. `speedup` is sorted / packed; `goal` is 0.9 x flattened / unique tokens. `cuts` compares the cuts of
+`prefixes.cut_branches` on small random trees with the best ones; `gpu` is a large model where there is a GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,12 +39,12 @@ from at2po_agent.learning.learner import checkpoint_activations
 from at2po_agent.losses import LossTotals, atpo_loss
 from at2po_agent.packing.batch import Batch, MicroBatch
 from at2po_agent.packing.log_probs import token_stats
+from at2po_agent.packing.prefixes import SortedBranches, cut_branches, lower_bound, sort_branches
 from at2po_agent.packing.rows import RowBatch, pack_rows
 from at2po_agent.packing.trees import PackedBatch, check_model, pack_trees
 from at2po_agent.tree import Tree
-from benchmarks._cuts import cut_quality
 from benchmarks._timing import Case, measure
-from benchmarks._trees import TreeShape, advantages, random_tree
+from benchmarks.random_trees import TreeShape, advantages, random_tree
 
 BUDGET = 16_384
 GPU_BUDGET = 65_536
@@ -219,6 +221,57 @@ def _gpu_passes(model: nn.Module, tree: Tree, packs: PackedBatch) -> dict[str, C
         torch.cuda.synchronize()
 
     return {"sorted": partial(run, rows, BUDGET), "packed": partial(run, packs, GPU_BUDGET)}
+
+
+def cut_quality(trees: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Cuts of small random trees against the best of all groupings of their branches, by exhaustive search.
+
+    Returns:
+        optimal: Share of trees that were cut as well as possible; excess_mean and excess_max: tokens over the
+        best, relative to it; bound_excess_mean: the same over `lower_bound`.
+    """
+    rng = np.random.default_rng(seed)
+    excess, over_bound = [], []
+    for _ in range(trees):
+        tree = random_tree(
+            TreeShape(int(rng.integers(2, 5)), int(rng.integers(1, 4)), 1, (1, 5), (5, 40), (3, 20), (3, 20)),
+            vocabulary=50,
+            seed=int(rng.integers(1 << 31)),
+        )
+        rows = sort_branches([np.array(tree.branch_ids(leaf)) for leaf in tree.leaves()])
+        budget = int(rng.integers(rows.lengths.max(), rows.unique_tokens + 1))
+        got = sum(_size(rows, cut) for cut in cut_branches(rows, budget))
+        best = _best_grouping(rows, budget)
+        excess.append(got / best - 1)
+        over_bound.append(got / lower_bound(rows, budget) - 1)
+    return {
+        "optimal": float(np.mean(np.array(excess) == 0)),
+        "excess_mean": float(np.mean(excess)),
+        "excess_max": float(np.max(excess)),
+        "bound_excess_mean": float(np.mean(over_bound)),
+    }
+
+
+def _size(rows: SortedBranches, cut: slice) -> int:
+    return int((rows.lengths[cut] - rows.shared[cut]).sum() + rows.shared[cut.start])
+
+
+def _best_grouping(rows: SortedBranches, budget: int) -> int:
+    """The fewest tokens over all set partitions of the branches into packs within the budget."""
+    count = len(rows.order)
+    sizes = {}
+    for chosen in range(1, 1 << count):
+        part = rows.keep(rows.order[[i for i in range(count) if chosen >> i & 1]])
+        sizes[chosen] = part.unique_tokens
+    best = {0: 0}
+    for chosen in range(1, 1 << count):
+        first, part, options = chosen & -chosen, chosen, []
+        while part:
+            if part & first and sizes[part] <= budget:
+                options.append(sizes[part] + best[chosen ^ part])
+            part = (part - 1) & chosen
+        best[chosen] = min(options)
+    return best[(1 << count) - 1]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The transformers policy against `model.generate` on one tree-like workload, in the same run.
+"""Compares the transformers policy with `model.generate` on one tree-like workload, in the same run.
 
     python -m benchmarks.policy --json
 
@@ -7,6 +7,7 @@ forks of random turns. Each sampler is used as it allows. The policy streams: a 
 own action is there. `generate` gets a round, the next turn of every branch, as one left-padded batch and runs
 to its longest budget; only tokens that were asked for count as sampled. The policy is also measured in rounds
 (`hf_policy_rounds_tokens_per_s`). Same model, same threads, interleaved; the best of the repeats counts.
+`prefill_over_unique`: prefix tokens that the policy computed, over the distinct ones that no sampling fed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the race's result files say: CSV files, tables and a plot."""
+"""Turns the race's result files into CSV files, tables and a plot."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.algorithms import METHODS
+from benchmarks.race import METHODS
 
 COLUMNS = (
     *("method", "seed", "sampled_tokens", "em", "sampled_em", "start_sampled_em", "mean_sampled_em"),
@@ -84,8 +84,8 @@ def write_report(results: Path, report: Path, *, tuning: Path | None = None) -> 
 
     Args:
         results: Folder of the finished runs.
-        report: Where the report goes.
-        tuning: Folder of the tuning runs; theirs goes to `tuning.csv`.
+        report: The folder for the report.
+        tuning: Folder of the tuning runs, which go to `tuning.csv`.
     """
     runs = read_results(results)
     report.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def write_studies(folders: Sequence[Path], report: Path) -> None:
 
     Args:
         folders: Folders of races; their `study-*` runs are taken.
-        report: Where the report goes.
+        report: The folder for the report.
     """
     report.mkdir(parents=True, exist_ok=True)
     runs = [

@@ -1,10 +1,10 @@
-"""How often do the top passages of a search for a supporting title hold that title?
+"""Counts how often the top passages of a search for a supporting title hold that title.
 
     python -m benchmarks.retrieval_hits --dataset QA.jsonl --corpus CORPUS.jsonl [--topk 3] [--json]
 
 Plays every question through `gymnasium.make("at2po/HotpotQA-v0")`: searches each supporting title, then gives
-the gold answer. Prints hits per title, questions whose titles were all found, and the mean reward, which has
-to be 1.
+the gold answer. Keys: `titles` and `titles_found`, their quotient
+`hit_rate`, `questions_with_all_titles`, and `mean_reward`, which has to be 1.
 """
 
 from __future__ import annotations

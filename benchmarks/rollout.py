@@ -1,15 +1,15 @@
-"""Rollouts that never wait for the slowest tool, against lock-step rounds; and what samples for them.
+"""Compares rollouts that never wait for the slowest tool with lock-step rounds, and policies with each other.
 
     python -m benchmarks.rollout --json [--only scheduling|batch|overhead|samplers]
 
 Trees of the published shape (M 10, K 6, L 2) over a tool that sleeps: 50 ms in the median, 2 s in 2% of the
-calls (`benchmarks._slow_world`). `scheduler` is `at2po_agent.rollout` as it comes. `lockstep` is the same
+calls (`benchmarks.slow_world`). `scheduler` is `at2po_agent.rollout` as it comes. `lockstep` is the same
 code with the barrier of lock-step rounds put back: all branches write a turn, all their tools run together
 (in as many threads), and only when the slowest is back does the next turn begin; a tree still expands as soon
 as it is ready itself. Same model, same seeds: both sample the same trees, which is checked. They take turns;
 medians over the rounds. `at_once` has no latency at all: the most that any scheduler can reach.
 
-What is gained depends on who is slower. `scheduling` asks 16 questions of a model so small that two cores
+The gain depends on which is slower. `scheduling` asks 16 questions of a model so small that two cores
 decode about as fast as the tools answer, as an accelerator does with a real one. `batch` (keys with `batch_`,
 one round) is the published batch of 64 questions with the quickstart's model, where decoding decides.
 
@@ -43,8 +43,8 @@ from at2po_agent.rollout.engine import Scheduler
 from at2po_agent.tree import Tree
 from at2po_agent.types import Generation
 from benchmarks import policy as policy_benchmark
-from benchmarks._slow_world import make_env, make_tokenizer
 from benchmarks._timing import report, summarise
+from benchmarks.slow_world import make_env, make_tokenizer
 
 QUESTIONS, BATCH = 16, 64
 SHAPE = RolloutConfig(max_turn_tokens=32)

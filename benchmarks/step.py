@@ -1,4 +1,4 @@
-"""Where the time of a whole training step goes.
+"""Takes the time of a whole training step apart.
 
     python -m benchmarks.step --json
 

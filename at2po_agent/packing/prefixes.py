@@ -86,7 +86,7 @@ def cut_branches(branches: SortedBranches, max_tokens: int) -> list[slice]:
     Distance from the least possible: no cut of this order repeats less (a test compares all of them); other
     groupings could only gain by putting branches that are no neighbours into one pack. Over 2,000 random
     trees of up to 7 branches the sum was that of the best of *all* groupings in 86%, 0.9% above it in the
-    mean and 22% at worst (`benchmarks._cuts`). Trees of the published shape are cut into halves at
+    mean and 22% at worst (`benchmarks.packing`). Trees of the published shape are cut into halves at
     `lower_bound` itself, into quarters within 6% of it.
 
     Args:

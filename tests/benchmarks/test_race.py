@@ -7,15 +7,14 @@ import math
 import pytest
 
 from at2po_agent.config.loading import load_config
-from benchmarks.algorithms import (
+from benchmarks.algorithms import main, parse
+from benchmarks.race import (
     BASE,
     METHODS,
     TUNING_SEED,
     Job,
     _next_step_fits,
     jobs_to_do,
-    main,
-    parse,
     prepare,
     tuned_rates,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import rollout as benchmark
-from benchmarks._slow_world import MEDIAN_S, TAIL_S, TAIL_SHARE, latency
+from benchmarks.slow_world import MEDIAN_S, TAIL_S, TAIL_SHARE, latency
 
 KEYS = {
     "scheduler_tokens_per_s",

@@ -1,4 +1,4 @@
-"""Load on the retrieval server by clients in a process of their own, beside direct batched calls."""
+"""Loads the retrieval server by clients in a process of their own, and compares with direct batched calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from at2po_env.retrieval.messages import request_body
 from at2po_env.retrieval.opening import open_retriever
 from at2po_env.retrieval.server.app import ServerConfig
 from at2po_env.retrieval.server.running import serve, serve_processes
-from benchmarks._retrieval_stages import SECONDS, TOPK, rates_of, texts
+from benchmarks.retrieval.stages import SECONDS, TOPK, rates_of, texts
 
 
 def measure(corpus: Path, qa: Path, port: int, processes: list[int]) -> dict[str, Any]:

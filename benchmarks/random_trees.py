@@ -1,4 +1,4 @@
-"""Random trees of given shapes, as a sampler would have left them."""
+"""Grows random trees of given shapes, as a sampler would have left them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tool episodes for any policy, a random one too, over a tool whose latency has a heavy tail.
+"""Makes tool episodes for any policy, even a random one, over a tool whose latency has a heavy tail.
 
 The episode is `ToolEnv`'s own; only the protocol is one that takes any text. Whether an action calls the tool
 or answers, what the tool says and how long it sleeps are digests of the action and of where it was taken: two
@@ -60,7 +60,7 @@ class AnyText:
         return f"\n{text}\n"
 
     def describe(self, tools: Sequence[Any]) -> str:
-        """Nobody reads it."""
+        """Return a line; the prompts leave it out."""
         return f"{len(tools)} tool"
 
 

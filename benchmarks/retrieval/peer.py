@@ -1,4 +1,4 @@
-"""BM25 in this process beside pyserini's own searcher: same questions, batches and topk, taking turns."""
+"""Compares BM25 in this process with pyserini's own searcher: same questions, batches and topk, in turns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from at2po_env.data.corpus import Corpus
 from at2po_env.retrieval.lucene.jvm import jvm
 from at2po_env.retrieval.opening import open_retriever
 from at2po_env.retrieval.tokens import tokenize
-from benchmarks._retrieval_stages import SECONDS, TOPK, peak_mb, texts
+from benchmarks.retrieval.stages import SECONDS, TOPK, peak_mb, texts
 
 BATCH = 128
 

@@ -1,9 +1,10 @@
-"""The parts of `benchmarks.retrieval`, each run in a process of its own so that its memory is its own."""
+"""The stages of `benchmarks.retrieval`; each runs in a process of its own, so that its memory is its own."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ import numpy as np
 from at2po_env.data.corpus import Corpus
 from at2po_env.retrieval.base import Retriever
 from at2po_env.retrieval.opening import open_retriever
-from benchmarks._musique import supporting_rows
 
 TOPK = 3
+FEWEST, MOST = 12, 20  # rows of a MuSiQue question
+SLACK = 4  # rows by which repeated paragraphs shift a number
+FIRST = 400  # rows among which the first question starts
 DENSE = ("flat", "ivf", "hnsw", "ivfpq")
 SECONDS = float(os.environ.get("AT2PO_BENCH_SECONDS", "5"))
 
@@ -80,6 +83,7 @@ def build(kind: str, corpus: Path, small: Path) -> dict[str, float]:
 
 
 def rates_of(search: Callable[[list[str]], object], queries: list[str], batch: int) -> dict[str, float]:
+    """Measure queries per second one by one and in batches, and the latencies of single ones."""
     search(queries[:batch])
     singles, start = list[float](), time.perf_counter()
     while time.perf_counter() - start < SECONDS:
@@ -103,7 +107,7 @@ def search(kind: str, corpus: Path, small: Path, qa: Path) -> dict[str, float]:
     retriever, queries = open_kind(kind, corpus, small), texts(qa)
     rates: dict[str, float] = rates_of(lambda some: retriever.search(some, TOPK), queries, 128)
     if kind in DENSE:
-        index: Any = getattr(retriever, "_search")  # noqa: B009 - what lies below the encoder
+        index: Any = getattr(retriever, "_search")  # noqa: B009 - the index below the encoder
         known = dict(zip(queries, getattr(retriever, "encoder").encode_queries(queries), strict=True))  # noqa: B009
         bare = rates_of(lambda some: index.search(np.stack([known[q] for q in some]), TOPK), queries, 128)
         rates |= {f"index_only_{name}": value for name, value in bare.items()}
@@ -157,3 +161,62 @@ def recall(corpus: Path, qa: Path, kinds: Sequence[str]) -> dict[str, dict[str, 
             )
             results[kind][name] = round(hits / results["supporting_titles"][name], 4)
     return results
+
+
+def supporting_rows(questions: Sequence[dict[str, Any]], contents: Sequence[str]) -> list[list[int]]:
+    """Return the rows of the passages that support each MuSiQue question.
+
+    FlashRAG rows of MuSiQue name a supporting paragraph by its number among the question's twenty. The corpus
+    in `../shared/data` ends with those twenty of every question in turn, less what had occurred before, so a
+    question starts at most 20 rows after the one before it. The starts are chosen by dynamic programming so
+    that as many hops as possible find their answer in the row that their number points to; a hop whose answer
+    is in none of the rows is left out.
+
+    Args:
+        questions: Rows of the question file.
+        contents: The corpus' rows.
+    """
+
+    def plain(text: str) -> str:
+        return re.sub(r"\W+", " ", text.lower()).strip()
+
+    rows = [plain(text) for text in contents]
+    hops = [
+        [
+            (hop["paragraph_support_idx"], plain(hop["answer"]))
+            for hop in question["metadata"]["question_decomposition"]
+        ]
+        for question in questions
+    ]
+
+    def row_of(start: int, number: int, answer: str) -> int | None:
+        near = (start + number - shift for shift in range(SLACK))
+        return next((row for row in near if 0 <= row < len(rows) and answer in rows[row]), None)
+
+    def score(question: int, start: int) -> float:
+        found = [(row_of(start, number, answer), start + number) for number, answer in hops[question]]
+        return sum((1 - 0.1 * (wanted - row) for row, wanted in found if row is not None), 0.0)
+
+    earliest = max(len(rows) - MOST * len(questions), 0)
+    latest = min(earliest + FIRST, len(rows))
+    steps = [{start: (score(0, start), -1) for start in range(earliest, latest)}]
+    for question in range(1, len(questions)):
+        reached: dict[int, tuple[float, int]] = {}
+        scores: dict[int, float] = {}
+        for before, (total, _) in steps[-1].items():
+            for start in range(before + FEWEST, min(before + MOST + 1, len(rows))):
+                if start not in scores:
+                    scores[start] = score(question, start)
+                value = total + scores[start]
+                if start not in reached or value > reached[start][0]:
+                    reached[start] = (value, before)
+        steps.append(reached)
+    starts = [max(steps[-1], key=lambda start: steps[-1][start][0])]
+    for question in range(len(questions) - 1, 0, -1):
+        starts.append(steps[question][starts[-1]][1])
+    starts.reverse()
+    found = [
+        [row_of(start, number, answer) for number, answer in asked]
+        for start, asked in zip(starts, hops, strict=True)
+    ]
+    return [[row for row in question if row is not None] for question in found]

