@@ -1,6 +1,6 @@
-"""Where data lies on this machine: a path given, else the cache, else the sample that ships with the package.
+"""Finds data on this machine: a given path, else the cache, else the sample that ships with the package.
 
-Nothing here uses the network; `at2po data get NAME` fills the cache.
+The network is never used here; `at2po data get NAME` fills the cache.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import platformdirs
 
-from at2po_env.data.catalog import CORPORA, WIKI_18, QaSet, qa_set
+from at2po_env.data.catalog import CORPORA, WIKI_18, qa_set
 from at2po_env.data.jsonl import require_regular
 from at2po_env.errors import DataError
 
@@ -24,7 +24,7 @@ class At2poSampleWarning(UserWarning):
 
 
 def cache_dir() -> Path:
-    """Return the folder of what at2po keeps on this machine: `AT2PO_CACHE`, else the user's cache."""
+    """Return the folder in which at2po keeps files on this machine: `AT2PO_CACHE`, else the user's cache."""
     given = os.environ.get("AT2PO_CACHE")
     return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("at2po", appauthor=False))
 
@@ -50,9 +50,18 @@ def resolve_dataset(name: str, split: str | None = None, dataset: str | Path | N
     qa = qa_set(name)
     if dataset is not None and not Path(dataset).is_dir():
         return _existing(Path(dataset), "dataset")
-    split = _split(qa, split)
+    if split is None:
+        split = "train" if "train" in qa.splits else "test"
+    if split not in qa.splits:
+        raise DataError(f"{qa.title} has no split {split!r}. Fix: use one of {', '.join(qa.splits)}.")
     if dataset is not None:
-        return _in_folder(Path(dataset), qa.name, split)
+        folder = Path(dataset)
+        for path in (folder / f"{split}.jsonl", folder / qa.name / f"{split}.jsonl"):
+            if path.is_file():
+                return path
+        raise DataError(
+            f"{folder} has neither {split}.jsonl nor {qa.name}/{split}.jsonl. Fix: give dataset= the file."
+        )
     cached = cache_dir() / qa.file(split).target
     if cached.is_file():
         return cached
@@ -94,29 +103,11 @@ def resolve_corpus(name: str, corpus: str | Path | None = None) -> Path:
     return SAMPLE / "corpus.jsonl"
 
 
-def _split(qa: QaSet, split: str | None) -> str:
-    if split is None:
-        return "train" if "train" in qa.splits else "test"
-    if split not in qa.splits:
-        raise DataError(f"{qa.title} has no split {split!r}. Fix: use one of {', '.join(qa.splits)}.")
-    return split
-
-
 def _existing(path: Path, keyword: str) -> Path:
     if not path.exists():
         raise DataError(f"{path}: there is no such file. Fix: give {keyword}= the path of a JSON lines file.")
     require_regular(path, kind=keyword)
     return path
-
-
-def _in_folder(folder: Path, name: str, split: str) -> Path:
-    candidates = (folder / f"{split}.jsonl", folder / name / f"{split}.jsonl")
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise DataError(
-        f"{folder} has neither {split}.jsonl nor {name}/{split}.jsonl. Fix: give dataset= the file."
-    )
 
 
 def _warn(message: str) -> None:
@@ -131,12 +122,9 @@ def beside_or_cached(path: Path, name: str) -> Path:
     into the installed package.
     """
     beside = path.parent / name
-    if beside.exists() or (path.parent.resolve() != SAMPLE.resolve() and _writable(path.parent)):
+    mode = path.parent.stat().st_mode
+    writable = mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH) and os.access(path.parent, os.W_OK)
+    if beside.exists() or (path.parent.resolve() != SAMPLE.resolve() and writable):
         return beside
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
     return cache_dir() / "indexes" / key / name
-
-
-def _writable(folder: Path) -> bool:
-    mode = folder.stat().st_mode
-    return bool(mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)) and os.access(folder, os.W_OK)

@@ -1,4 +1,4 @@
-"""The public data sets: names, splits, sizes, and where they lie on the Hugging Face hub."""
+"""Lists the public data sets: names, splits, sizes, and their repositories on the Hugging Face hub."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

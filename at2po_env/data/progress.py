@@ -1,4 +1,4 @@
-"""A progress bar on standard error for work that turns out to take longer than two seconds."""
+"""Shows a progress bar on standard error for work that takes longer than two seconds."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ class LateBar:
     """A bar that counts from the start and shows itself after `PATIENCE_S`.
 
     Args:
-        description: What is going on, shown before the bar.
+        description: A word or two, shown before the bar.
         total: The amount at which it is finished; `None` when unknown.
         unit: "bytes" (shown with speed) or any word.
     """

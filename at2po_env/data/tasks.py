@@ -1,4 +1,4 @@
-"""What an episode is about: tasks, and where they come from."""
+"""Tasks, which are what episodes are about, and their sources."""
 
 from __future__ import annotations
 
