@@ -58,7 +58,8 @@ def collect_trees(
         on_leaf: Called whenever a branch has ended.
 
     Raises:
-        TrainingError: Every prompt was too long, or the environment failed in every branch.
+        TrainingError: Every prompt was too long; or the environment failed in every branch, and
+            `health.pause_at` is none, so that no pause can help.
     """
     count, algorithm = config.train.questions, config.algorithm
     dynamic = algorithm.keep == "informative"
@@ -73,7 +74,8 @@ def collect_trees(
             raise TrainingError(
                 f"all {len(trees)} prompts are longer than rollout.max_prompt_tokens; raise it"
             )
-        if all(outcome.get("outcome") in ("env_error", "env_timeout") for outcome in outcomes):
+        failed = all(outcome.get("outcome") in ("env_error", "env_timeout") for outcome in outcomes)
+        if failed and config.health.pause_at is None:
             reason = outcomes[0].get("reason")
             raise TrainingError(f"the environment failed in every branch of a step: {reason}")
         collected.cursor += count
@@ -84,7 +86,7 @@ def collect_trees(
             rewards = tree.leaf_reward[tree.is_leaf]
             if len(rewards) and (not dynamic or is_informative(rewards)):
                 collected.trees.append(tree)
-        if len(collected.trees) >= count:
+        if failed or len(collected.trees) >= count:
             break
     del collected.trees[count:]
     return collected

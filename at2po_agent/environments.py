@@ -96,6 +96,7 @@ class EnvCounters:
         where nothing was counted, as with a retriever in this process and no cache.
         """
         figures: dict[str, float] = dict(self.counts())
+        figures.pop("tool_failures", None)  # not of retrieval alone; `health` reads it
         if not figures:
             return {}
         figures.setdefault("failures", 0)

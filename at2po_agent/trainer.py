@@ -26,7 +26,9 @@ from at2po_agent.environments import (
 )
 from at2po_agent.evaluation.evaluate import Evaluation, evaluate_mode
 from at2po_agent.evaluation.metrics import staleness_metrics, tree_metrics
+from at2po_agent.health import HealthWatch
 from at2po_agent.learning.step import TreeLearner, give_credit
+from at2po_agent.rollout import GrownTrees, rollout
 from at2po_agent.runs.checkpoint import CheckpointError, Restored, load_newest, save_checkpoint
 from at2po_agent.runs.disk import disk_refusals
 from at2po_agent.runs.folder import RunFolder, fixed_settings
@@ -35,6 +37,9 @@ from at2po_agent.runs.progress import Clock, Progress
 from at2po_agent.runs.scalars import Scalars
 from at2po_agent.runs.seeding import RunPurpose, run_seed
 from at2po_agent.tree import Tree
+
+PROBES = 4
+"""Episodes of one probe of the services."""
 
 
 @dataclass
@@ -97,6 +102,9 @@ class Trainer:
         self._eval_env = eval_env
         self._order = TaskOrder(number_of_tasks(self._env), run_seed(config.run.seed, RunPurpose.TASKS))
         self._learner = TreeLearner(agent.model, config, folder.path, progress.message)
+        self._health = HealthWatch(
+            config.health, progress.message, f"then go on with: {folder.resume_command}"
+        )
         self._scalars: Scalars | None = None
         self._first_step = 0
         self._started = time.monotonic() if started is None else started
@@ -137,8 +145,14 @@ class Trainer:
         step.
         """
         clock, counters, number = Clock(), EnvCounters(), self.state.step + 1
-        # Collect: the policy grows the trees of the step's questions.
-        collected = self._collect(number, clock)
+        # Collect: the policy grows the trees of the step's questions; again, if a service died meanwhile.
+        collected, health = self._health.sound(
+            lambda: self._collect(number, clock),
+            lambda sample: sample.sampled,
+            probe=self._probe,
+            pausing=self.save,
+            tick=lambda: self._progress.advance("train", 0),
+        )
         self.agent.sampler.rest()
         # Credit: an advantage for every turn.
         trees = self._learner.with_kl(collected.trees, number)
@@ -166,6 +180,7 @@ class Trainer:
             "trained_questions": len(trees),
             **figures,
             **counters.figures(),
+            **health,
             "seconds": sum(clock.phases.values()),
             **{f"seconds/{phase}": seconds for phase, seconds in clock.phases.items()},
         }
@@ -230,6 +245,8 @@ class Trainer:
             self._scalars.close()
 
     def _collect(self, number: int, clock: Clock) -> Collected:
+        if "rollout" in clock.phases:  # this is another attempt, after a pause
+            clock.lap("paused")
         phase = "rollout"
         self._progress.start(phase, self.config.train.questions * self.config.rollout.leaves)
         collected = collect_trees(
@@ -244,8 +261,18 @@ class Trainer:
         self._progress.finish(phase)
         clock.lap("rollout")
         clock.phases["rollout"] -= collected.policy_seconds
-        clock.phases["sampling"] = collected.policy_seconds
+        clock.phases["sampling"] = clock.phases.get("sampling", 0.0) + collected.policy_seconds
         return collected
+
+    def _probe(self) -> GrownTrees:
+        """Play one episode of some questions of the next step: it calls what the step would call."""
+        config = self.config
+        chain = {"chains": 1, "forks": 0, "rounds": 0, "expansion": "chains", "expansion_options": {}}
+        tasks = self._order.options(self.state.cursor, min(PROBES, config.train.questions))
+        seed = run_seed(config.run.seed, RunPurpose.ROLLOUT, self.state.step + 1)
+        return rollout(
+            tasks, self._env, self.agent.policy, config.rollout.model_copy(update=chain), seed=seed
+        )
 
     def _evaluate_if_due(self) -> None:
         step, every = self.state.step, self.config.eval.every

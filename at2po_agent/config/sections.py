@@ -270,6 +270,20 @@ class ColdStartConfig(Section):
     )
 
 
+class HealthConfig(Section):
+    """When a run pauses because tools, retrieval, environments or the policy's server have died."""
+
+    warn_at: float = Field(0.05, gt=0, le=1, description="Warn from this share of failed calls of a service.")
+    pause_at: float | None = Field(
+        0.5, gt=0, le=1, description="Pause from this share: save, probe, sample again; none never pauses."
+    )
+    window: int = Field(20, ge=1, description="The newest samples with so many calls of a service decide.")
+    probe_every_s: float = Field(30.0, gt=0, description="Seconds between probes of a pause.")
+    give_up_after_s: float = Field(
+        1800.0, ge=0, allow_inf_nan=False, description="Seconds after which a pause ends the run."
+    )
+
+
 class RunConfig(Section):
     """The run as a whole."""
 
@@ -300,4 +314,5 @@ class Config(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimiser.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="Training loop.")
     served: ServedConfig = Field(default_factory=ServedConfig, description="Served model to evaluate.")
+    health: HealthConfig = Field(default_factory=HealthConfig, description="Services that die.")
     run: RunConfig = Field(default_factory=RunConfig, description="Folder, seed, threads.")

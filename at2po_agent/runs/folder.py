@@ -21,7 +21,7 @@ CHECKPOINTS, TREES, TENSORBOARD = "checkpoints", "trees", "tensorboard"
 RUNS = Path("runs")
 MAY_CHANGE = (
     *("train.steps", "train.save_", "train.keep_", "train.micro_batch_tokens", "eval."),
-    *("run.dir", "run.name", "run.threads", "run.dry_run"),
+    *("health.", "run.dir", "run.name", "run.threads", "run.dry_run"),
 )
 """Beginnings of the settings that a resumed run may change; any other would make it another run."""
 

@@ -9,6 +9,7 @@
 | failures | calls that gave up: a `RetrievalError` each |
 | circuit_open | failures among them that were refused at once, because the server had been dead |
 | cache_hits, cache_misses | queries answered from the cache on disk, and those that were not |
+| tool_failures | calls of tools that failed for a `RetrievalError`, a time-out or another `OSError` |
 | cache_errors | times when that cache could not be read or written, and the search went on without it |
 """
 

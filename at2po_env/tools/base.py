@@ -25,6 +25,7 @@ from at2po_env.data.tasks import Task
 from at2po_env.deadlines import DeadlineError, run_with_deadline
 from at2po_env.errors import RetrievalError, ToolError
 from at2po_env.forking.frozen import freeze
+from at2po_env.retrieval.counters import count
 
 MAX_BACKOFF_S = 5.0
 MAX_ERROR_CHARS = 500
@@ -169,6 +170,8 @@ def call_tool(tool: Tool, arguments: Mapping[str, Any], context: ToolContext) ->
         except tool.failures as error:
             if attempt == tool.retries:
                 tries = f" ({tool.retries + 1} attempts)" if tool.retries else ""
+                # a service that failed, and not a complaint about what the policy wrote
+                count(tool_failures=int(isinstance(error, RetrievalError | OSError)))
                 return _failure(f"{tool.name} failed{tries}: {_message(error)}")
         time.sleep(min(tool.backoff_s * 2**attempt, MAX_BACKOFF_S))
         attempt += 1

@@ -78,10 +78,11 @@ def test_a_run_reads_every_setting_that_it_offers(run):
         for name in section.model_fields
     }
     # no occasion to read here: DAPO's number of tries and its factor, T2PO's signal, rewards of failures,
-    # engines of vLLM, the server that only an evaluation asks
+    # engines of vLLM, the server that only an evaluation asks, a pause
     elsewhere = {"AlgorithmConfig.oversampling", "RolloutConfig.overlong_factor", "RolloutConfig.signal"}
     elsewhere |= {"RolloutConfig.cut_reward", "RolloutConfig.error_reward", "ModelConfig.vllm"}
     elsewhere |= {"Config.served", *(f"ServedConfig.{name}" for name in ServedConfig.model_fields)}
+    elsewhere |= {"HealthConfig.probe_every_s", "HealthConfig.give_up_after_s"}  # read during a pause
     assert offered - read <= elsewhere
 
 

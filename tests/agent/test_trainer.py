@@ -1,9 +1,11 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from at2po_agent.agents.agent import Agent
 from at2po_agent.agents.model import build_model
 from at2po_agent.config.loading import load_config
 from at2po_agent.config.sections import Config
+from at2po_agent.health import ServiceError
 from at2po_agent.learning.learner import TrainingError
 from at2po_agent.policies.base import Request, TrainablePolicy
 from at2po_agent.policies.hf.policy import HFPolicy
@@ -338,7 +341,73 @@ def test_a_step_in_which_every_environment_failed_is_an_error(tmp_path):
             raise ConnectionError(f"no server for {action!r}")
 
     with pytest.raises(TrainingError, match="failed in every branch of a step: ConnectionError: no server"):
-        train(settings(tmp_path / "run", eval__questions=0), env=Down())
+        train(settings(tmp_path / "run", eval__questions=0, health__pause_at=None), env=Down())
+
+
+class Outage(NoProgress):
+    """The environment's server is down from a step on; it is back some time after the run has paused."""
+
+    def __init__(self, folder: Path, after_step: int, back_after_s: float) -> None:
+        self.messages: list[str] = []
+        self.newest_checkpoint = ""
+        self._folder, self._after_step, self._back_after_s = folder, after_step, back_after_s
+        self._down_until = 0.0
+
+    @property
+    def down(self) -> bool:
+        return time.monotonic() < self._down_until
+
+    def step(self, record: Mapping[str, object]) -> None:
+        if record["step"] == self._after_step:
+            self._down_until = float("inf")
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+        if text.startswith("paused"):
+            self._down_until = time.monotonic() + self._back_after_s
+
+    def advance(self, phase: str, amount: int = 1, **values: float) -> None:
+        del phase, amount, values
+        if self.messages and not self.newest_checkpoint:
+            self.newest_checkpoint = (self._folder / "checkpoints" / "latest").read_text()
+
+    def env(self) -> GuessEnv:
+        outage = self
+
+        class Served(GuessEnv):
+            def step(self, action: str) -> Any:
+                if outage.down:
+                    raise ConnectionError("no server")
+                return super().step(action)
+
+        return Served()
+
+
+def test_a_step_whose_server_died_is_collected_again_when_it_is_back(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    outage = Outage(folder, after_step=3, back_after_s=0.3)
+    config = settings(folder, health__probe_every_s=0.1)
+    summary = train(config, env=outage.env(), progress=outage)
+    assert outage.newest_checkpoint == "step_000003\n"  # save_every is 2: the pause saved it
+    paused, back = outage.messages
+    assert re.match(r"paused: 100% of steps fail \(ConnectionError: no server\)", paused)
+    assert "answer again" in back
+    assert summary["steps"] == 6
+    assert records(folder) == records(whole_run)  # nothing of the outage was trained on
+    assert final_weights(folder) == final_weights(whole_run)
+
+
+def test_a_run_whose_server_stays_away_stops_and_can_be_resumed(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    outage = Outage(folder, after_step=3, back_after_s=float("inf"))
+    config = settings(folder, health__probe_every_s=0.1, health__give_up_after_s=0.35)
+    with pytest.raises(ServiceError, match=f"(?s)steps fail.*0.35 s.*Fix: .*at2po train {folder} --resume"):
+        train(config, env=outage.env(), progress=outage)
+    assert [record["step"] for record in records(folder)] == [1, 2, 3]
+    assert not (folder / "summary.json").exists()
+    train(settings(folder), resume=True)  # the settings of the pause may change
+    assert records(folder) == records(whole_run)
+    assert final_weights(folder) == final_weights(whole_run)
 
 
 def test_prompts_that_are_all_too_long_are_an_error(tmp_path):
