@@ -3,7 +3,7 @@
 Both have the same weights. Their numbers differ all the same: other kernels, other number formats, KV kept
 over a fork, weights that are a version older. Trees were then sampled from `pi_s` and are trained as if from
 `pi_l`. This module measures that (`Mismatch`) and corrects it (`importance_weights`). It is pure: no model,
-no settings.
+no configuration.
 
 Shared tokens count once for each branch through them, as in the losses, so packs and rows give the same.
 """

@@ -1,4 +1,4 @@
-"""What the learner sees of a minibatch, whichever form it has.
+"""Declares the methods that both forms of a minibatch offer to the learner.
 
 A minibatch is a `rows.RowBatch` (one padded row per branch) or a `trees.PackedBatch` (every token that
 branches share once). The learner cuts it into micro-batches and asks each of them for log-probs or entropies;
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class BranchRows(Protocol):
-    """What losses read of B branches, one row per branch; T differs between the forms."""
+    """B branches as losses read them, one row per branch; T differs between the forms."""
 
     @property
     def turn_ids(self) -> Tensor:

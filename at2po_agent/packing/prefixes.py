@@ -183,8 +183,8 @@ def lay_out(lengths: IntArray, shared: IntArray) -> Layout:
     path = np.empty(0, dtype=np.int64)
     begin = 0
     for length, new in zip(lengths.tolist(), fresh.tolist(), strict=True):
-        # The path leaves that of the branch before after `kept` tokens. What it leaves behind has no more
-        # descendants: the next token, at `begin`, is not one of them.
+        # The path leaves that of the branch before after `kept` tokens. The tokens behind that
+        # have no more descendants: the next token, at `begin`, is not one of them.
         kept = length - new
         last[path[kept:]] = begin
         end = begin + new

@@ -1,7 +1,7 @@
 """Tree attention as an attention implementation of transformers, under the name `at2po_tree`.
 
-Any decoder whose attention goes through transformers' `AttentionInterface` works unchanged. What a decoder
-does besides attention must not mix tokens; `trees.check_model` finds out whether that is so.
+Any decoder whose attention goes through transformers' `AttentionInterface` works unchanged. Outside of
+attention a decoder must not mix tokens; `trees.check_model` finds out whether it does.
 """
 
 from __future__ import annotations
