@@ -67,6 +67,8 @@ def _attend(
         raise ValueError("tree attention has no dropout: set the model's attention_dropout to 0")
     if others.get("s_aux") is not None or others.get("position_bias") is not None:
         raise ValueError("tree attention knows neither attention sinks nor biases; use train.packing: rows")
+    # Under autocast, rotary embeddings make float32 of queries and keys, and values stay in half precision.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     window = None if sliding_window is None or sliding_window >= tree_layout.longest else sliding_window
     if query.device.type == "cuda":
         # Imported where it is used: it brings the compiler.

@@ -151,6 +151,18 @@ def test_log_probs_and_entropies_of_branches_in_float64():
     torch.testing.assert_close(rows.log_probs(model)[trained].double(), chosen, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_autocast_stays_close_to_full_precision(family):
+    model, (forest, advantages) = tiny_model(family, dtype=torch.float32), random_forest(3)
+    packs = pack_trees(forest, advantages)
+    full, half = loss_learner(model, "grpo", 40), loss_learner(model, "grpo", 40, autocast=torch.bfloat16)
+    old = full.log_probs(packs)
+    rough = half.log_probs(packs)
+    assert 0 < float((rough - old).norm() / old.norm()) < 0.05
+    expected, got = (gradient(one, packs, old, old)[0] for one in (full, half))
+    assert float((got - expected).norm() / expected.norm()) < 0.2
+
+
 # What must fail --------------------------------------------------------------------------------------------
 
 
