@@ -3,7 +3,7 @@ import pytest
 
 pytest.importorskip("faiss", reason="needs the extra 'dense'")
 
-from at2po_env.retrieval.dense import flat as module
+from at2po_env.retrieval.dense import search as module
 from at2po_env.retrieval.dense.search import FlatSearch
 
 
