@@ -11,14 +11,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from at2po_agent.policies.base import Intervention, Request
 from at2po_agent.policies.hf.batching import PolicyStats
+from at2po_agent.policies.sampling import ActiveRequest
 from at2po_agent.policies.stops import StopTable
 from at2po_agent.policies.vllm.spec import EngineSpec, Limits, make_engine
 from at2po_agent.policies.vllm.weights import FileWeight, load_file, reload_weights
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 _keys = itertools.count(1)
 
 
-@dataclass(eq=False)
-class _Open:
-    """A request under way."""
+@dataclass(kw_only=True, eq=False, slots=True)
+class _Open(ActiveRequest):
+    """A request under way; its version is -1 until it has a token.
+
+    Attributes:
+        ticket: Its name outside.
+        key: Its name inside, unique within the process.
+    """
 
     ticket: int
     key: int
-    request: Request
-    stop: int
-    version: int = -1
-    ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class Engine:
 
         from at2po_agent.policies.vllm.logits_processor import ARGUMENT, Order
 
-        one = _Open(ticket, next(_keys), request, self._stops.number(request.stop))
+        stop = self._stops.number(request.stop)
+        one = _Open(ticket=ticket, key=next(_keys), request=request, stop=stop, version=-1)
         order = Order(one.key, replace(request, prefix_ids=(0,)))
         parameters = SamplingParams(
             temperature=0.0,
@@ -278,23 +279,18 @@ class Engine:
         for one, reason in ended:
             if one.key not in failed:
                 self._forget(one.key)
-                finished.append(self._finished(one, reason, reports.get(one.key)))
+                if one.version < 0:
+                    one.version = self.version
+                report = reports.get(one.key)
+                if report is not None:  # the worker may be a token ahead of what was accepted
+                    one.forced = [place for place in report.forced if place < len(one.ids)]
+                rule = None if report is None else report.rule
+                finished.append(Finished(one.ticket, one.generation(reason), rule))
         return finished
 
     def _forget(self, key: int) -> None:
         one = self._open.pop(str(key), None)
         self._watched -= one is not None and one.request.intervention is not None
-
-    def _finished(self, one: _Open, reason: StopReason, report: Report | None) -> Finished:
-        sampled = None
-        forced = [] if report is None else [place for place in report.forced if place < len(one.ids)]
-        if forced:
-            sampled = np.ones(len(one.ids), dtype=np.bool_)
-            sampled[forced] = False
-        log_probs = np.array(one.log_probs, dtype=np.float32)
-        version = self.version if one.version < 0 else one.version
-        generation = Generation(tuple(one.ids), log_probs, reason, sampled, version)
-        return Finished(one.ticket, generation, None if report is None else report.rule)
 
     def _raise_failed(self) -> None:
         if self._failed:
