@@ -237,7 +237,7 @@ def vllm(work: policy_benchmark.Workload, rounds: int) -> dict[str, Any]:
 
         for name, exact in (("vllm", "auto"), ("vllm_blocks", False)):
             settings = VLLMConfig(exact_prefixes=exact)
-            policies[name] = VLLMPolicy(model, tokenizer, settings=settings, slots=work.slots, eos_ids=())
+            policies[name] = VLLMPolicy(model, tokenizer, config=settings, slots=work.slots, eos_ids=())
         best, prefill = dict.fromkeys(policies, 0.0), {}
         for repeat in range(rounds):
             for name, policy in policies.items():

@@ -77,7 +77,7 @@ def build_agent(config: Config) -> Agent:
     policy = VLLMPolicy(
         model,
         tokenizer,
-        settings=engine_settings(config, most=getattr(model.config, "max_position_embeddings", None)),
+        config=engine_config(config, most=getattr(model.config, "max_position_embeddings", None)),
         path=None if own.random_init else own.path,
         slots=own.slots,
         transcript=transcript,
@@ -85,7 +85,7 @@ def build_agent(config: Config) -> Agent:
     return Agent(model, policy)
 
 
-def engine_settings(config: Config, *, most: int | None) -> VLLMConfig:
+def engine_config(config: Config, *, most: int | None) -> VLLMConfig:
     """The engines' settings, completed from the rest of the configuration.
 
     Args:

@@ -17,10 +17,9 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
 
     Returns:
         reward, em and f1 (means over leaves; em and f1 only where the environment scores them), turns,
-        response tokens per branch, entropy (mean over turns, nats), solved (share of leaves), solved_all and
-        solved_none (shares of questions whose leaves agree), the counts questions, skipped_questions,
-        leaves, nodes, tool_calls, tool_errors, and `outcome/KIND` counts; where there are any, forced_tokens
-        and discarded_turns.
+        response tokens per branch, entropy (mean over turns, nats), groups_without_signal (share of questions
+        whose leaves have equal rewards), the counts questions, skipped_questions, leaves, nodes, tool_calls,
+        tool_errors, and `outcome/KIND` counts; where there are any, forced_tokens and discarded_turns.
     """
     grown = [tree for tree in trees if tree.leaves()]
     figures: dict[str, float] = {

@@ -472,7 +472,8 @@ def test_failing_retrieval_shows_in_the_metrics(tmp_path):
                 dead.search([action], 1)
             return super().step(action)
 
-    train(settings(tmp_path / "run", train__steps=2, eval__questions=0), env=Searching())
+    changes = {"train__steps": 2, "eval__questions": 0, "health__pause_at": None}
+    train(settings(tmp_path / "run", **changes), env=Searching())
     for record in records(tmp_path / "run"):
         assert record["retrieval/requests"] == record["retrieval/failures"] >= record["nodes"]
     plain = tmp_path / "plain"

@@ -35,11 +35,11 @@ def tiny_model(*, seed: int) -> Any:
 
 
 @contextlib.contextmanager
-def running(model: Any, *, slots: int = 16, **settings: Any) -> Iterator[Any]:
+def running(model: Any, *, slots: int = 16, **config: Any) -> Iterator[Any]:
     """A policy on engines of `SMALL`, with some settings changed; closed at the end."""
     from at2po_agent.policies.vllm import VLLMPolicy
 
-    policy = VLLMPolicy(model, tiny_tokenizer(), settings=SMALL.model_copy(update=settings), slots=slots)
+    policy = VLLMPolicy(model, tiny_tokenizer(), config=SMALL.model_copy(update=config), slots=slots)
     with contextlib.closing(policy):
         yield policy
 

@@ -193,7 +193,7 @@ class Slots:
 
     @property
     def spare(self) -> tuple[int, int]:
-        """(first, room) of a place for KV that nobody reads."""
+        """(first, room) of a place for keys and values that are never read."""
         return sum(arena.room * arena.capacity for arena in self.arenas), 1
 
     def room_for(self, positions: int) -> int:

@@ -132,8 +132,8 @@ class OpenAIPolicy:
         """
         if request.intervention is not None:
             raise PolicyError(
-                "a served model lets nobody look into its sampling, but rollout.expansion, rollout.thinking "
-                "or rollout.resampling needs it. Fix: turn these off"
+                "a served model does not show its sampling token by token, but rollout.expansion, "
+                "rollout.thinking or rollout.resampling needs it. Fix: turn these off"
             )
         client, body = self._start(), request_body(request, self.model, self.dialect)
         ticket = next(self._tickets)

@@ -1,6 +1,6 @@
 """Token ids for models whose tokenizer is not here: UTF-8 bytes, an end, and marks of roles and parts.
 
-Ids 0..255 are bytes. The marks can be written by nobody but this program (text that looks like one stays
+Ids 0..255 are bytes. Only this program can write the marks (text that looks like one stays
 bytes), so ids are cut back into the messages of a chat exactly: a tool call that the server parsed is told
 from text that only looks like one. A mark shows as the tag that it stands for.
 """

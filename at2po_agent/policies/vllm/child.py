@@ -152,7 +152,7 @@ class _Loop:
         if kind == "add":
             try:
                 self._engine.add(what, content)
-            except Exception as error:  # noqa: BLE001  whoever polls raises it
+            except Exception as error:  # noqa: BLE001  raised where the owner polls
                 traceback.print_exc()
                 self._tell("failed", (what, PolicyError(f"vLLM refuses the request: {error}")))
             return

@@ -281,10 +281,10 @@ class Engine:
                 self._forget(one.key)
                 if one.version < 0:
                     one.version = self.version
-                report = reports.get(one.key)
-                if report is not None:  # the worker may be a token ahead of what was accepted
-                    one.forced = [place for place in report.forced if place < len(one.ids)]
-                rule = None if report is None else report.rule
+                known = reports.get(one.key)
+                if known is not None:  # the worker may be a token ahead of what was accepted
+                    one.forced = [place for place in known.forced if place < len(one.ids)]
+                rule = None if known is None else known.rule
                 finished.append(Finished(one.ticket, one.generation(reason), rule))
         return finished
 

@@ -56,7 +56,7 @@ class VLLMPolicy(SteppingPolicy):
         model: The learner's model, or a folder (or a name that the local hub cache holds). With a module,
             `weights_changed` sends its weights to the engines.
         tokenizer: Its tokenizer.
-        settings: Engines, their memory and their processes.
+        config: Engines, their memory and their processes.
         path: Folder that holds the weights of `model` as they are now; None writes them into a temporary one.
         slots: Sequences that an engine decodes at the same time; further requests wait.
         eos_ids: Ids that end a generation; None takes the tokenizer's.
@@ -72,7 +72,7 @@ class VLLMPolicy(SteppingPolicy):
         model: nn.Module | str | Path,
         tokenizer: Tokenizer,
         *,
-        settings: VLLMConfig | None = None,
+        config: VLLMConfig | None = None,
         path: str | Path | None = None,
         slots: int = 256,
         eos_ids: Collection[int] | None = None,
@@ -84,19 +84,19 @@ class VLLMPolicy(SteppingPolicy):
         self.transcript = transcript or InlineTranscript(tokenizer)
         self.model = model if isinstance(model, nn.Module) else None
         self._saved: tempfile.TemporaryDirectory[str] | None = None
-        self.settings = settings = _resolved(settings or VLLMConfig(), self.model)
+        self.config = config = _resolved(config or VLLMConfig(), self.model)
         folder = path or (model if not isinstance(model, nn.Module) else self._save(model))
         device = None if self.model is None else next(self.model.parameters()).device
         self.specs = [
             EngineSpec(
                 model=str(folder),
-                settings=settings,
+                config=config,
                 max_sequences=slots,
                 eos_ids=(tokenizer.eos_id,) if eos_ids is None else tuple(eos_ids),
                 shared=gpus.shared,
                 devices=gpus.devices,
             )
-            for gpus in place_engines(settings, device)
+            for gpus in place_engines(config, device)
         ]
         self._engines: list[Engine | RemoteEngine] = []
         self._router = Router(len(self.specs))
@@ -214,7 +214,7 @@ class VLLMPolicy(SteppingPolicy):
         Raises:
             PolicyError: The engines were started without `lora_rank`, or cannot load it.
         """
-        if not self.settings.lora_rank:
+        if not self.config.lora_rank:
             raise PolicyError(
                 "the engines take no adapters. Fix: model.vllm.lora_rank=N, the largest rank among them"
             )
@@ -224,7 +224,7 @@ class VLLMPolicy(SteppingPolicy):
 
     def rest(self) -> None:
         """Give the memory of a GPU back that the learner shares, until the next request."""
-        resting = self.settings.sleep and any(spec.shared for spec in self.specs)
+        resting = self.config.sleep and any(spec.shared for spec in self.specs)
         if resting and not self._asleep and self.idle:
             call_all(self._engines, "sleep", 1 if self.model is None else 2)
             self._asleep = True
@@ -256,7 +256,7 @@ class VLLMPolicy(SteppingPolicy):
     # Parts -----------------------------------------------------------------------------------------------
 
     def _start(self) -> Limits:
-        if not self.settings.asynchronous:
+        if not self.config.asynchronous:
             engine = Engine(self.specs[0], self.tokenizer)
             self._engines = [engine]
             return engine.limits
@@ -266,12 +266,12 @@ class VLLMPolicy(SteppingPolicy):
         return limits[0]
 
     def _make_sender(self) -> Sender:
-        dtype = None if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
-        first, transfer = self._engines[0], self.settings.transfer
+        dtype = None if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
+        first, transfer = self._engines[0], self.config.transfer
         if transfer in ("ipc", "nccl"):
-            workers = self.settings.tensor_parallel
+            workers = self.config.tensor_parallel
             return TransferSender(self._engines, transfer, workers=workers, dtype=dtype)
-        if isinstance(first, Engine) and self.settings.tensor_parallel == 1:
+        if isinstance(first, Engine) and self.config.tensor_parallel == 1:
             return DirectSender(first)
         return SharedSender(self._engines, dtype)
 
@@ -356,12 +356,12 @@ class VLLMPolicy(SteppingPolicy):
         return self._saved.name
 
 
-def _resolved(settings: VLLMConfig, model: nn.Module | None) -> VLLMConfig:
+def _resolved(config: VLLMConfig, model: nn.Module | None) -> VLLMConfig:
     """With the learner's number format in place of "auto", where there is a learner."""
-    if settings.dtype != "auto" or model is None:
-        return settings
+    if config.dtype != "auto" or model is None:
+        return config
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return settings.model_copy(update={"dtype": dtype})
+    return config.model_copy(update={"dtype": dtype})
 
 
 def _copy_state(source: object, target: object) -> None:

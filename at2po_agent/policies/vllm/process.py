@@ -44,7 +44,7 @@ class RemoteEngine:
     def __init__(self, spec: EngineSpec, tokenizer: Tokenizer, *, number: int) -> None:
         self.number = number
         self.open: set[int] = set()
-        self._settings = spec.settings
+        self._config = spec.config
         self._wire = Wire(tokenizer)
         self._finished: list[Finished] = []
         self._failures: list[At2poError] = []
@@ -72,7 +72,7 @@ class RemoteEngine:
         Raises:
             PolicyError: It cannot be started.
         """
-        limits: Limits = self._reply("start", self._settings.start_timeout_s)
+        limits: Limits = self._reply("start", self._config.start_timeout_s)
         return limits
 
     def add(self, ticket: int, request: Request) -> None:
@@ -91,8 +91,8 @@ class RemoteEngine:
         self._read()
         if self._failures:
             raise self._failures.pop(0)
-        if self._dead is None and self.open and self._silence() > self._settings.stall_timeout_s:
-            self._kill(f"made no step for {self._settings.stall_timeout_s:g} s")
+        if self._dead is None and self.open and self._silence() > self._config.stall_timeout_s:
+            self._kill(f"made no step for {self._config.stall_timeout_s:g} s")
         if self._dead is not None and self.open:
             raise PolicyError(self._obituary())
         finished = [one for one in self._finished if one.ticket in self.open]
@@ -110,7 +110,7 @@ class RemoteEngine:
         Raises:
             PolicyError: It failed, the engine has died, or it took too long.
         """
-        return self._reply("answer", self._settings.start_timeout_s)
+        return self._reply("answer", self._config.start_timeout_s)
 
     def discard(self, ticket: int) -> None:
         """Forget a request."""
@@ -216,8 +216,8 @@ def _environment(spec: EngineSpec) -> Iterator[None]:
     wanted = {}
     if spec.devices is not None:
         wanted["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices)
-    if spec.settings.threads:
-        wanted["OMP_NUM_THREADS"] = str(spec.settings.threads)
+    if spec.config.threads:
+        wanted["OMP_NUM_THREADS"] = str(spec.config.threads)
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -44,7 +44,7 @@ class EngineSpec:
 
     Attributes:
         model: Folder or hub name.
-        settings: Memory and processes; dtype is not "auto" any more.
+        config: Memory and processes; dtype is not "auto" any more.
         max_sequences: Sequences that decode at the same time.
         eos_ids: Ids that end a generation.
         shared: Whether the learner uses the same GPU.
@@ -52,7 +52,7 @@ class EngineSpec:
     """
 
     model: str
-    settings: VLLMConfig
+    config: VLLMConfig
     max_sequences: int
     eos_ids: tuple[int, ...]
     shared: bool = False
@@ -83,16 +83,16 @@ def check_installed() -> None:
     require("vllm.v1", "vllm")
 
 
-def place_engines(settings: VLLMConfig, learner: torch.device | None) -> list[EngineGPUs]:
+def place_engines(config: VLLMConfig, learner: torch.device | None) -> list[EngineGPUs]:
     """Give every engine its GPUs, the learner's last.
 
     Raises:
         PolicyError: There are too few.
     """
     if not torch.cuda.is_available():
-        return [EngineGPUs(None, False)] * max(1, settings.engines)
+        return [EngineGPUs(None, False)] * max(1, config.engines)
     on_gpu = learner is not None and learner.type == "cuda"
-    if not settings.asynchronous:
+    if not config.asynchronous:
         return [EngineGPUs(None, on_gpu)]
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
@@ -100,7 +100,7 @@ def place_engines(settings: VLLMConfig, learner: torch.device | None) -> list[En
     own = None
     if learner is not None and on_gpu:
         own = torch.cuda.current_device() if learner.index is None else learner.index
-    return share_out(visible, own, engines=settings.engines, each=settings.tensor_parallel)
+    return share_out(visible, own, engines=config.engines, each=config.tensor_parallel)
 
 
 def share_out(visible: Sequence[str], learner: int | None, *, engines: int, each: int) -> list[EngineGPUs]:
@@ -178,7 +178,7 @@ def make_engine(spec: EngineSpec) -> tuple[Any, Counters]:
             )
         arguments = EngineArgs(**engine_arguments(spec, on_cpu=_on_cpu()))
         if shares_to_the_token(
-            spec.settings.exact_prefixes,
+            spec.config.exact_prefixes,
             version=vllm.__version__,
             attends_to_all=attends_to_all(arguments.create_model_config()),
         ):
@@ -196,40 +196,40 @@ def make_engine(spec: EngineSpec) -> tuple[Any, Counters]:
 
 def engine_arguments(spec: EngineSpec, *, on_cpu: bool) -> dict[str, Any]:
     """Keywords of vLLM's `EngineArgs`."""
-    settings = spec.settings
-    kv_cache_gb = settings.kv_cache_gb or (_CPU_KV_CACHE_GB if on_cpu else None)
-    share = settings.gpu_memory_utilization or (_SHARED_GPU if spec.shared else _OWN_GPU)
+    config = spec.config
+    kv_cache_gb = config.kv_cache_gb or (_CPU_KV_CACHE_GB if on_cpu else None)
+    share = config.gpu_memory_utilization or (_SHARED_GPU if spec.shared else _OWN_GPU)
     arguments: dict[str, Any] = {
         "model": spec.model,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
-        "dtype": settings.dtype,
-        "tensor_parallel_size": settings.tensor_parallel,
-        "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "mp",
-        "max_model_len": settings.max_model_len,
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel,
+        "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",
+        "max_model_len": config.max_model_len,
         "max_num_seqs": spec.max_sequences,
         # A prompt goes through the model in one step, as the logits processor needs it.
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(_STEP_TOKENS, settings.max_model_len or 0),
+        "max_num_batched_tokens": max(_STEP_TOKENS, config.max_model_len or 0),
         "enable_prefix_caching": True,
-        "block_size": settings.block_size or (_CPU_BLOCK if on_cpu else _GPU_BLOCK),
+        "block_size": config.block_size or (_CPU_BLOCK if on_cpu else _GPU_BLOCK),
         "gpu_memory_utilization": share,
         "kv_cache_memory_bytes": None if kv_cache_gb is None else int(kv_cache_gb * _GIGABYTE),
-        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
-        "enable_sleep_mode": settings.sleep and spec.shared and not on_cpu,
+        "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
+        "enable_sleep_mode": config.sleep and spec.shared and not on_cpu,
         "logits_processors": [_SAMPLER],
         "logprobs_mode": "processed_logits",
         "async_scheduling": False,
         "disable_log_stats": False,
         "seed": 0,
     }
-    if settings.lora_rank:
-        rank = next((rank for rank in _LORA_RANKS if rank >= settings.lora_rank), settings.lora_rank)
+    if config.lora_rank:
+        rank = next((rank for rank in _LORA_RANKS if rank >= config.lora_rank), config.lora_rank)
         arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
-    if settings.transfer in ("ipc", "nccl"):
+    if config.transfer in ("ipc", "nccl"):
         from vllm.config.weight_transfer import WeightTransferConfig
 
-        arguments["weight_transfer_config"] = WeightTransferConfig(backend=settings.transfer)
+        arguments["weight_transfer_config"] = WeightTransferConfig(backend=config.transfer)
     return arguments
 
 
@@ -247,7 +247,7 @@ def _on_cpu() -> bool:
 
 
 def prepare_environment() -> None:
-    """Options that vLLM reads from the environment: what must be so, and wishes where nobody has any."""
+    """Options that vLLM reads from the environment: requirements, and defaults for those that are not set."""
     os.environ.update(_NEEDED)
     for name, value in _WISHED.items():
         os.environ.setdefault(name, value)

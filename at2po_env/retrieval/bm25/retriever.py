@@ -93,8 +93,6 @@ class Bm25Retriever:
 
     def _start(self, postings: Postings, config: Bm25Config) -> None:
         self._ranker = Ranker(postings, len(self._passages))
-        # Nothing is read from the disk but passages, which the system has in memory where the index is small.
-        self.computes_only = not isinstance(postings.rows.base, np.memmap)
         self._stop_words = config.stop_words
         text = json.dumps([1, _TERMS, config.k1, config.b, sorted(config.stop_words)])
         digest = hashlib.sha256(text.encode()).hexdigest()

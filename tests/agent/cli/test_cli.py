@@ -1,16 +1,13 @@
-import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from helpers.fake_hub import QUESTIONS, serving
 from helpers.report_samples import write_run
 from typer.testing import CliRunner
 
@@ -175,37 +172,13 @@ def test_data_says_what_there_is_and_where(cli: CliRunner, tmp_path: Path) -> No
     assert cli.invoke(app, ["data", "path"]).stdout == f"{tmp_path / 'cache'}\n"
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[bytes]:
-    """A hub on loopback that serves one file at every address."""
-    content = b'{"id": "test_0", "question": "Who?", "golden_answers": ["Ada"]}\n' * 1000
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, format: str, *args: object) -> None:
-            del format, args
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield content
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def test_data_is_got_once_and_found_again(cli: CliRunner, hub: bytes) -> None:
-    first = cli.invoke(app, ["data", "get", "bamboogle"])
+def test_data_is_got_once_and_found_again(cli: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(monkeypatch) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        first = cli.invoke(app, ["data", "get", "bamboogle"])
     assert first.exit_code == 0, first.output
     path = Path(first.stdout.strip())
-    assert path.read_bytes() == hub
+    assert path.read_bytes() == QUESTIONS
     assert cli.invoke(app, ["data", "path", "bamboogle"]).stdout == first.stdout
     assert "MB" in first.stderr  # no terminal: a plain line instead of a bar
 

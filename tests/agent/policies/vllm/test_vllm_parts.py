@@ -1,4 +1,4 @@
-"""What of the vLLM policy needs no vLLM: settings, routing, places, weights, and the error without it."""
+"""What of the vLLM policy needs no vLLM: config, routing, places, weights, and the error without it."""
 
 import importlib
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from at2po_agent.agents.agent import build_agent, engine_settings
+from at2po_agent.agents.agent import build_agent, engine_config
 from at2po_agent.agents.model import ModelShape, build_model
 from at2po_agent.config.loading import load_config
 from at2po_agent.policies.vllm import VLLMPolicy
@@ -135,15 +135,15 @@ def test_several_engines_need_processes():
 def test_engines_are_as_long_as_the_rollout_needs_and_compute_as_the_learner_does():
     published = load_config("qwen3-4b-multihop")
     assert (published.model.sampler, published.model.vllm.engines) == ("vllm", 0)
-    settings = engine_settings(published, most=40_960)
-    assert (settings.max_model_len, settings.dtype) == (8192, "bfloat16")
-    assert engine_settings(published, most=4096).max_model_len == 4096
+    config = engine_config(published, most=40_960)
+    assert (config.max_model_len, config.dtype) == (8192, "bfloat16")
+    assert engine_config(published, most=4096).max_model_len == 4096
     other = load_config("qwen3-4b-multihop", ["model.vllm.max_model_len=99", "model.vllm.dtype=float16"])
-    assert engine_settings(other, most=4096) == other.model.vllm
+    assert engine_config(other, most=4096) == other.model.vllm
 
 
 def test_arguments_of_the_engine():
-    spec = EngineSpec(model="m", settings=VLLMConfig(dtype="float32"), max_sequences=7, eos_ids=(0,))
+    spec = EngineSpec(model="m", config=VLLMConfig(dtype="float32"), max_sequences=7, eos_ids=(0,))
     cpu, gpu = engine_arguments(spec, on_cpu=True), engine_arguments(spec, on_cpu=False)
     assert (cpu["block_size"], cpu["enforce_eager"], cpu["kv_cache_memory_bytes"]) == (32, True, 1 << 30)
     assert (gpu["block_size"], gpu["enforce_eager"], gpu["kv_cache_memory_bytes"]) == (16, False, None)
@@ -151,7 +151,7 @@ def test_arguments_of_the_engine():
     # What the contract of the log-probs and of interventions stands on.
     assert gpu["logprobs_mode"] == "processed_logits"
     assert gpu["enable_chunked_prefill"] is False
-    shared = EngineSpec(model="m", settings=VLLMConfig(), max_sequences=7, eos_ids=(0,), shared=True)
+    shared = EngineSpec(model="m", config=VLLMConfig(), max_sequences=7, eos_ids=(0,), shared=True)
     both = engine_arguments(shared, on_cpu=False)
     assert (both["gpu_memory_utilization"], both["enable_sleep_mode"]) == (0.35, True)
 

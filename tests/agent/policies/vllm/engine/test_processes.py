@@ -129,7 +129,7 @@ def test_an_engine_that_cannot_start_says_so_and_leaves_no_process(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     before = children()
     with pytest.raises(PolicyError, match=r"vLLM engine 0 .* failed"):
-        VLLMPolicy(tmp_path, tiny_tokenizer(), settings=SMALL)
+        VLLMPolicy(tmp_path, tiny_tokenizer(), config=SMALL)
     assert children() <= before
 
 
@@ -148,7 +148,7 @@ def test_a_killed_engine_is_an_error_at_once_and_leaves_no_process(engines):
     # The other one hangs.
     rest = {ticket for ticket in tickets if engines._where.get(ticket) == 1}
     assert rest
-    other._settings = SMALL.model_copy(update={"stall_timeout_s": 1.0})
+    other._config = SMALL.model_copy(update={"stall_timeout_s": 1.0})
     os.kill(other.process.pid, signal.SIGSTOP)
     with pytest.raises(PolicyError, match=r"engine 1 .* made no step for 1 s"):
         drain(engines, rest)

@@ -114,6 +114,6 @@ def test_a_second_engine_in_this_process_is_refused_and_the_first_goes_on(policy
     from at2po_agent.policies.vllm import VLLMPolicy
 
     with pytest.raises(PolicyError, match=r"can hold one.*close\(\)"):
-        VLLMPolicy(model, tiny_tokenizer(), settings=policy.settings, slots=4)
+        VLLMPolicy(model, tiny_tokenizer(), config=policy.config, slots=4)
     requests = ragged_requests(6)
     assert worst_error(model, requests, policy.generate(requests)) < TOLERANCE

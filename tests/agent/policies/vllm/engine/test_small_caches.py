@@ -40,7 +40,7 @@ def test_prefixes_are_shared_to_the_token_or_to_the_block(engine: Any) -> None:
     engine.generate([Request(prompt, 3)])
     before = engine.stats.prefill_tokens
     engine.generate([Request((*prompt, 9), 3)])
-    exact = engine.settings.exact_prefixes == "auto"
+    exact = engine.config.exact_prefixes == "auto"
     assert engine.stats.prefill_tokens - before == (1 if exact else 61 - 32)
 
 
