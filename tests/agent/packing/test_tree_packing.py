@@ -97,8 +97,14 @@ def compare(model, seed: int, name: str, budget: int, **changes) -> float:
 @settings(max_examples=40, deadline=None)
 @given(SEEDS, st.sampled_from(loss_names()), st.sampled_from([1, 20, 40, 10**6]))
 def test_every_loss_has_the_gradient_of_rows_however_packs_are_cut(seed, name, budget):
-    # Advantages differ per branch on shared tokens; a KL term is added; float32 as in training.
-    assert compare(tiny_model(dtype=torch.float32), seed, name, budget) < 1e-5
+    # Advantages differ per branch on shared tokens; a KL term is added. The model computes in float64, for in
+    # float32 rounding alone can reach 2e-5 where a gradient nearly cancels; log-probs and losses are float32.
+    assert compare(tiny_model(), seed, name, budget) < 2e-6
+
+
+@pytest.mark.parametrize("name", loss_names())
+def test_gradients_agree_in_float32_as_in_training(name):
+    assert compare(tiny_model(dtype=torch.float32), 5, name, 40) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
