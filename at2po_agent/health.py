@@ -23,6 +23,8 @@ SampleT = TypeVar("SampleT")
 
 FEW = 8
 """Fewer calls of a service than this say nothing about it."""
+PROBES = 4
+"""Questions that are asked to find out whether a service is back."""
 _FIXES = {
     "tools": "bring the servers back that the tools call",
     "retrieval": "bring the retrieval server back (env.kwargs.retriever names it)",

@@ -26,7 +26,7 @@ from at2po_agent.environments import (
 )
 from at2po_agent.evaluation.evaluate import Evaluation, evaluate_mode
 from at2po_agent.evaluation.metrics import staleness_metrics, tree_metrics
-from at2po_agent.health import HealthWatch
+from at2po_agent.health import PROBES, HealthWatch
 from at2po_agent.learning.step import TreeLearner, give_credit
 from at2po_agent.rollout import GrownTrees, rollout
 from at2po_agent.runs.checkpoint import CheckpointError, Restored, load_newest, save_checkpoint
@@ -37,9 +37,6 @@ from at2po_agent.runs.progress import Clock, Progress
 from at2po_agent.runs.scalars import Scalars
 from at2po_agent.runs.seeding import RunPurpose, run_seed
 from at2po_agent.tree import Tree
-
-PROBES = 4
-"""Episodes of one probe of the services."""
 
 
 @dataclass
@@ -191,7 +188,10 @@ class Trainer:
         """Evaluate the current weights, `greedy` or `sampled`, and record the figures."""
         if self._eval_env is None:
             self._eval_env = make_eval_env(self.config)
-        result = evaluate_mode(self.config, mode, self._eval_env, self.agent.policy, self._progress)
+        go_on = f"then go on with: {self.folder.resume_command}"
+        result = evaluate_mode(
+            self.config, mode, self._eval_env, self.agent.policy, self._progress, go_on=go_on
+        )
         self._record({"kind": "eval", "mode": mode, "step": self.state.step, **result.to_json()})
         return result
 

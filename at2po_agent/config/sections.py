@@ -271,7 +271,7 @@ class ColdStartConfig(Section):
 
 
 class HealthConfig(Section):
-    """When a run pauses because tools, retrieval, environments or the policy's server have died."""
+    """When a run or an evaluation pauses because tools, retrieval, environments or the policy have died."""
 
     warn_at: float = Field(0.05, gt=0, le=1, description="Warn from this share of failed calls of a service.")
     pause_at: float | None = Field(

@@ -8,6 +8,7 @@ import gymnasium
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import Env, first_tasks
 from at2po_agent.evaluation.metrics import OUTCOME_PREFIX, sampled_tokens, tree_metrics, wilson_interval
+from at2po_agent.health import PROBES, HealthWatch
 from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import Options, RolloutConfig, rollout
 from at2po_agent.rollout.config import ResamplingConfig, ThinkingConfig
@@ -59,6 +60,8 @@ def evaluate(
     temperature: float = 0.0,
     batch: int = 256,
     on_question: Callable[[], None] | None = None,
+    health: HealthWatch | None = None,
+    on_pause: Callable[[int], None] | None = None,
 ) -> tuple[Evaluation, list[Tree]]:
     """Ask every question once.
 
@@ -71,17 +74,42 @@ def evaluate(
         temperature: 0 is greedy.
         batch: Questions under way at the same time.
         on_question: Called after each question.
+        health: Asks a batch again in which a service failed too often, once the service is back.
+        on_pause: Called with the number of questions that stay answered, before a pause and about every
+            second of it; what it raises ends the evaluation.
 
     Returns:
         The figures, and one tree of a single chain per question.
+
+    Raises:
+        ServiceError: A service was still down after `health.give_up_after_s`.
     """
     one_chain = {"chains": 1, "forks": 0, "rounds": 0, "expansion": "chains"}
     unshaped = {"overlong_share": 0.0, "thinking": ThinkingConfig(), "resampling": ResamplingConfig()}
     chain = config.model_copy(update={**one_chain, **unshaped, "temperature": temperature})
     trees: list[Tree] = []
-    for start in range(0, len(tasks), batch):
-        part = tasks[start : start + batch]
-        trees += rollout(part, env, policy, chain, seed=seed + start, on_leaf=on_question)
+
+    def ask(count: int, on_leaf: Callable[[], None] | None) -> list[Tree]:
+        """Ask the next questions; the same ones again until their trees are kept."""
+        start = len(trees)
+        return rollout(tasks[start : start + count], env, policy, chain, seed=seed + start, on_leaf=on_leaf)
+
+    def wait() -> None:
+        if on_pause is not None:
+            on_pause(len(trees))
+
+    while len(trees) < len(tasks):
+        if health is None:
+            trees += ask(batch, on_question)
+            continue
+        answered, _ = health.sound(
+            lambda: ask(batch, on_question),
+            lambda grown: grown,
+            probe=lambda: ask(PROBES, None),
+            pausing=wait,
+            tick=wait,
+        )
+        trees += answered
     return summarise(trees), trees
 
 
@@ -94,6 +122,7 @@ def evaluate_mode(
     *,
     phase: str = "",
     temperature: float | None = None,
+    go_on: str = "then run the same command again",
 ) -> Evaluation:
     """Ask a policy the first `eval.questions` questions of an environment.
 
@@ -105,10 +134,19 @@ def evaluate_mode(
         progress: Listener.
         phase: The name of the phase that the listener is told; "" means `evaluate (MODE)`.
         temperature: Sampling temperature; None takes the mode's.
+        go_on: What to do after the fix where a service has died; the end of the error's message.
+
+    Raises:
+        ServiceError: A service died and was still down after `health.give_up_after_s`.
     """
     phase = phase or f"evaluate ({mode})"
     tasks = first_tasks(env, config.eval.questions)
-    progress.start(phase, len(tasks))
+
+    def restart(answered: int) -> None:
+        progress.start(phase, len(tasks))
+        progress.advance(phase, answered)
+
+    restart(0)
     result, _ = evaluate(
         tasks,
         env,
@@ -118,6 +156,8 @@ def evaluate_mode(
         temperature=MODES[mode] if temperature is None else temperature,
         batch=config.eval.batch,
         on_question=lambda: progress.advance(phase),
+        health=HealthWatch(config.health, progress.message, go_on),
+        on_pause=restart,
     )
     progress.finish(phase)
     return result

@@ -1,10 +1,13 @@
 import pytest
 from helpers.guess_env import CharTokenizer, GuessEnv, GuessingPolicy
 
-from at2po_agent.evaluation.evaluate import evaluate, summarise
+from at2po_agent.config.sections import Config, HealthConfig
+from at2po_agent.evaluation.evaluate import evaluate, evaluate_mode, summarise
 from at2po_agent.evaluation.metrics import sampled_tokens, tree_metrics, wilson_interval
+from at2po_agent.health import HealthWatch, ServiceError
 from at2po_agent.policies.scripted import ScriptedPolicy
 from at2po_agent.rollout import RolloutConfig, rollout
+from at2po_agent.runs.progress import NoProgress
 
 TREES = RolloutConfig(chains=4, forks=2, rounds=1, temperature=0.7)
 TASKS = [{"index": index} for index in range(10)]
@@ -111,3 +114,41 @@ def test_an_environment_that_scores_nothing_has_no_exact_match():
     trees = rollout(TASKS[:2], Unscored(), GuessingPolicy(), TREES, seed=0)
     assert "em" not in tree_metrics(trees)
     assert "reward" in tree_metrics(trees)
+
+
+class Outage(GuessEnv):
+    """Fails at every step while an outage lasts; forks and copies share the count of the steps that fail."""
+
+    def __init__(self, left: list[int]) -> None:
+        super().__init__()
+        self.left = left
+
+    def step(self, action):
+        if self.left[0] > 0:
+            self.left[0] -= 1
+            raise OSError("the world is down")
+        return super().step(action)
+
+
+def test_questions_of_an_outage_are_asked_again():
+    expected, _ = evaluate(TASKS, GuessEnv(), GuessingPolicy(), TREES, seed=0, batch=8)
+    left, messages, kept = [13], [], []
+    watch = HealthWatch(HealthConfig(probe_every_s=0.01), messages.append, "go on")
+    found, _ = evaluate(
+        TASKS, Outage(left), GuessingPolicy(), TREES, seed=0, batch=8, health=watch, on_pause=kept.append
+    )
+    assert left == [0]  # 8 questions and two probes of 4 met the outage
+    assert found == expected
+    assert kept[0] == 0
+    assert "100% of steps fail" in messages[0]
+    assert "answer again" in messages[1]
+
+
+def test_an_evaluation_ends_where_a_service_stays_down():
+    def ask(**health):
+        config = Config(env={"id": "GuessEnv"}, eval={"questions": 10}, health=health)
+        return evaluate_mode(config, "greedy", Outage([10**6]), GuessingPolicy(), NoProgress(), go_on="again")
+
+    with pytest.raises(ServiceError, match=r"100% of steps fail.*again"):
+        ask(give_up_after_s=0.0)
+    assert ask(pause_at=None).outcomes == {"env_error": 10}
