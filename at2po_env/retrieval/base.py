@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from at2po_env.data.corpus import Passage as Passage
+from at2po_env.errors import RetrievalError
 
 
 @runtime_checkable
@@ -22,3 +23,11 @@ class Retriever(Protocol):
         answer (a damaged index, an unreachable server) raises `RetrievalError`.
         """
         ...
+
+
+def check_search(queries: Sequence[str], topk: int) -> None:
+    """Raise a `RetrievalError` unless these can be the arguments of a search."""
+    if isinstance(queries, str) or topk < 1:
+        raise RetrievalError(
+            f"search needs a list of queries and topk >= 1, got {queries!r:.80} and {topk!r}."
+        )

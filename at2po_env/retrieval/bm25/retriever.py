@@ -20,6 +20,7 @@ import numpy as np
 
 from at2po_env.data.corpus import Corpus, Passage
 from at2po_env.errors import DataError, RetrievalError
+from at2po_env.retrieval.base import check_search
 from at2po_env.retrieval.bm25.build import Bm25Config, FolderStore, MemoryStore, Postings, build
 from at2po_env.retrieval.bm25.rank import Ranker
 from at2po_env.retrieval.manifest import FIX, HASHED_BYTES, Manifest, build_once, check, home_of, plan
@@ -124,10 +125,7 @@ class Bm25Retriever:
         Raises:
             RetrievalError: the corpus or the index was damaged while it was open.
         """
-        if isinstance(queries, str) or topk < 1:
-            raise RetrievalError(
-                f"search needs a list of queries and topk >= 1, got {queries!r:.80} and {topk!r}."
-            )
+        check_search(queries, topk)
         found = {query: self._search(query, topk) for query in dict.fromkeys(queries)}
         return [list(found[query]) for query in queries]
 

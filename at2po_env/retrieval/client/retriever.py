@@ -22,6 +22,7 @@ import tenacity
 
 from at2po_env.data.corpus import Passage
 from at2po_env.errors import ConfigError, RetrievalError
+from at2po_env.retrieval.base import check_search
 from at2po_env.retrieval.counters import count
 from at2po_env.retrieval.messages import (
     DIGEST_HEADER,
@@ -127,10 +128,7 @@ class HttpRetriever:
         Raises:
             RetrievalError: the server cannot be reached, refuses, or does not answer properly in time.
         """
-        if isinstance(queries, str) or topk < 1:
-            raise RetrievalError(
-                f"search needs a list of queries and topk >= 1, got {queries!r:.80} and {topk!r}."
-            )
+        check_search(queries, topk)
         deadline = time.monotonic() + self._timeout_s
         found: list[list[Passage]] = []
         for start in range(0, len(queries), self._batch):

@@ -15,6 +15,7 @@ import numpy as np
 
 from at2po_env.data.corpus import Corpus, Passage
 from at2po_env.errors import DataError, RetrievalError
+from at2po_env.retrieval.base import check_search
 from at2po_env.retrieval.dense.build import INDEX, KINDS, VECTORS, build_dense
 from at2po_env.retrieval.dense.encoders import Encoder, SentenceEncoder
 from at2po_env.retrieval.dense.search import FlatSearch, matrix_on_gpus, open_faiss
@@ -95,10 +96,7 @@ class DenseRetriever:
         Raises:
             RetrievalError: the index or the corpus was damaged while it was open.
         """
-        if isinstance(queries, str) or topk < 1:
-            raise RetrievalError(
-                f"search needs a list of queries and topk >= 1, got {queries!r:.80} and {topk!r}."
-            )
+        check_search(queries, topk)
         if not queries:
             return []
         vectors = self.encoder.encode_queries(list(queries))

@@ -15,6 +15,7 @@ from typing import Any
 from at2po_env.data.corpus import Corpus, CorpusRow, Passage
 from at2po_env.data.progress import Advance, progress_bar
 from at2po_env.errors import DataError, RetrievalError
+from at2po_env.retrieval.base import check_search
 from at2po_env.retrieval.lucene.jvm import Jvm, jvm
 from at2po_env.retrieval.manifest import Manifest, build_once, check, home_of, plan
 from at2po_env.retrieval.tokens import tokenize
@@ -104,10 +105,7 @@ class LuceneRetriever:
         Raises:
             RetrievalError: the index or the corpus is damaged, or this process was forked after opening.
         """
-        if isinstance(queries, str) or topk < 1:
-            raise RetrievalError(
-                f"search needs a list of queries and topk >= 1, got {queries!r:.80} and {topk!r}."
-            )
+        check_search(queries, topk)
         texts = {query: self._terms(query) for query in queries}
         unique = list(dict.fromkeys(text for text in texts.values() if text))
         found = dict(zip(unique, self._jvm.run(lambda: self._ids(unique, topk)), strict=True))
