@@ -14,6 +14,7 @@ from at2po_env.episodes.actions import (
     ToolCall,
     make_protocol,
 )
+from at2po_env.episodes.command_env import CommandEnv, CommandResult
 from at2po_env.episodes.tool_env import Ending, ToolEnv
 from at2po_env.errors import At2poError
 from at2po_env.forking.base import ForkableEnv, fork, restore, snapshot
@@ -25,6 +26,8 @@ from at2po_env.vector import TextVectorEnv
 
 __all__ = [
     "At2poError",
+    "CommandEnv",
+    "CommandResult",
     "Ending",
     "FinalAnswer",
     "ForkableEnv",

@@ -7,11 +7,12 @@ loops, never by recursion: 10,000 turns must not exhaust the interpreter's stack
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, SupportsIndex
 
-from at2po_env.data.tasks import Task
-from at2po_env.errors import SnapshotError
+from at2po_env.data.tasks import Task, TaskSource
+from at2po_env.errors import DataError, EnvError, SnapshotError
 from at2po_env.forking.frozen import EMPTY, FrozenDict, freeze, thaw
 
 _new = tuple.__new__  # builds a NamedTuple in a third of the time of its constructor; see benchmarks/env.py
@@ -114,11 +115,21 @@ class Episode(NamedTuple):
         return _new(Episode, (task, prompt, link, turn + 1, tool_calls + calls, states, seed, ended))
 
     def ended_with(self, reward: float, why: str) -> Episode:
-        """Return the episode at its end, with the reward in its last turn."""
+        """Return the episode with the reward in its last turn, at its end if `why` says so."""
         task, prompt, last, turn, tool_calls, states, seed, _ = self
         assert last is not None, "an episode ends after a turn"
         link = _new(TurnLink, (last.previous, last.action, last.observation, reward, last.outcome))
         return _new(Episode, (task, prompt, link, turn, tool_calls, states, seed, why))
+
+    def render(self) -> str:
+        """Return the transcript so far, for people."""
+        parts = [f"[{self.task.id}]\n{self.prompt}"]
+        for number, link in enumerate(self.turns, 1):
+            parts.append(f"[turn {number}: {link.outcome}]\n{link.action}{link.observation}")
+        if self.ended:
+            assert self.last is not None
+            parts.append(f"[ended: {self.ended}, reward {self.last.reward:g}]")
+        return "\n".join(parts)
 
 
 def turns(last: TurnLink | None) -> list[TurnLink]:
@@ -129,6 +140,29 @@ def turns(last: TurnLink | None) -> list[TurnLink]:
         last = last.previous
     found.reverse()
     return found
+
+
+def find_task(tasks: TaskSource, options: Mapping[str, Any]) -> Task:
+    """Return the task that the options of `reset` name.
+
+    Args:
+        tasks: Where to look.
+        options: {"task_id": ...} or {"index": ...}.
+
+    Raises:
+        EnvError: No such task, or another option.
+    """
+    if len(options) != 1 or set(options) - {"task_id", "index"}:
+        raise EnvError(f"options {dict(options)!r}: expected {{'task_id': ...}} or {{'index': ...}}")
+    if "index" in options:
+        index = options["index"]
+        if not isinstance(index, SupportsIndex) or not 0 <= operator.index(index) < len(tasks):
+            raise EnvError(f"task index {index!r}: expected 0 to {len(tasks) - 1}")
+        return tasks[operator.index(index)]
+    try:
+        return tasks.by_id(options["task_id"])
+    except (KeyError, DataError) as error:
+        raise EnvError(f"no task {options['task_id']!r}: {error.args[0]}") from error
 
 
 def dump_episode(episode: Episode) -> dict[str, Any]:

@@ -12,9 +12,8 @@ configuration, shared by its forks.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, SupportsIndex
+from typing import Any, Literal, NamedTuple
 
 from at2po_env.data.qa import Tasks, as_tasks
 from at2po_env.data.tasks import Task, TaskSource
@@ -25,9 +24,9 @@ from at2po_env.episodes.actions import (
     ToolCall,
     make_protocol,
 )
-from at2po_env.episodes.episode import Episode, dump_episode, load_episode
+from at2po_env.episodes.episode import Episode, dump_episode, find_task, load_episode
 from at2po_env.episodes.prompts import Prompt, example_arguments, function_schema, make_prompt
-from at2po_env.errors import ConfigError, DataError, EnvError
+from at2po_env.errors import ConfigError, EnvError
 from at2po_env.forking.base import ForkableEnv
 from at2po_env.forking.frozen import EMPTY, FrozenDict, freeze
 from at2po_env.forking.random_state import next_seed
@@ -151,7 +150,7 @@ class ToolEnv(ForkableEnv):
         # generator for it would cost more than the rest. It picks the task; the bias is below 1e-12.
         before = self._episode
         drawn = next_seed(self.np_random_seed if seed is not None or before is None else before.seed)
-        task = self._find_task(options) if options else self.tasks[drawn % len(self.tasks)]
+        task = find_task(self.tasks, options) if options else self.tasks[drawn % len(self.tasks)]
         prompt = self._prompt(task)
         states = EMPTY
         if self._with_state:
@@ -168,20 +167,6 @@ class ToolEnv(ForkableEnv):
             "max_turns": self.max_turns,
             "turn": 0,
         }
-
-    def _find_task(self, options: Mapping[str, Any]) -> Task:
-        unknown = set(options) - {"task_id", "index"}
-        if unknown or len(options) != 1:
-            raise EnvError(f"options {dict(options)!r}: expected {{'task_id': ...}} or {{'index': ...}}")
-        if "index" in options:
-            index = options["index"]
-            if not isinstance(index, SupportsIndex) or not 0 <= operator.index(index) < len(self.tasks):
-                raise EnvError(f"task index {index!r}: expected 0 to {len(self.tasks) - 1}")
-            return self.tasks[operator.index(index)]
-        try:
-            return self.tasks.by_id(options["task_id"])
-        except (KeyError, DataError) as error:
-            raise EnvError(f"no task {options['task_id']!r}: {error.args[0]}") from error
 
     def step(self, action: str) -> StepResult:
         """Take one turn.
@@ -293,16 +278,9 @@ class ToolEnv(ForkableEnv):
         """Return the transcript so far in mode "ansi", else None."""
         if self.render_mode != "ansi":
             return None
-        episode = self._episode
-        if episode is None:
+        if self._episode is None:
             raise EnvError("nothing to render yet. Fix: call reset first")
-        parts = [f"[{episode.task.id}]\n{episode.prompt}"]
-        for number, link in enumerate(episode.turns, 1):
-            parts.append(f"[turn {number}: {link.outcome}]\n{link.action}{link.observation}")
-        if episode.ended:
-            assert episode.last is not None
-            parts.append(f"[ended: {episode.ended}, reward {episode.last.reward:g}]")
-        return "\n".join(parts)
+        return self._episode.render()
 
     def example_actions(self) -> Sequence[str]:
         """Return a call of each tool, and an answer."""
