@@ -120,6 +120,7 @@ def open_policy(config: Config, suite: str | None = None) -> Iterator[Policy]:
             extra=served.extra,
         ),
         concurrency=served.concurrency,
+        max_failures=20 if config.health.pause_at is None else None,  # else an outage is a pause, not an end
         prices=Prices(served.price_input, served.price_output, served.price_cached),
         system=served.system,
     )

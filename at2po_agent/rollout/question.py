@@ -13,6 +13,7 @@ from at2po_agent.transcripts.inline import Transcript
 from at2po_agent.tree import ROOT, Tree
 from at2po_agent.types import IntArray
 from at2po_env import Snapshot, fork, restore, snapshot
+from at2po_env.errors import EnvError
 
 
 class Purpose(IntEnum):
@@ -61,7 +62,7 @@ class Question:
     Args:
         index: Its place in the batch.
         pool: Makes environments; its own is reset to the question here. A question that cannot be opened is a
-            fault of data or configuration, so what `reset` raises is passed on.
+            fault of data or configuration, so what `reset` raises is passed on (`sys.exit` as an EnvError).
         options: Options for `reset`, such as `{"index": 3}`; None lets the seed draw the question.
         transcript: Makes the prompt's ids.
         config: Shape and limits.
@@ -86,7 +87,10 @@ class Question:
         seed: int,
         vocab_size: int,
     ) -> None:
-        prompt, info = pool.env.reset(seed=derive_seed(seed, Purpose.ENVIRONMENT, index), options=options)
+        try:
+            prompt, info = pool.env.reset(seed=derive_seed(seed, Purpose.ENVIRONMENT, index), options=options)
+        except SystemExit as error:  # it would end the program as if all were well
+            raise EnvError(f"the environment's reset called sys.exit({error.code!r})") from error
         origin = BranchOrigin(snapshot(pool.env))
         self.index = index
         self.stop = tuple(info.get("stop", ()))

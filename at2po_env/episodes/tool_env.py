@@ -266,13 +266,23 @@ class ToolEnv(ForkableEnv):
 
         The named rules see every tool's result as an empty one. They score what the policy wrote, and the
         content of a result must neither supply an answer that is open around it (`<answer><search>q</search>`
-        in one turn, `</answer>` in the next) nor complete a tag. A function sees the whole text.
+        in one turn, `</answer>` in the next) nor complete a tag. For the same reason an answer is written
+        within one turn: a `</answer>` that would close the `<answer>` of an earlier turn is left out. A
+        function sees the whole text.
         """
         blank = self._blank_result
         if blank is None:
             return "".join([link.action + link.observation for link in episode.turns])
-        shown = ("tool", "tool_error")
-        return "".join([link[1] + (blank if link[4] in shown else link[2]) for link in episode.turns])
+        parts, is_open = [], False  # whether an earlier turn has left an <answer> open
+        for _, action, observation, _, outcome in episode.turns:
+            written, start = action, action.find("<answer>")
+            if is_open:
+                own = start if start >= 0 else len(action)
+                written = action[:own].replace("</answer>", "") + action[own:]
+            if start >= 0:
+                is_open = action.rfind("<answer>") > action.rfind("</answer>")
+            parts += [written, blank if outcome in ("tool", "tool_error") else observation]
+        return "".join(parts)
 
     def render(self) -> str | None:
         """Return the transcript so far in mode "ansi", else None."""

@@ -5,8 +5,8 @@ For evaluation, not for training: the bytes are not what the model sampled, and 
 `openai.generation` says.
 
 The error model: a request that fails after its tries is data, an aborted generation whose reason is counted
-in `stats`. What every request would meet (the key, the model's name), and too many failures in a row, are a
-`PolicyError` of the next `poll`.
+in `stats`. What every request would meet (the key, the model's name), and too many failures in a row where
+`max_failures` bounds them, are a `PolicyError` of the next `poll`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class OpenAIPolicy:
         model: The model's name; None takes the only one that the server lists.
         dialect: Endpoint, tools, and what requests hold beside the usual.
         concurrency: Requests under way at the same time; others wait in the order they came.
-        max_failures: Aborted generations in a row that are a `PolicyError`.
+        max_failures: Aborted generations in a row that are a `PolicyError`; None where somebody else watches
+            the share of aborted ones (`health`).
         prices: Of a million tokens.
         system: System message of the transcript of chats.
 
@@ -66,13 +67,13 @@ class OpenAIPolicy:
         *,
         dialect: Dialect | None = None,
         concurrency: int = 16,
-        max_failures: int = 20,
+        max_failures: int | None = 20,
         prices: Prices | None = None,
         system: str | None = None,
     ) -> None:
         self.server = Server(server) if isinstance(server, str) else server
         self.dialect = dialect or Dialect()
-        if concurrency < 1 or max_failures < 1 or self.dialect.bytes_per_token < 1:
+        if min(concurrency, 1 if max_failures is None else max_failures, self.dialect.bytes_per_token) < 1:
             raise ConfigError("concurrency, max_failures and bytes_per_token must be at least 1")
         if self.dialect.endpoint not in ENDPOINTS:
             raise ConfigError(f"endpoint: got {self.dialect.endpoint!r}, expected {' or '.join(ENDPOINTS)}")
@@ -231,7 +232,7 @@ class OpenAIPolicy:
         self.stats.count_failure(error.kind, str(error))
         if error.kind not in ("context", "content filter"):
             self._in_a_row += 1
-        if self._in_a_row < self._max_failures:
+        if self._max_failures is None or self._in_a_row < self._max_failures:
             return Generation((), np.zeros(0, dtype=np.float32), "abort")
         reasons = ", ".join(f"{kind} {count}" for kind, count in self.stats.reasons.most_common())
         return PolicyError(

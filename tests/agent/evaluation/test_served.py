@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from helpers.served_fake import Reply, Seen, chat, chat_log_probs, completion, e
 from typer.testing import CliRunner
 
 from at2po_agent.cli.app import app
+from at2po_agent.evaluation import target
 from at2po_agent.evaluation.target import evaluation_config
+from at2po_agent.policies.openai.client import Server
 from at2po_env.data import At2poSampleWarning
 from at2po_env.errors import ConfigError
 
@@ -171,6 +174,27 @@ def test_answers_that_were_given_up_are_told(folder: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "Note: 1 answers were given up and count as wrong (content filter 1)" in shown.stdout
     assert "the server refuses temperature" in shown.stdout
+
+
+def test_a_server_that_dies_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": f"{i}", "question": f"Who {i}?", "golden_answers": ["Ada"]} for i in range(24)]
+    (folder / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setattr(target, "Server", partial(Server, retries=0, backoff_s=0.0))
+    words = ("--model", "tiny", "--env", "at2po/HotpotQA-v0", "dataset=many.jsonl", "--json")
+
+    def dies(_: Seen) -> Any:
+        return Reply(error("out of memory"), status=500) if len(fake.seen) <= 30 else chat(ANSWER)
+
+    with serving(dies) as fake:
+        told = run(fake.url, *words, "health.probe_every_s=0.05")
+    assert told.exit_code == 0, told.output
+    results = json.loads(told.stdout)
+    assert (results["greedy"]["em"], results["greedy"]["outcomes"]) == (1.0, {"answer": 24})
+    assert results["served"]["failures"] == 30  # 24 questions and the probes: more than 20 in a row
+    with serving(dies) as fake:
+        blind = run(fake.url, *words, "health.pause_at=null")
+    assert blind.exit_code == 2
+    assert "20 requests in a row failed" in blind.stderr
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from at2po_agent.rollout.requests import PolicyRequests
 from at2po_agent.runs.interrupts import StopRequested
 from at2po_agent.types import Generation
 from at2po_env import deadlines
-from at2po_env.errors import PolicyError, SnapshotError
+from at2po_env.errors import EnvError, PolicyError, SnapshotError
 
 LIMITS = {"max_turn_tokens": 6, "max_response_tokens": 80}
 SHAPE = RolloutConfig(chains=5, forks=3, rounds=2, **LIMITS)
@@ -384,6 +384,20 @@ def test_an_environment_that_exits_costs_its_own_branch(shape):
     outcomes = [tree.outcomes[leaf] for tree in trees for leaf in tree.leaves()]
     assert {outcome["outcome"] for outcome in outcomes} > {"env_error"}
     assert "SystemExit: 0" in {outcome.get("reason") for outcome in outcomes}
+
+
+class Leaving(SlowEnv):
+    """Calls `sys.exit(0)` when it is reset."""
+
+    def reset(self, **_):
+        raise SystemExit(0)
+
+
+def test_an_environment_that_exits_from_reset_is_an_error_and_no_success():
+    with pytest.raises(EnvError, match=r"reset called sys\.exit\(0\)"):
+        rollout(tasks(2), Leaving(lambda _: None), GuessingPolicy(), IN_LINE, seed=1)
+    with pytest.raises(EnvError, match=r"reset called sys\.exit\(0\)"):
+        evaluate(tasks(2), Leaving(lambda _: None), GuessingPolicy(), IN_LINE, seed=1)
 
 
 class Unforkable(SlowEnv):

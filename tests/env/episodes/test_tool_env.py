@@ -1,6 +1,7 @@
 """ToolEnv: outcomes, limits, notices, rewards, seeds, forks; 10,000 malformed actions."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -156,8 +157,9 @@ def test_notices_do_not_spoil_the_format() -> None:
     env = make(on_malformed="notice", max_turns=3)
     env.step("<think>hm</think><answer>")
     env.step("<think>hm</think></answer>")
-    # The policy wrote these tags itself, so the format is wrong; the notices added none to count.
-    assert "2 <answer> and 2 </answer>" in env.step(BOXED)[4]["reason"]
+    # The policy wrote these tags itself, so the format is wrong; the notices added none to count. The close
+    # of an earlier turn's <answer> does not count.
+    assert "2 <answer> and 1 </answer>" in env.step(BOXED)[4]["reason"]
     env = make(on_malformed="notice", max_turns=4)
     for _ in range(3):
         env.step("<think>hm</think>")
@@ -536,7 +538,7 @@ class Hostile:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_rules_score_what_the_policy_wrote_whatever_the_results_contain(data: st.DataObject) -> None:
-    """A rule's score is that of the actions and empty results, so that no page can change it."""
+    """A rule scores actions and empty results, without closes of earlier turns' answers: no page counts."""
     protocol = data.draw(st.sampled_from(sorted(_PROTOCOL_ACTIONS)))
     rule = data.draw(st.sampled_from(["boxed", "tag", "structured"]))
     hostile = st.lists(st.sampled_from(_HOSTILE), max_size=3).map("".join)
@@ -549,11 +551,19 @@ def test_rules_score_what_the_policy_wrote_whatever_the_results_contain(data: st
     )
     tools = [SearchTool(Hostile(page)), note, explode, stop]
     env = make(protocol=protocol, reward=rule, on_malformed="notice", max_turns=8, tools=tools)
-    written = ""
-    for action in [*actions, ending]:
+    written, opened = "", None
+    for turn, action in enumerate([*actions, ending]):
         result = env.step(action)
         called = result[4]["outcome"] in ("tool", "tool_error")
-        written += action + (env.protocol.format_result("") if called else result[0])
+        for part in re.split("(</?answer>)", action):
+            if part == "<answer>":
+                opened = turn
+            elif part == "</answer>" and opened not in (None, turn):
+                continue  # it would close the answer of an earlier turn
+            elif part == "</answer>":
+                opened = None
+            written += part
+        written += env.protocol.format_result("") if called else result[0]
         if result[2] or result[3]:
             break
     else:
@@ -589,6 +599,25 @@ def test_a_retrieved_page_cannot_answer_for_the_policy(
     assert info["em"] == 0.0
     assert scored in (reward, 0.0)  # an empty box is a well-formed answer, and wrong
     assert GOLD not in str(info["answer"])
+
+
+@pytest.mark.parametrize("protocol", ["tagged", "search_r1"])
+@pytest.mark.parametrize(("rule", "reward"), [("boxed", -1.0), ("tag", 0.0), ("structured", 0.0)])
+@pytest.mark.parametrize("between", [True, False], ids=["around a call", "around a notice"])
+def test_an_answer_that_is_spread_over_two_turns_is_not_scored(
+    protocol: str, rule: str, reward: float, between: bool
+) -> None:
+    gold = GOLD if rule != "boxed" else rf"\boxed{{{GOLD}}}"
+    env = make(
+        protocol=protocol, reward=rule, tools=[SearchTool(Shelf())], on_malformed="notice", max_turns=2
+    )
+    env.step("<think>t</think><answer>" + ("<search>q</search>" if between else gold))
+    _, scored, _, truncated, info = env.step(("" if not between else gold) + "</answer>")
+    assert truncated
+    assert (scored, info["em"], info["f1"], info["answer"]) == (reward, 0.0, 0.0, None)
+    # The control: in one turn the same text is an answer.
+    env.reset(options={"index": 0})
+    assert env.step(f"<think>t</think><answer>{gold}</answer>")[4]["em"] == 1.0
 
 
 def test_an_unseeded_reset_continues_the_sequence_of_the_seed() -> None:
