@@ -1,8 +1,9 @@
 """Declares what every retriever offers: it takes text queries and gives ranked passages."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
+from at2po_env.data.corpus import Corpus
 from at2po_env.data.corpus import Passage as Passage
 from at2po_env.errors import RetrievalError
 
@@ -23,6 +24,26 @@ class Retriever(Protocol):
         answer (a damaged index, an unreachable server) raises `RetrievalError`.
         """
         ...
+
+
+class SharedRetriever:
+    """A retriever that all copies of an environment share: `copy.deepcopy` returns the same object."""
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+
+class CorpusRetriever(SharedRetriever):
+    """A retriever that ranks the passages of a corpus in this process; `len` is their number."""
+
+    _corpus: Corpus | Sequence[Passage]
+
+    def __len__(self) -> int:
+        return len(self._corpus)
+
+    def __repr__(self) -> str:
+        held = self._corpus.path if isinstance(self._corpus, Corpus) else f"{len(self)} passages in memory"
+        return f"{type(self).__name__}({str(held)!r})"
 
 
 def check_search(queries: Sequence[str], topk: int) -> None:

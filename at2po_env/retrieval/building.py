@@ -56,10 +56,10 @@ def build_index(
         return lucene.build(Corpus(corpus), tokens, home)
     if kind not in KINDS:
         raise ConfigError(f"There is no kind of index {kind!r}. Fix: use one of {', '.join(KINDS)}.")
-    from at2po_env.retrieval.dense import retriever as dense
+    from at2po_env.retrieval.dense.build import build
     from at2po_env.retrieval.dense.encoders import SentenceEncoder
 
-    return dense.build(Corpus(corpus), SentenceEncoder(encoder, device=device), kind, home)
+    return build(Corpus(corpus), SentenceEncoder(encoder, device=device), kind, home)
 
 
 def verify_index(folder: str | Path, corpus: str | Path | None = None) -> Manifest:

@@ -15,14 +15,17 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter
 
 from at2po_env.data.corpus import Passage
-from at2po_env.retrieval.base import Retriever
+from at2po_env.retrieval.base import Retriever, SharedRetriever
 from at2po_env.retrieval.counters import count
+
+_Result = TypeVar("_Result")
 
 BUSY_S = 5.0
 REST_S = 30.0  # how long a cache that failed is left alone
@@ -131,7 +134,7 @@ class ResultCache:
         return self._connection
 
 
-class CachedRetriever:
+class CachedRetriever(SharedRetriever):
     """A retriever whose results are kept on disk.
 
     Args:
@@ -148,9 +151,6 @@ class CachedRetriever:
     def __repr__(self) -> str:
         return f"CachedRetriever({self.retriever!r}, {str(self.cache.path)!r})"
 
-    def __deepcopy__(self, memo: object) -> "CachedRetriever":
-        return self
-
     @property
     def digest(self) -> str:
         """Digest of the retriever that searches: keeping its results changes none."""
@@ -158,35 +158,28 @@ class CachedRetriever:
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
         """Return for each query at most `topk` passages: kept ones, else searched for in one batch."""
-        found = self._get(queries, topk)
+        found: list[list[Passage] | None] = [None] * len(queries)
+        found = self._attempt(lambda: self.cache.get([self._key(q, topk) for q in queries])) or found
         missing = list(dict.fromkeys(q for q, kept in zip(queries, found, strict=True) if kept is None))
         count(cache_hits=sum(kept is not None for kept in found), cache_misses=found.count(None))
         if not missing:
             return [kept for kept in found if kept is not None]
         fresh = dict(zip(missing, self.retriever.search(missing, topk), strict=True))
-        self._put(fresh, topk)
+        self._attempt(lambda: self.cache.put([(self._key(q, topk), fresh[q]) for q in missing]))
         return [list(fresh[q]) if kept is None else kept for q, kept in zip(queries, found, strict=True)]
 
-    def _get(self, queries: Sequence[str], topk: int) -> list[list[Passage] | None]:
-        if time.monotonic() >= self._rest_until:
-            try:
-                return self.cache.get([self._key(query, topk) for query in queries])
-            except Exception:  # noqa: BLE001 - whatever is wrong with a cache, the search goes on without it
-                self._failed()
-        return [None] * len(queries)
-
-    def _put(self, fresh: dict[str, list[Passage]], topk: int) -> None:
-        if time.monotonic() >= self._rest_until:
-            try:
-                self.cache.put([(self._key(query, topk), found) for query, found in fresh.items()])
-            except Exception:  # noqa: BLE001 - as above
-                self._failed()
-
-    def _failed(self) -> None:
-        count(cache_errors=1)
-        self._rest_until = time.monotonic() + REST_S
-        with contextlib.suppress(sqlite3.Error):
-            self.cache.close()
+    def _attempt(self, use: Callable[[], _Result]) -> _Result | None:
+        """Use the cache; None where that fails, after which it is left alone for `REST_S`."""
+        if time.monotonic() < self._rest_until:
+            return None
+        try:
+            return use()
+        except Exception:  # noqa: BLE001 - whatever is wrong with a cache, the search goes on without it
+            count(cache_errors=1)
+            self._rest_until = time.monotonic() + REST_S
+            with contextlib.suppress(sqlite3.Error):
+                self.cache.close()
+            return None
 
     def _key(self, query: str, topk: int) -> bytes:
         text = f"{self.retriever.digest} {topk} {query}".encode("utf-8", "surrogatepass")

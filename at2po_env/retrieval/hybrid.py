@@ -14,11 +14,11 @@ from typing import Any
 
 from at2po_env.data.corpus import Passage
 from at2po_env.errors import ConfigError
-from at2po_env.retrieval.base import Retriever
+from at2po_env.retrieval.base import Retriever, SharedRetriever
 from at2po_env.retrieval.opening import open_retriever
 
 
-class HybridRetriever:
+class HybridRetriever(SharedRetriever):
     """Fuses what two (or more) retrievers find.
 
     A passage is known by its id and title. Equal scores rank by the better single rank, then by the order of
@@ -49,18 +49,10 @@ class HybridRetriever:
             self.parts.append(open_retriever(options.pop("kind", "bm25"), corpus, **options))
         self._k, self._depth = k, depth
         text = f"hybrid {k} {depth} {' '.join(part.digest for part in self.parts)}"
-        self._digest = hashlib.sha256(text.encode()).hexdigest()
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
 
     def __repr__(self) -> str:
         return f"HybridRetriever({', '.join(map(repr, self.parts))})"
-
-    def __deepcopy__(self, memo: object) -> "HybridRetriever":
-        return self
-
-    @property
-    def digest(self) -> str:
-        """Digest of the parts and the options."""
-        return self._digest
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
         """Return for each query at most `topk` passages, best first; `score` is the fused one."""

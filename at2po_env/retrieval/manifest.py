@@ -63,7 +63,7 @@ def home_of(corpus: Corpus, wanted: Manifest) -> Path:
     return beside_or_cached(corpus.path, name)
 
 
-def build_once(home: Path, wanted: Manifest, build: Callable[[Path], None]) -> Path:
+def build_once(home: Path, wanted: Manifest, build: Callable[[Path], object]) -> Path:
     """Build an index unless it is there; other processes wait for the result.
 
     Args:

@@ -48,9 +48,8 @@ class KnownEncoder:
     """
 
     def __init__(self, small: Path) -> None:
-        from at2po_env.retrieval.dense.build import VECTORS, passage_text
+        from at2po_env.retrieval.dense.build import VECTORS, build, passage_text
         from at2po_env.retrieval.dense.encoders import SentenceEncoder
-        from at2po_env.retrieval.dense.retriever import build
 
         self._encoder = SentenceEncoder("minilm", device="cpu")
         self.name, self.dimension = self._encoder.name, self._encoder.dimension

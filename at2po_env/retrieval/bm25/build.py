@@ -29,7 +29,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -68,24 +68,8 @@ class CountedBlock(NamedTuple):
     terms: list[str]  # the terms that no earlier block had; their ids follow those of the earlier ones
 
 
-class Store(Protocol):
-    """Keeps the blocks and the result of a build."""
-
-    def put(self, block: CountedBlock) -> None:
-        """Keep a block."""
-
-    def blocks(self) -> Iterator[CountedBlock]:
-        """Return all blocks in order, those of a killed build first."""
-
-    def array(self, name: str, dtype: type[np.generic], length: int) -> Array:
-        """Return a writable array of the result."""
-
-    def finish(self) -> None:
-        """Drop the blocks: the result is complete."""
-
-
-class MemoryStore:
-    """Keeps everything in memory."""
+class Store:
+    """Keeps the blocks and the result of a build, here in memory."""
 
     def __init__(self) -> None:
         self._blocks: list[CountedBlock] = []
@@ -95,19 +79,19 @@ class MemoryStore:
         self._blocks.append(block)
 
     def blocks(self) -> Iterator[CountedBlock]:
-        """Return the blocks in order."""
+        """Return all blocks in order, those of a killed build first."""
         return iter(self._blocks)
 
     def array(self, name: str, dtype: type[np.generic], length: int) -> Array:  # noqa: ARG002
-        """Return a new array."""
+        """Return a writable array of the result."""
         return np.zeros(length, dtype)
 
     def finish(self) -> None:
-        """Drop the blocks."""
+        """Drop the blocks: the result is complete."""
         self._blocks.clear()
 
 
-class FolderStore:
+class FolderStore(Store):
     """Keeps blocks and result as files of one folder; the system pages them out under memory pressure.
 
     A block is renamed to `part-N.npz` when it is complete, so a killed build leaves only complete ones.
@@ -196,39 +180,27 @@ def build(passages: Corpus | Sequence[Passage], config: Bm25Config, store: Store
 def _count(
     passages: Corpus | Sequence[Passage], stop_words: frozenset[str], totals: _Totals
 ) -> Iterator[CountedBlock]:
-    """Count the passages that `totals` does not have yet; each block must be added to it before the next."""
+    """Count the terms of the passages that `totals` does not have yet, in blocks of about `BLOCK_TERMS`."""
+    done, total = totals.done, len(passages)
     vocabulary, known = totals.vocabulary, len(totals.vocabulary)
     term_ids, lengths = array("I"), array("I")  # the terms of all passages in a row, and how many each has
-    left = (passages[row] for row in range(totals.done, len(passages))) if totals.done else iter(passages)
-    for passage in left:
+    left = (passages[row] for row in range(done, total)) if done else iter(passages)
+    for row, passage in enumerate(left, done):
         words = tokenize(f"{passage.title} {passage.text}", stop_words)
         term_ids.extend([vocabulary.setdefault(word, len(vocabulary)) for word in words])
         lengths.append(len(words))
-        if len(term_ids) >= BLOCK_TERMS:
-            yield _block(totals.done, term_ids, lengths, len(passages), vocabulary, known)
-            known = len(vocabulary)
-            term_ids, lengths = array("I"), array("I")
-    if lengths:
-        yield _block(totals.done, term_ids, lengths, len(passages), vocabulary, known)
-
-
-def _block(
-    first: int,
-    term_ids: Sequence[int],
-    lengths: Sequence[int],
-    total: int,
-    vocabulary: dict[str, int],
-    known: int,
-) -> CountedBlock:
-    """Count the terms of the passages from row `first` on; the first `known` terms had occurred before."""
-    # One number per term and passage, term * total + row, sorts by term and then by row. `np.unique` sorts
-    # the numbers and counts how often each occurs, which is the term's frequency in the passage.
-    rows = np.repeat(np.arange(first, first + len(lengths)), np.array(lengths))
-    pairs, frequency = np.unique(np.array(term_ids, np.int64) * total + rows, return_counts=True)
-    entries = np.stack([pairs // total, pairs % total, frequency]).astype(np.uint32)
-    # Dictionaries keep their order: the new terms are the last ones.
-    new_terms = list(islice(reversed(vocabulary), len(vocabulary) - known))[::-1]
-    return CountedBlock(entries, np.array(lengths, np.uint32), new_terms)
+        if len(term_ids) < BLOCK_TERMS and row + 1 < total:
+            continue
+        # One number per term and passage, term * total + row, sorts by term and then by row. `np.unique`
+        # sorts the numbers and counts how often each occurs, which is the term's frequency in the passage.
+        rows = np.repeat(np.arange(row + 1 - len(lengths), row + 1), np.array(lengths))
+        pairs, frequency = np.unique(np.array(term_ids, np.int64) * total + rows, return_counts=True)
+        entries = np.stack([pairs // total, pairs % total, frequency]).astype(np.uint32)
+        # Dictionaries keep their order: the terms that no earlier block had are the last ones.
+        new_terms = list(islice(reversed(vocabulary), len(vocabulary) - known))[::-1]
+        yield CountedBlock(entries, np.array(lengths, np.uint32), new_terms)
+        known = len(vocabulary)
+        term_ids, lengths = array("I"), array("I")
 
 
 def term_hash(term: str) -> int:

@@ -12,7 +12,8 @@ given.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import numpy as np
 
 from at2po_env.data.corpus import Corpus, Passage
 from at2po_env.errors import DataError, RetrievalError
-from at2po_env.retrieval.base import check_search
-from at2po_env.retrieval.bm25.build import Bm25Config, FolderStore, MemoryStore, Postings, build
+from at2po_env.retrieval.base import CorpusRetriever, check_search
+from at2po_env.retrieval.bm25.build import Bm25Config, FolderStore, Postings, Store, build
 from at2po_env.retrieval.bm25.rank import Ranker
 from at2po_env.retrieval.manifest import FIX, HASHED_BYTES, Manifest, build_once, check, home_of, plan
 from at2po_env.retrieval.tokens import STOP_WORDS, tokenize
@@ -32,11 +33,10 @@ IN_MEMORY_BYTES = HASHED_BYTES  # larger indexes are mapped
 _TERMS = "lower-case runs of letters and digits"
 
 
-class Bm25Retriever:
+class Bm25Retriever(CorpusRetriever):
     """BM25 over a corpus file, or over passages given in memory (`from_passages`).
 
-    Immutable, so copies of an environment share it: `copy.deepcopy` returns the same retriever, and a
-    pickle holds the corpus path only.
+    Immutable, so copies of an environment share it. A pickle holds the corpus path only.
     """
 
     def __init__(
@@ -62,16 +62,12 @@ class Bm25Retriever:
             RetrievalError: the index is damaged, or belongs to another corpus or another configuration.
         """
         config = bm25_config(k1, b, stop_words)
-        self._arguments: dict[str, Any] = {
-            "k1": k1,
-            "b": b,
-            "stop_words": config.stop_words,
-            "index": index,
-        }
-        self._passages: Sequence[Passage] | Corpus = (opened := Corpus(corpus))
-        self._corpus_digest = opened.digest
+        self._again: Callable[[], Bm25Retriever] = partial(
+            Bm25Retriever, corpus, k1=k1, b=b, stop_words=config.stop_words, index=index
+        )
+        self._corpus = opened = Corpus(corpus)
         home = build_index(opened, config) if index is None else Path(index)
-        self._start(open_index(home, opened, config), config)
+        self._start(open_index(home, opened, config), config, opened.digest)
 
     @classmethod
     def from_passages(
@@ -85,37 +81,21 @@ class Bm25Retriever:
         """Index `passages` in memory; row numbers are their order."""
         self = cls.__new__(cls)
         config = bm25_config(k1, b, stop_words)
-        self._arguments = {"k1": k1, "b": b, "stop_words": config.stop_words}
-        self._passages = tuple(passages)
-        text = json.dumps([passage[:3] for passage in self._passages])
-        self._corpus_digest = hashlib.sha256(text.encode()).hexdigest()
-        self._start(build(self._passages, config, MemoryStore()), config)
+        self._corpus = passages = tuple(passages)
+        self._again = partial(cls.from_passages, passages, k1=k1, b=b, stop_words=config.stop_words)
+        text = json.dumps([passage[:3] for passage in passages])
+        self._start(build(passages, config, Store()), config, hashlib.sha256(text.encode()).hexdigest())
         return self
 
-    def _start(self, postings: Postings, config: Bm25Config) -> None:
-        self._ranker = Ranker(postings, len(self._passages))
+    def _start(self, postings: Postings, config: Bm25Config, corpus_digest: str) -> None:
+        self._ranker = Ranker(postings, len(self))
         self._stop_words = config.stop_words
         text = json.dumps([1, _TERMS, config.k1, config.b, sorted(config.stop_words)])
         digest = hashlib.sha256(text.encode()).hexdigest()
-        self.digest = hashlib.sha256(f"bm25 {self._corpus_digest} {digest}".encode()).hexdigest()
-
-    def __repr__(self) -> str:
-        corpus = (
-            self._passages.path if isinstance(self._passages, Corpus) else f"{len(self)} passages in memory"
-        )
-        return f"Bm25Retriever({str(corpus)!r})"
-
-    def __len__(self) -> int:
-        """Return the number of passages."""
-        return len(self._passages)
-
-    def __deepcopy__(self, memo: object) -> "Bm25Retriever":
-        return self
+        self.digest = hashlib.sha256(f"bm25 {corpus_digest} {digest}".encode()).hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if isinstance(self._passages, Corpus):
-            return _reopen, (self._passages.path, self._arguments)
-        return _rebuild, (self._passages, self._arguments)
+        return self._again, ()
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
         """Return for each query at most `topk` passages with a positive score, best first.
@@ -132,8 +112,7 @@ class Bm25Retriever:
     def _search(self, query: str, topk: int) -> list[Passage]:
         counts = Counter(tokenize(query[:QUERY_CHARS], self._stop_words))
         try:
-            ranked, passages = self._ranker.rank(counts, topk), self._passages
-            return [Passage(*passages[row][:3], score) for row, score in ranked]
+            return [Passage(*self._corpus[row][:3], score) for row, score in self._ranker.rank(counts, topk)]
         except (DataError, IndexError) as error:
             what = f"the corpus or its index was damaged while in use ({error})"
             raise RetrievalError(
@@ -166,11 +145,8 @@ def build_index(corpus: Corpus, config: Bm25Config, home: Path | None = None) ->
         DataError: a line of the corpus is not a passage.
     """
     wanted = _manifest(corpus, config)
-
-    def fill(work: Path) -> None:
-        build(corpus, config, FolderStore(work))
-
-    return build_once(home or home_of(corpus, wanted), wanted, fill)
+    home = home or home_of(corpus, wanted)
+    return build_once(home, wanted, lambda work: build(corpus, config, FolderStore(work)))
 
 
 def open_index(folder: Path, corpus: Corpus, config: Bm25Config) -> Postings:
@@ -195,11 +171,3 @@ def open_index(folder: Path, corpus: Corpus, config: Bm25Config) -> Postings:
     if len(starts) < 1 or starts[0] != 0 or (np.diff(starts) < 1).any() or starts[-1] > len(rows):
         raise RetrievalError(f"{folder / 'starts.i64'} is damaged: it does not ascend. {FIX}")
     return Postings(terms[: len(starts) - 1], starts, rows, weights)
-
-
-def _reopen(corpus: Path, arguments: dict[str, Any]) -> Bm25Retriever:
-    return Bm25Retriever(corpus, **arguments)
-
-
-def _rebuild(passages: tuple[Passage, ...], arguments: dict[str, Any]) -> Bm25Retriever:
-    return Bm25Retriever.from_passages(passages, **arguments)

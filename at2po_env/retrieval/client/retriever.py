@@ -22,7 +22,7 @@ import tenacity
 
 from at2po_env.data.corpus import Passage
 from at2po_env.errors import ConfigError, RetrievalError
-from at2po_env.retrieval.base import check_search
+from at2po_env.retrieval.base import SharedRetriever, check_search
 from at2po_env.retrieval.counters import count
 from at2po_env.retrieval.messages import (
     DIGEST_HEADER,
@@ -51,7 +51,7 @@ class _PassingError(Exception):
         self.pause_s = pause_s
 
 
-class HttpRetriever:
+class HttpRetriever(SharedRetriever):
     """A retriever behind HTTP; thread safe, and safe after a fork of the process.
 
     Args:
@@ -107,18 +107,11 @@ class HttpRetriever:
         # of the parent's, because a lock of that pool may have been held by another thread during the fork.
         self._pools: dict[int, httpcore.ConnectionPool] = {}
         weakref.finalize(self, _close_pool, self._pools)
-        self._digest = hashlib.sha256(f"http {self.url}".encode()).hexdigest()
+        # Of the address, until the server tells the digest of its own retriever.
+        self.digest = hashlib.sha256(f"http {self.url}".encode()).hexdigest()
 
     def __repr__(self) -> str:
         return f"HttpRetriever({self.url!r})"
-
-    def __deepcopy__(self, memo: object) -> "HttpRetriever":
-        return self
-
-    @property
-    def digest(self) -> str:
-        """Digest of the server's retriever when the server tells it, else of its address."""
-        return self._digest
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
         """Return for each query at most `topk` passages, best first; returns or raises within the deadline.
@@ -190,7 +183,7 @@ class HttpRetriever:
             raise _PassingError(str(error)) from error
         except WireError as error:
             raise RetrievalError(f"{self.url}/retrieve: {error}.") from error
-        self._digest = headers.get(DIGEST_HEADER.lower()) or self._digest
+        self.digest = headers.get(DIGEST_HEADER.lower()) or self.digest
         return found
 
     def _exchange(self, body: bytes, deadline: float) -> tuple[int, dict[str, str], bytes]:

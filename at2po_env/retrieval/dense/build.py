@@ -7,9 +7,7 @@ unfinished index is written every few minutes and knows how many vectors it has.
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +16,7 @@ from at2po_env.data.corpus import Corpus, Passage
 from at2po_env.data.progress import progress_bar
 from at2po_env.errors import require
 from at2po_env.retrieval.dense.encoders import Encoder
+from at2po_env.retrieval.manifest import Manifest, build_once, check, home_of, plan
 
 VECTORS = "vectors.f32"
 INDEX = "index.faiss"
@@ -34,30 +33,36 @@ def passage_text(passage: Passage) -> str:
     return f'"{passage.title}"\n{passage.text}'
 
 
-def build_dense(work: Path, corpus: Corpus, encoder: Encoder, kind: str, encoded: Path | None) -> None:
-    """Build an index in the folder `work`, going on from what a killed build left there.
+def dense_plan(corpus: Corpus, encoder: Encoder, kind: str) -> Manifest:
+    """Return the manifest that a dense index of `corpus` has; `kind` is one of `KINDS`."""
+    return plan(f"dense-{kind}", corpus, {"encoder": encoder.name, "dimension": encoder.dimension})
 
-    Args:
-        work: The folder of the unfinished index.
-        corpus: The passages.
-        encoder: Makes their vectors.
-        kind: One of `KINDS`.
-        encoded: A file of the vectors, when they have been made before.
+
+def build(corpus: Corpus, encoder: Encoder, kind: str, home: Path | None = None) -> Path:
+    """Build a dense index unless it is there; see `manifest.build_once`.
+
+    The vectors of a flat index beside the corpus, when there is one of the same encoder, are used again.
     """
-    if encoded is None:
-        _encode(work / VECTORS, corpus, encoder)
-    if kind != "flat":
-        _index(encoded or work / VECTORS, work / INDEX, encoder.dimension, kind)
-        (work / VECTORS).unlink(missing_ok=True)
+    wanted, flat = dense_plan(corpus, encoder, kind), dense_plan(corpus, encoder, "flat")
+
+    def fill(work: Path) -> None:
+        known, vectors = home_of(corpus, flat), work / VECTORS
+        if kind != "flat" and known.exists():
+            check(known, flat)
+            vectors = known / VECTORS
+        else:
+            _encode(vectors, corpus, encoder)
+        if kind != "flat":
+            _index(vectors, work / INDEX, encoder.dimension, kind)
+            (work / VECTORS).unlink(missing_ok=True)
+
+    return build_once(home or home_of(corpus, wanted), wanted, fill)
 
 
 def _encode(path: Path, corpus: Corpus, encoder: Encoder) -> None:
     row_bytes = 4 * encoder.dimension
     done = path.stat().st_size // row_bytes if path.exists() else 0
-    with (
-        path.open("ab") as file,
-        progress_bar("Encoding", len(corpus), unit="passages") as advance,
-    ):
+    with path.open("ab") as file, progress_bar("Encoding", len(corpus), unit="passages") as advance:
         advance(done)
         file.truncate(done * row_bytes)  # a killed build may have left part of a row
         for start in range(done, len(corpus), _ENCODED_AT_ONCE):
@@ -66,6 +71,49 @@ def _encode(path: Path, corpus: Corpus, encoder: Encoder) -> None:
             file.flush()
             os.fsync(file.fileno())
             advance(len(rows))
+
+
+def _index(vectors: Path, path: Path, dimension: int, kind: str) -> None:
+    """Put the vectors of a file into the FAISS index `path`."""
+    faiss = require("faiss", "dense")
+    row_bytes = 4 * dimension
+    total = vectors.stat().st_size // row_bytes
+
+    def write() -> None:
+        new = path.with_name(f"{path.name}.new")
+        faiss.write_index(index, str(new))
+        new.replace(path)
+
+    with vectors.open("rb") as file, progress_bar("Indexing", total, unit="vectors") as advance:
+
+        def read(row: int, count: int) -> npt.NDArray[np.float32]:  # without mapping the file into memory
+            file.seek(row_bytes * row)
+            return np.frombuffer(file.read(row_bytes * count), np.float32).reshape(-1, dimension)
+
+        if path.exists():
+            index = faiss.read_index(str(path))
+        else:
+            index = faiss.index_factory(dimension, recipe(kind, dimension, total), faiss.METRIC_INNER_PRODUCT)
+            if kind == "hnsw":
+                index.hnsw.efConstruction = 80
+            if not index.is_trained:
+                cells = faiss.downcast_index(index)
+                cells.cp.niter = _ROUNDS
+                size = min(_sample_size(dimension, total), max(39 * cells.nlist, 39 * 256), total)
+                rows = np.sort(np.random.default_rng(0).choice(total, size, replace=False))
+                sample = np.empty((size, dimension), np.float32)
+                for at, row in enumerate(rows.tolist()):
+                    sample[at] = read(row, 1)
+                index.train(sample)
+        advance(index.ntotal)
+        saved = time.monotonic()
+        while len(chunk := read(index.ntotal, _ADDED_AT_ONCE)):
+            index.add(chunk)
+            advance(len(chunk))
+            if time.monotonic() - saved > _CHECKPOINT_S and index.ntotal < total:
+                write()
+                saved = time.monotonic()
+    write()
 
 
 def recipe(kind: str, dimension: int, passages: int) -> str:
@@ -87,56 +135,3 @@ def recipe(kind: str, dimension: int, passages: int) -> str:
 
 def _sample_size(dimension: int, passages: int) -> int:
     return min(passages, _SAMPLE_BYTES // (4 * dimension))
-
-
-def _index(vectors: Path, path: Path, dimension: int, kind: str) -> None:
-    faiss = require("faiss", "dense")
-    total = vectors.stat().st_size // (4 * dimension)
-    index = faiss.read_index(str(path)) if path.exists() else _new(faiss, vectors, dimension, kind)
-    saved = time.monotonic()
-    with progress_bar("Indexing", total, unit="vectors") as advance:
-        advance(index.ntotal)
-        for chunk in read_vectors(vectors, dimension, start=index.ntotal):
-            index.add(chunk)
-            advance(len(chunk))
-            if time.monotonic() - saved > _CHECKPOINT_S and index.ntotal < total:
-                _write(faiss, index, path)
-                saved = time.monotonic()
-    _write(faiss, index, path)
-
-
-def _new(faiss: Any, vectors: Path, dimension: int, kind: str) -> Any:
-    total = vectors.stat().st_size // (4 * dimension)
-    index = faiss.index_factory(dimension, recipe(kind, dimension, total), faiss.METRIC_INNER_PRODUCT)
-    if kind == "hnsw":
-        index.hnsw.efConstruction = 80
-    if not index.is_trained:
-        cells = faiss.downcast_index(index)
-        cells.cp.niter = _ROUNDS
-        size = min(_sample_size(dimension, total), max(39 * cells.nlist, 39 * 256))
-        rows = np.sort(np.random.default_rng(0).choice(total, min(size, total), replace=False))
-        index.train(_read_rows(vectors, dimension, rows))
-    return index
-
-
-def read_vectors(path: Path, dimension: int, *, start: int = 0) -> Iterator[npt.NDArray[np.float32]]:
-    """Yield the vectors from row `start` on, in chunks, without mapping the file into memory."""
-    with path.open("rb") as file:
-        file.seek(4 * dimension * start)
-        while data := file.read(4 * dimension * _ADDED_AT_ONCE):
-            yield np.frombuffer(data, np.float32).reshape(-1, dimension)
-
-
-def _read_rows(path: Path, dimension: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    sample = np.empty((len(rows), dimension), np.float32)
-    with path.open("rb") as file:
-        for at, row in enumerate(rows.tolist()):
-            file.seek(4 * dimension * row)
-            sample[at] = np.frombuffer(file.read(4 * dimension), np.float32)
-    return sample
-
-
-def _write(faiss: Any, index: Any, path: Path) -> None:
-    new = path.with_name(f"{path.name}.new")
-    faiss.write_index(index, str(new))
-    new.replace(path)

@@ -15,7 +15,7 @@ from typing import Any
 from at2po_env.data.corpus import Corpus, CorpusRow, Passage
 from at2po_env.data.progress import Advance, progress_bar
 from at2po_env.errors import DataError, RetrievalError
-from at2po_env.retrieval.base import check_search
+from at2po_env.retrieval.base import CorpusRetriever, check_search
 from at2po_env.retrieval.lucene.jvm import Jvm, jvm
 from at2po_env.retrieval.manifest import Manifest, build_once, check, home_of, plan
 from at2po_env.retrieval.tokens import tokenize
@@ -28,7 +28,7 @@ _AT_ONCE = 2_000
 _BLANK = dict.fromkeys(range(0xD800, 0xE000), " ")
 
 
-class LuceneRetriever:
+class LuceneRetriever(CorpusRetriever):
     """Lucene search over a corpus; thread safe.
 
     Args:
@@ -55,47 +55,32 @@ class LuceneRetriever:
             raise RetrievalError(
                 f"Lucene needs k1 >= 0, b in [0, 1] and tokens of {TOKENS}, got {k1}, {b}, {tokens!r}."
             )
-        self._corpus, self._tokens = Corpus(corpus), tokens
-        self._threads = threads or os.cpu_count() or 1
-        folder, identity = self._find(None if index is None else Path(index))
+        self._corpus = Corpus(corpus)
+        self._tokens, self._threads = tokens, threads or os.cpu_count() or 1
+        index = None if index is None else Path(index)
+        if index is None or (index / "manifest.json").exists():
+            wanted = lucene_plan(self._corpus, tokens)
+            home = build(self._corpus, tokens) if index is None else index
+            check(home, wanted)
+            folder, identity = home / "lucene", wanted.digest
+        elif any(index.glob("segments_*")):
+            folder, identity = index, index.name
+        else:
+            raise RetrievalError(f"{index} holds no Lucene index. Fix: give the folder with segments_N.")
         self._jvm = jvm()
-        self._searcher: Any = self._jvm.run(lambda: self._open(folder, k1, b))
+
+        def open_searcher() -> Any:
+            searcher = self._jvm.java_class("io.anserini.search.SimpleSearcher")(os.fspath(folder))
+            searcher.set_bm25(k1, b)
+            if tokens == "plain":
+                analyzer = self._jvm.java_class("org.apache.lucene.analysis.core.WhitespaceAnalyzer")
+                searcher.set_analyzer(analyzer())
+            self._list = self._jvm.java_class("java.util.ArrayList")
+            return searcher
+
+        self._searcher: Any = self._jvm.run(open_searcher)
         text = f"lucene {self._corpus.digest} {identity} {tokens} {k1} {b}"
-        self._digest = hashlib.sha256(text.encode()).hexdigest()
-
-    def _find(self, index: Path | None) -> tuple[Path, str]:
-        if index is not None and not (index / "manifest.json").exists():
-            if not any(index.glob("segments_*")):
-                raise RetrievalError(f"{index} holds no Lucene index. Fix: give the folder with segments_N.")
-            return index, index.name
-        wanted = lucene_plan(self._corpus, self._tokens)
-        home = build(self._corpus, self._tokens) if index is None else index
-        check(home, wanted)
-        return home / "lucene", wanted.digest
-
-    def _open(self, folder: Path, k1: float, b: float) -> Any:
-        searcher = self._jvm.java_class("io.anserini.search.SimpleSearcher")(os.fspath(folder))
-        searcher.set_bm25(k1, b)
-        if self._tokens == "plain":
-            analyzer = self._jvm.java_class("org.apache.lucene.analysis.core.WhitespaceAnalyzer")
-            searcher.set_analyzer(analyzer())
-        self._list = self._jvm.java_class("java.util.ArrayList")
-        return searcher
-
-    def __repr__(self) -> str:
-        return f"LuceneRetriever({str(self._corpus.path)!r})"
-
-    def __deepcopy__(self, memo: object) -> "LuceneRetriever":
-        return self
-
-    def __len__(self) -> int:
-        """Return the number of passages."""
-        return len(self._corpus)
-
-    @property
-    def digest(self) -> str:
-        """Digest of the corpus, the index and the settings."""
-        return self._digest
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
         """Return for each query at most `topk` passages with a positive score, best first.
@@ -120,36 +105,30 @@ class LuceneRetriever:
     def _ids(self, texts: list[str], topk: int) -> list[list[tuple[str, float]]]:
         """Search; runs in Java's thread."""
         if len(texts) <= 1:
-            return [_hits(self._searcher.search(text, topk)) for text in texts]
-        queries, names = self._list(), self._list()
-        for number, text in enumerate(texts):
-            queries.add(text)
-            names.add(str(number))
-        results = self._searcher.batch_search(queries, names, topk, min(self._threads, len(texts)))
-        return [_hits(results.get(str(number)) or ()) for number in range(len(texts))]
+            results = [self._searcher.search(text, topk) for text in texts]
+        else:
+            queries, names = self._list(), self._list()
+            for number, text in enumerate(texts):
+                queries.add(text)
+                names.add(str(number))
+            found = self._searcher.batch_search(queries, names, topk, min(self._threads, len(texts)))
+            results = [found.get(str(number)) or () for number in range(len(texts))]
+        return [[(hit.docid, hit.score) for hit in hits] for hits in results]
 
     def _passage(self, docid: str, score: float) -> Passage:
         """Return the passage in the row that `docid` names, else the text that the index itself keeps."""
         try:
-            passage = self._corpus[int(docid)] if docid.isdecimal() else None
-            if passage is None:
-                raw = self._jvm.run(lambda: self._searcher.doc_raw(docid))
-                passage = _raw_passage(docid, raw)
-            return passage._replace(score=score)
+            if docid.isdecimal():
+                return self._corpus[int(docid)]._replace(score=score)
+            raw = self._jvm.run(lambda: self._searcher.doc_raw(docid))
+            if not raw:
+                raise IndexError(
+                    f"document {docid!r} is no row of the corpus, and the index holds no text of it"
+                )
+            title, _, text = CorpusRow.model_validate_json(raw).contents.partition("\n")
+            return Passage(docid, title.strip('"'), text, score)
         except (DataError, IndexError) as error:
             raise RetrievalError(f"{self!r}: the index does not fit the corpus ({error}).") from error
-
-
-def _hits(found: Any) -> list[tuple[str, float]]:
-    return [(hit.docid, hit.score) for hit in found]
-
-
-def _raw_passage(docid: str, raw: str | None) -> Passage:
-    if not raw:
-        raise IndexError(f"document {docid!r} is no row of the corpus, and the index holds no text of it")
-    row = CorpusRow.model_validate_json(raw)
-    title, _, text = row.contents.partition("\n")
-    return Passage(docid, title.strip('"'), text)
 
 
 def lucene_plan(corpus: Corpus, tokens: str) -> Manifest:

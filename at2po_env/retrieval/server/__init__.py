@@ -1,5 +1,5 @@
 """The retrieval server (extra `serve`).
 
-`app` has the configuration and what answers a request, `batching` searches concurrent requests together,
-`metrics` counts for Prometheus, and `running` runs the application: in this process, in several, in a thread.
+`app` has the configuration, the metrics and what answers a request, `batching` searches concurrent requests
+together, and `running` runs the application: in this process, in several, in a thread.
 """

@@ -7,6 +7,7 @@ together. The application does not know what it serves: any `Retriever` will do.
 import asyncio
 import hmac
 import ipaddress
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,10 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from at2po_env.errors import ConfigError, MissingExtraError, RetrievalError
 from at2po_env.retrieval.base import Retriever
+from at2po_env.retrieval.counters import counted
 from at2po_env.retrieval.messages import DEFAULT_TOPK, DIGEST_HEADER, RetrieveRequest, response_body
 from at2po_env.retrieval.server.batching import DynamicBatcher, OverloadedError
 
 try:
+    import prometheus_client as prometheus
+    from prometheus_client.multiprocess import MultiProcessCollector
     from starlette.applications import Starlette
     from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
@@ -26,10 +30,13 @@ try:
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
     from starlette.types import ASGIApp, Receive, Scope, Send
-
-    from at2po_env.retrieval.server.metrics import ServerMetrics
 except ModuleNotFoundError as _error:
     raise MissingExtraError(f"{_error}. Fix: pip install 'at2po[serve]'") from _error
+
+
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class ServerConfig(BaseModel):
@@ -75,6 +82,65 @@ class ServerConfig(BaseModel):
             raise ConfigError("the token is empty. Fix: give one of some length, or none.")
 
 
+class ServerMetrics:
+    """One server's metrics for Prometheus, in a registry of their own: several servers may live in a process.
+
+    Where several processes serve one address, `SHARED_FOLDER` names a folder in which each keeps its numbers
+    (prometheus_client's multiprocess mode), and any of them shows the sum of all.
+    """
+
+    def __init__(self) -> None:
+        own = self._registry = prometheus.CollectorRegistry()
+        self._requests = prometheus.Counter("at2po_retrieve_requests", "Answers.", ["status"], registry=own)
+        self._queries = prometheus.Counter("at2po_retrieve_queries", "Searched queries.", registry=own)
+        self._seconds = prometheus.Histogram(
+            "at2po_retrieve_seconds", "From request to answer.", buckets=_SECONDS, registry=own
+        )
+        self._batch = prometheus.Histogram(
+            "at2po_search_batch_queries", "Queries per search.", buckets=_SIZES, registry=own
+        )
+        self._search = prometheus.Histogram(
+            "at2po_search_seconds", "One search.", buckets=_SECONDS, registry=own
+        )
+        self.waiting = prometheus.Gauge(
+            "at2po_waiting_queries", "Waiting queries.", registry=own, multiprocess_mode="livesum"
+        )
+        self._totals: dict[str, prometheus.Counter] = {}  # of `counters.counted`
+        self._seen: dict[str, int] = {}
+
+    def answered(self, status: int, seconds: float) -> None:
+        """Record one answer."""
+        self._requests.labels(status).inc()
+        self._seconds.observe(seconds)
+
+    def on_batch(self, queries: int, seconds: float) -> None:
+        """Record one search."""
+        self._queries.inc(queries)
+        self._batch.observe(queries)
+        self._search.observe(seconds)
+        self._take_totals()
+
+    def page(self) -> bytes:
+        """Return the page in Prometheus' text form."""
+        self._take_totals()
+        registry = self._registry
+        if SHARED_FOLDER in os.environ:
+            registry = prometheus.CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return prometheus.generate_latest(registry)
+
+    def _take_totals(self) -> None:
+        """Bring what retrieval has counted in this process (hits of a cache, retries, ...) up to date."""
+        for name, value in counted().items():
+            if name not in self._totals:
+                text = f"Total of {name} in this process."
+                self._totals[name] = prometheus.Counter(
+                    f"at2po_retrieval_{name}", text, registry=self._registry
+                )
+            self._totals[name].inc(value - self._seen.get(name, 0))
+            self._seen[name] = value
+
+
 def create_app(retriever: Retriever, config: ServerConfig | None = None) -> Starlette:
     """Make the application that answers for `retriever` within the limits of `config`.
 
@@ -114,7 +180,7 @@ def create_app(retriever: Retriever, config: ServerConfig | None = None) -> Star
 
     async def show_metrics(request: Request) -> Response:  # noqa: ARG001
         metrics.waiting.set(batcher.waiting)
-        return Response(metrics.page(), media_type=metrics.content_type)
+        return Response(metrics.page(), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     routes = [
         Route("/retrieve", retrieve, methods=["POST"]),

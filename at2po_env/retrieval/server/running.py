@@ -19,8 +19,7 @@ from multiprocessing.process import BaseProcess
 
 from at2po_env.errors import At2poError, MissingExtraError, RetrievalError
 from at2po_env.retrieval.base import Retriever
-from at2po_env.retrieval.server.app import ServerConfig, create_app
-from at2po_env.retrieval.server.metrics import SHARED_FOLDER
+from at2po_env.retrieval.server.app import SHARED_FOLDER, ServerConfig, create_app
 
 try:
     import h11

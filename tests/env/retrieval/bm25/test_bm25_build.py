@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from at2po_env.data.corpus import Passage
 from at2po_env.errors import RetrievalError
 from at2po_env.retrieval.bm25 import build as bm25_build
 from at2po_env.retrieval.bm25.build import CountedBlock, FolderStore
@@ -93,7 +94,10 @@ def test_half_a_part_counts_for_nothing(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_blocks_come_back_as_they_were_put(tmp_path: Path) -> None:
-    block = bm25_build._block(7, [0, 1, 1], [2, 1], 9, {}, 0).block
+    totals = bm25_build._Totals(9)
+    totals.done = 7
+    passages = [Passage("", "", "")] * 7 + [Passage("7", "a", "b"), Passage("8", "b", "")]
+    ((block, _, _),) = bm25_build._count(passages, frozenset(), totals)
     for terms in ([], ["a", "\ud800"]):
         FolderStore(tmp_path).put(CountedBlock(block, np.array([2, 1], "u4"), terms))
     first, second = FolderStore(tmp_path).blocks()

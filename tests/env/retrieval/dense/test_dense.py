@@ -19,9 +19,9 @@ from at2po_env.data.corpus import Corpus
 from at2po_env.errors import MissingExtraError, RetrievalError
 from at2po_env.retrieval.bm25.retriever import Bm25Retriever
 from at2po_env.retrieval.building import build_index
-from at2po_env.retrieval.dense.build import passage_text
+from at2po_env.retrieval.dense.build import build, passage_text
 from at2po_env.retrieval.dense.encoders import SentenceEncoder, Vectors, encoder_spec
-from at2po_env.retrieval.dense.retriever import DenseRetriever, build
+from at2po_env.retrieval.dense.retriever import DenseRetriever
 from at2po_env.retrieval.opening import open_retriever
 
 ROWS = 200
