@@ -99,17 +99,20 @@ def repeat(operation: Callable[[], Any], number: int) -> Case:
     return Case(run, number)
 
 
-def arguments(description: str | None, *, rounds: int = 15) -> argparse.Namespace:
-    """The options that all benchmarks share: --json and --rounds."""
-    parser = argparse.ArgumentParser(description=description)
+def command_line(description: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:
+    """A parser of the options that all benchmarks share: --json, and --rounds with its default."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds per case (default {rounds})")
-    return parser.parse_args()
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds per case (default {rounds})")
+    return parser
 
 
-def report(result: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print a flat result as JSON, or as aligned lines."""
-    if as_json:
+def report(result: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Print a result as JSON where `--json` was given, else as aligned lines."""
+    if options.json:
         json.dump(result, sys.stdout, indent=2)
         print()
         return

@@ -25,7 +25,7 @@ from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 import at2po_env
 from at2po_env.retrieval.base import Passage, Retriever
-from benchmarks._timing import Case, Timing, arguments, measure, repeat, report
+from benchmarks._timing import Case, Timing, command_line, measure, repeat, report
 
 SEARCH = "<think>The film's director should be in its article.</think>\n<search>director of the film</search>"
 ANSWER = "<think>That is the one.</think>\n<answer>\\boxed{Ada Lovelace}</answer>"
@@ -100,7 +100,7 @@ def step_case(env: gymnasium.Env[str, str]) -> Case:
 
 def main() -> None:
     """Measure and print."""
-    options = arguments(__doc__)
+    options = command_line(__doc__, rounds=15).parse_args()
     cases: dict[str, Case] = {}
     for suffix, build in KINDS.items():
         young, old = at_turn(1, build), at_turn(100, build)
@@ -111,7 +111,7 @@ def main() -> None:
             f"snapshot{suffix}": repeat(functools.partial(at2po_env.snapshot, old), 2_000),
             f"deepcopy{suffix}": repeat(functools.partial(copy.deepcopy, old), 20),
         }
-    report(_result(measure(cases, rounds=options.rounds, clock=time.thread_time)), as_json=options.json)
+    report(_result(measure(cases, rounds=options.rounds, clock=time.thread_time)), options)
 
 
 def _result(timings: dict[str, Timing]) -> dict[str, Any]:

@@ -30,18 +30,20 @@ from at2po_env.wrappers import FullTranscript, NumericView
 Env = gymnasium.Env[Any, Any]
 LIMIT_S = 1.0
 NAMES = (
-    "step",
-    "env",
-    "__class__",
-    "_max_episode_steps",
-    "$ref",
-    "$id",
-    "$object",
-    "$array",
-    "class",
-    "state",
-    "",
+    *("step", "env", "__class__", "_max_episode_steps", "class", "state", ""),
+    *("$ref", "$id", "$object", "$array"),
 )
+JUNK = json.loads("""[
+  null, true, false, 0, -1, 3, 2147483648, 10000000000, 18446744073709551616,
+  -10000000000000000000000000000000000000000, 0.5, -1e308, "", "x", "\\ud800", [], {},
+  [null], [[]], {"a": 1}, "PCG64", "MT19937", "os:system", {"$ref": 0}, {"$id": 0, "$value": [{"$ref": 0}]},
+  {"$float": "nan"}, {"$tuple": [1, "x"]}, {"$dict": {"a": []}}, {"$object": "subprocess:Popen"},
+  {"$array": "AAAAAAAAAAA=", "dtype": "<f8", "shape": [1]},
+  {"$array": "AAAA", "dtype": "O", "shape": [10000000000]},
+  {"$array": "AAAA", "dtype": "<f8", "shape": [10000000000]},
+  {"$array": "AAAA", "dtype": "V9999999999", "shape": [10000000000]},
+  {"$array": "AAAAAAAA8D8=", "dtype": "<f8", "shape": null}
+]""")
 
 
 def _numbers() -> Env:
@@ -104,7 +106,7 @@ def mutate(text: str, rng: random.Random) -> str:
         holder, key = rng.choice(places)
         kind = rng.randrange(6)
         if kind == 0:
-            holder[key] = copy.deepcopy(_junk(rng))
+            holder[key] = copy.deepcopy(rng.choice(JUNK))
         elif kind == 1:
             other, there = rng.choice(places)
             holder[key] = copy.deepcopy(other[there])
@@ -116,54 +118,14 @@ def mutate(text: str, rng: random.Random) -> str:
             change = rng.choice((1, -1, 2**31, 2**64, 10**10, -(10**30)))
             holder[key] = rng.choice((holder[key] + change, -holder[key], float(change), bool(change)))
         elif isinstance(holder[key], list):
-            holder[key] = holder[key] * rng.choice((0, 2, 50)) + [_junk(rng)]
+            holder[key] = holder[key] * rng.choice((0, 2, 50)) + [copy.deepcopy(rng.choice(JUNK))]
         elif isinstance(holder[key], dict):
-            holder[key][rng.choice(NAMES)] = _junk(rng)
+            holder[key][rng.choice(NAMES)] = copy.deepcopy(rng.choice(JUNK))
         else:
             holder[key] = [holder[key]]
         if not isinstance(data, dict) or not data:
             break
     return json.dumps(data)
-
-
-def _junk(rng: random.Random) -> Any:
-    return rng.choice(
-        (
-            *(
-                None,
-                True,
-                False,
-                0,
-                -1,
-                3,
-                2**31,
-                10**10,
-                2**64,
-                -(10**40),
-                0.5,
-                -1e308,
-                "",
-                "x",
-                "\ud800",
-                [],
-                {},
-            ),
-            *(
-                [None],
-                [[]],
-                {"a": 1},
-                "PCG64",
-                "MT19937",
-                "os:system",
-                {"$ref": 0},
-                {"$id": 0, "$value": [{"$ref": 0}]},
-            ),
-            *({"$float": "nan"}, {"$tuple": [1, "x"]}, {"$dict": {"a": []}}, {"$object": "subprocess:Popen"}),
-            {"$array": "AAAAAAAAAAA=", "dtype": "<f8", "shape": [1]},
-            {"$array": "AAAA", "dtype": rng.choice(("O", "<f8", "V9999999999")), "shape": [10**10]},
-            {"$array": "AAAAAAAA8D8=", "dtype": "<f8", "shape": None},
-        )
-    )
 
 
 def attack(stack: str, *, tries: int, seed: int = 0) -> list[Failure]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from at2po_agent.losses import atpo_loss, grpo_loss
-from benchmarks._timing import Case, arguments, measure, report
+from benchmarks._timing import Case, command_line, measure, report
 
 ROWS, TOKENS, TURNS = 88, 6192, 7
 
@@ -79,8 +79,8 @@ def run(rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    options = arguments("Turn-level against token-level loss", rounds=51)
-    report(run(options.rounds), as_json=options.json)
+    options = command_line("Turn-level against token-level loss", rounds=51).parse_args()
+    report(run(options.rounds), options)
 
 
 if __name__ == "__main__":

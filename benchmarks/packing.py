@@ -19,7 +19,6 @@ sorted. `speedup` is sorted / packed; `goal` is 0.9 x flattened / unique tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -41,9 +40,9 @@ from at2po_agent.packing.batch import Batch, MicroBatch
 from at2po_agent.packing.log_probs import token_stats
 from at2po_agent.packing.prefixes import SortedBranches, cut_branches, lower_bound, sort_branches
 from at2po_agent.packing.rows import RowBatch, pack_rows
-from at2po_agent.packing.trees import PackedBatch, check_model, pack_trees
+from at2po_agent.packing.trees import check_model, pack_trees
 from at2po_agent.tree import Tree
-from benchmarks._timing import Case, measure
+from benchmarks._timing import Case, command_line, measure, report
 from benchmarks.random_trees import TreeShape, advantages, random_tree
 
 BUDGET = 16_384
@@ -84,10 +83,11 @@ def _padded(model: nn.Module, batch: RowBatch) -> Tensor:
     return total
 
 
-def _cut(model: nn.Module, batch: Batch) -> Tensor:
-    totals, total = LossTotals.of(batch.turn_ids), torch.zeros(())
+def _cut(model: nn.Module, batch: Batch, budget: int = BUDGET, device: str = "cpu") -> Tensor:
+    totals, total = LossTotals.of(batch.turn_ids), torch.zeros((), device=device)
     with batch.attention(model):
-        for _, piece in batch.micro_batches(BUDGET):
+        for _, part in batch.micro_batches(budget):
+            piece = part.to(device)
             total += _loss(piece.log_probs(model), piece, totals)
     return total
 
@@ -179,11 +179,27 @@ def on_gpu(rounds: int) -> dict[str, Any] | str:
     model = build_model(shape, seed=0, dtype="bfloat16", device="cuda")
     long = TreeShape(observation=(300, 700), action=(100, 300))
     tree = random_tree(long, vocabulary=shape.vocab_size, seed=0)
-    packs = pack_trees([tree], [advantages(tree)])
-    prepare = partial(model.zero_grad, set_to_none=True)
-    cases = {way: Case(run, prepare=prepare) for way, run in _gpu_passes(model, tree, packs).items()}
+    rows, packs = pack_rows([tree], [advantages(tree)]), pack_trees([tree], [advantages(tree)])
+    checkpoint_activations(model)
+    check_model(model)
+    model.train()
+
+    def timed(batch: Batch, budget: int) -> Case:
+        def run() -> None:
+            _cut(model, batch, budget, "cuda")
+            torch.cuda.synchronize()
+
+        return Case(run, prepare=partial(model.zero_grad, set_to_none=True))
+
+    cases = {"sorted": timed(rows, BUDGET), "packed": timed(packs, GPU_BUDGET)}
     timings = measure(cases, rounds=rounds, warmup=2)
-    rate = _flops(model, shape, packs) / timings["packed"].median
+    # The model's FLOPs of forward and backward; recomputation is not counted.
+    head = shape.vocab_size * shape.hidden_size
+    flops = 6.0 * (sum(p.numel() for p in model.parameters()) - head) * packs.unique_tokens
+    for _, piece in packs.micro_batches(GPU_BUDGET):
+        pairs = float(piece.position_ids.double().add(1).sum())
+        flops += 6.0 * head * len(piece.targets) + 12.0 * shape.layers * shape.heads * shape.head_dim * pairs
+    rate = flops / timings["packed"].median
     return {
         "device": torch.cuda.get_device_name(),
         "flattened_tokens": packs.flattened_tokens,
@@ -193,34 +209,6 @@ def on_gpu(rounds: int) -> dict[str, Any] | str:
         "utilisation_of_989_teraflops": rate / 989e12,
         "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
     }
-
-
-def _flops(model: nn.Module, shape: ModelShape, packs: PackedBatch) -> float:
-    """Model FLOPs of forward and backward, recomputation not counted."""
-    head = shape.vocab_size * shape.hidden_size
-    body = sum(p.numel() for p in model.parameters()) - head
-    flops = 6.0 * body * packs.unique_tokens
-    for _, piece in packs.micro_batches(GPU_BUDGET):
-        pairs = float(piece.position_ids.double().add(1).sum())
-        flops += 6.0 * head * len(piece.targets) + 12.0 * shape.layers * shape.heads * shape.head_dim * pairs
-    return flops
-
-
-def _gpu_passes(model: nn.Module, tree: Tree, packs: PackedBatch) -> dict[str, Callable[[], None]]:
-    rows = pack_rows([tree], [advantages(tree)])
-    checkpoint_activations(model)
-    check_model(model)
-    model.train()
-
-    def run(batch: Batch, budget: int) -> None:
-        totals = LossTotals.of(batch.turn_ids)
-        with batch.attention(model):
-            for _, piece in batch.micro_batches(budget):
-                here = piece.to("cuda")
-                _loss(here.log_probs(model), here, totals)
-        torch.cuda.synchronize()
-
-    return {"sorted": partial(run, rows, BUDGET), "packed": partial(run, packs, GPU_BUDGET)}
 
 
 def cut_quality(trees: int = 2000, seed: int = 0) -> dict[str, float]:
@@ -276,9 +264,7 @@ def _best_grouping(rows: SortedBranches, budget: int) -> int:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Packed trees against rows")
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds per case (default 3)")
+    parser = command_line("Packed trees against rows", rounds=3)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument(
@@ -307,13 +293,9 @@ def main() -> None:
         "load": os.getloadavg()[0],
         "rounds": options.rounds,
         "gpu": on_gpu(options.rounds),
+        "cuts": cut_quality(200),
     }
-    result["cuts"] = cut_quality(200)
-    if options.json:
-        print(json.dumps(result, indent=2))
-        return
-    for case in measured:
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in case.items()})
+    report(result, options)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ to its longest budget; only tokens that were asked for count as sampled. The pol
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +29,7 @@ from at2po_agent.agents.model import ModelShape, build_model, train_tokenizer
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.transcripts.tokenizer import HFTokenizer
+from benchmarks._timing import command_line, report
 
 _VOCABULARY = 512
 _PAD = 0
@@ -185,22 +184,15 @@ class Unique:
         self._seen: set[int] = set()
         self.tokens = 0
 
-    def prefix(self, ids: tuple[int, ...]) -> None:
-        """A prefix that the policy was asked to continue."""
-        self.tokens += self._walk(ids)
-
-    def decoded(self, ids: tuple[int, ...]) -> None:
-        """A prefix with what was sampled after it."""
-        self._walk(ids[:-1])  # the last sampled id is not fed while sampling
-
-    def _walk(self, ids: tuple[int, ...]) -> int:
-        state, fresh = 0, 0
-        for token in ids:
+    def turn(self, prefix: tuple[int, ...], sampled: tuple[int, ...]) -> None:
+        """The policy was asked to continue a prefix, and sampled these ids."""
+        state = 0
+        fed = prefix + sampled[:-1]  # the last sampled id is not fed while sampling
+        for place, token in enumerate(fed):
             state = hash((state, token))
             if state not in self._seen:
                 self._seen.add(state)
-                fresh += 1
-        return fresh
+                self.tokens += place < len(prefix)
 
 
 def prefill_over_unique(policy: HFPolicy, work: Workload, seed: int) -> float:
@@ -209,11 +201,9 @@ def prefill_over_unique(policy: HFPolicy, work: Workload, seed: int) -> float:
     before = policy.stats.prefill_tokens
 
     def counted(requests: list[Request]) -> list[tuple[int, ...]]:
-        for request in requests:
-            unique.prefix(request.prefix_ids)
         answers = answer(requests)
         for request, sampled in zip(requests, answers, strict=True):
-            unique.decoded(request.prefix_ids + sampled)
+            unique.turn(request.prefix_ids, sampled)
         return answers
 
     grow_trees(work, rounds(counted), seed)
@@ -242,20 +232,14 @@ def measure(work: Workload, *, repeats: int, seed: int = 0) -> dict[str, float]:
 
 def main() -> None:
     """Print the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 leaves its choice")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    numbers = measure(Workload(questions=arguments.questions), repeats=arguments.repeats)
-    if arguments.json:
-        print(json.dumps(numbers))
-        return
-    for key, value in numbers.items():
-        print(f"{key:30} {value:12.3f}")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report(measure(Workload(questions=options.questions), repeats=options.repeats), options)
 
 
 if __name__ == "__main__":

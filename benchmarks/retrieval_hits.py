@@ -9,8 +9,6 @@ the gold answer. Keys: `titles` and `titles_found`, their quotient
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from typing import Any
 
@@ -18,6 +16,7 @@ import gymnasium
 
 import at2po_env
 from at2po_env import Task
+from benchmarks._timing import command_line, report
 
 
 def supporting_titles(task: Task) -> list[str]:
@@ -57,18 +56,12 @@ def measure(dataset: str, corpus: str, *, topk: int = 3) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the command line and print."""
-    parser = argparse.ArgumentParser(description="How often BM25's top passages hold the title asked for.")
+    parser = command_line("How often BM25's top passages hold the title asked for.")
     parser.add_argument("--dataset", default="../shared/data/qa/hotpotqa/train.jsonl")
     parser.add_argument("--corpus", default="../shared/data/corpus/wiki_hotpotqa_musique.jsonl")
     parser.add_argument("--topk", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    arguments = parser.parse_args()
-    result = measure(arguments.dataset, arguments.corpus, topk=arguments.topk)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    for key, value in result.items():
-        print(f"{key:28} {value}")
+    options = parser.parse_args()
+    report(measure(options.dataset, options.corpus, topk=options.topk), options)
 
 
 if __name__ == "__main__":

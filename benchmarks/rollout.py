@@ -22,7 +22,6 @@ environment's, over its turns, with 64 questions, a policy that answers at once 
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Iterable
@@ -43,7 +42,7 @@ from at2po_agent.rollout.engine import Scheduler
 from at2po_agent.tree import Tree
 from at2po_agent.types import Generation
 from benchmarks import policy as policy_benchmark
-from benchmarks._timing import report, summarise
+from benchmarks._timing import command_line, report, summarise
 from benchmarks.slow_world import make_env, make_tokenizer
 
 QUESTIONS, BATCH = 16, 64
@@ -97,8 +96,7 @@ def unique_prefill(trees: Iterable[Tree]) -> int:
             turn = tree.turns[node]
             assert turn is not None
             before = (*tree.branch_ids(int(tree.parent[node])), *turn.observation_ids)
-            unique.prefix(before)
-            unique.decoded(before + turn.action_ids)
+            unique.turn(before, turn.action_ids)
     return unique.tokens
 
 
@@ -259,9 +257,7 @@ def vllm(work: policy_benchmark.Workload, rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Print the numbers."""
     parts = {"scheduling": scheduling, "batch": batch, "overhead": overhead, "samplers": samplers}
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each part (default 3)")
+    parser = command_line(__doc__, rounds=3)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     parser.add_argument("--only", choices=sorted(parts), help="one part alone")
     options = parser.parse_args()
@@ -272,7 +268,7 @@ def main() -> None:
             fresh = part(rounds=options.rounds)
             prefill = {**result.get("prefill_over_unique", {}), **fresh.get("prefill_over_unique", {})}
             result = {**result, **fresh, **({"prefill_over_unique": prefill} if prefill else {})}
-    report(result, as_json=options.json)
+    report(result, options)
 
 
 if __name__ == "__main__":

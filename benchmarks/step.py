@@ -37,7 +37,7 @@ from at2po_agent.credit import Credit, credit_rules, register_credit
 from at2po_agent.run import run_training
 from at2po_agent.runs.progress import NoProgress
 from at2po_agent.tree import Tree
-from benchmarks._timing import arguments, report
+from benchmarks._timing import command_line, report
 
 QUIET = ("eval.questions=0", "train.save_every=0", "cold_start.steps=0")
 COLD_START = ("eval.questions=0", "cold_start.steps=150", "cold_start.demonstrations=2400", "train.steps=0")
@@ -130,7 +130,7 @@ def run_case(overrides: Sequence[str], steps: int) -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    options = arguments("Where the time of a training step goes", rounds=6)
+    options = command_line("Where the time of a training step goes", rounds=6).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         start = cold_start(Path(folder) / "start")
         quick = (*QUIET, f"model.path={start}")
@@ -139,7 +139,7 @@ def main() -> None:
             "quickstart, rows": run_case((*quick, "train.packing=rows"), options.rounds),
             "100 M parameters": run_case(LARGE, 2),
         }
-    report(result | {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}, as_json=options.json)
+    report(result | {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}, options)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks._timing import command_line, report
 from benchmarks.retrieval import stages
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -120,27 +121,22 @@ def run(work: Path, qa: Path, corpus: Path, passages: int, kinds: list[str]) -> 
 
 def main() -> None:
     """Parse the command line and print."""
-    parser = argparse.ArgumentParser(description="Speed, memory and recall of retrieval.")
-    parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
+    parser = command_line("Speed, memory and recall of retrieval.")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-retrieval"), help="where indexes lie")
     parser.add_argument("--qa", type=Path, default=DATA / "qa")
     parser.add_argument("--corpus", type=Path, default=DATA / "corpus" / "wiki_hotpotqa_musique.jsonl")
     parser.add_argument("--passages", type=int, default=1_000_000)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--stage", nargs="+", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.stage:
-        print(json.dumps(stage(arguments.stage[0], arguments.stage[1:])))
+    options = parser.parse_args()
+    if options.stage:
+        print(json.dumps(stage(options.stage[0], options.stage[1:])))
         return
-    kinds = arguments.kinds.split(",")
-    results = run(arguments.work, arguments.qa, arguments.corpus, arguments.passages, kinds)
-    if arguments.json:
-        print(json.dumps(results))
-        return
-    for part, values in results.items():
-        print(part)
-        for kind, numbers in values.items():
-            print(f"  {kind:10} {json.dumps(numbers)}")
+    kinds = options.kinds.split(",")
+    results = run(options.work, options.qa, options.corpus, options.passages, kinds)
+    if not options.json:  # a line per kind
+        results = {f"{part} {kind}": json.dumps(v) for part, by in results.items() for kind, v in by.items()}
+    report(results, options)
 
 
 if __name__ == "__main__":

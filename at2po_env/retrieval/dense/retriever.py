@@ -39,6 +39,8 @@ class DenseRetriever(CorpusRetriever):
         max_tokens: Cut longer texts; default: what the encoder's family uses.
     """
 
+    _corpus: Corpus
+
     def __init__(
         self,
         corpus: str | Path,
