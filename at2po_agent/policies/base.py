@@ -7,11 +7,14 @@ with weights that a learner changes, or holds resources. `SteppingPolicy` is a b
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
@@ -96,6 +99,45 @@ class Request:
             raise PolicyError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not 0 <= self.seed < 2**128:
             raise PolicyError(f"seed must lie in [0, 2^128), got {self.seed}")
+
+
+def check_fits(request: Request, vocab_size: int, limits: Sequence[tuple[int, str]]) -> None:
+    """Make sure that a model can answer a request.
+
+    Args:
+        request: The request.
+        vocab_size: The model knows the ids below it.
+        limits: (most tokens of prefix and answer together, words for this limit).
+
+    Raises:
+        PolicyError: It cannot.
+    """
+    length = len(request.prefix_ids) + request.max_tokens
+    what = f"a request of {len(request.prefix_ids)} prefix ids and max_tokens {request.max_tokens}"
+    for most, limit in limits:
+        if length > most:
+            raise PolicyError(f"{what} exceeds {limit}")
+    largest, smallest = max(request.prefix_ids), min(request.prefix_ids)
+    if smallest < 0 or largest >= vocab_size:
+        wrong = smallest if smallest < 0 else largest
+        raise PolicyError(f"{what} holds id {wrong}; the model's ids lie in 0..{vocab_size - 1}")
+
+
+@dataclass
+class PolicyStats:
+    """Counts what a policy computed since it was made.
+
+    Attributes:
+        prefill_tokens: Prefix tokens that went through the model.
+        cached_tokens: Prefix tokens whose KV were found or shared instead.
+        decoded_tokens: Tokens generated.
+        steps: Forward passes.
+    """
+
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    decoded_tokens: int = 0
+    steps: int = 0
 
 
 @runtime_checkable
@@ -190,25 +232,45 @@ def as_trainable(policy: Policy) -> TrainablePolicy:
 
 
 class SteppingPolicy(TrainablePolicy, ABC):
-    """Gives a streaming policy `generate` and `poll`.
+    """Gives a streaming policy `submit`, `generate` and `poll`.
 
     A subclass decodes in `_advance`, and keeps what has finished in `_finished`, by ticket.
     """
 
     def __init__(self) -> None:
         self._finished: dict[int, Generation] = {}
+        self._tickets = itertools.count()
 
     @abstractmethod
-    def submit(self, request: Request) -> int:
-        """Hand in a request; returns its ticket."""
+    def _check(self, request: Request) -> None:
+        """Refuse a request that cannot be answered."""
+
+    @abstractmethod
+    def _begin(self, ticket: int, request: Request) -> None:
+        """Take a request that asks for at least one token."""
+
+    @abstractmethod
+    def _advance(self) -> None:
+        """Decode for a moment."""
 
     @abstractmethod
     def cancel(self, ticket: int) -> None:
         """Forget a request, finished or not; `poll` will not report it."""
 
-    @abstractmethod
-    def _advance(self) -> None:
-        """Decode for a moment."""
+    def submit(self, request: Request) -> int:
+        """Hand in a request; returns its ticket.
+
+        Raises:
+            PolicyError: The request does not fit the model, or what decodes has died.
+        """
+        self._check(request)
+        ticket = next(self._tickets)
+        if request.max_tokens == 0:
+            nothing = np.zeros(0, dtype=np.float32)
+            self._finished[ticket] = Generation((), nothing, "length", None, self.version)
+        else:
+            self._begin(ticket, request)
+        return ticket
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """Answer each request, in order; requests under way from `submit` advance too.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from at2po_agent.policies.hf.slots import LayerViews, Seat, Slots
+from at2po_agent.policies.hf.slots import Seat, Slots
 from at2po_agent.types import IntArray
 
 _NEVER = float("-inf")
@@ -34,9 +34,15 @@ _ROWS_MULTIPLE = 4
 
 
 class ExtraWrite(NamedTuple):
-    """Sends a token's KV to another seat too: index in the packed batch, seat, position."""
+    """Sends a token's KV to another seat too.
 
-    source: int
+    Attributes:
+        source: The token: its index in the packed batch, or the seat whose newest token it is.
+        seat: The other seat.
+        position: The place there.
+    """
+
+    source: int | Seat
     seat: Seat
     position: int
 
@@ -51,7 +57,7 @@ class PromptRun(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Seats first..last-1 sit in one arena; attention reads `reach` positions, all of its room."""
+    """Seats first..last-1 of the batch sit in one arena; attention reads all of its room."""
 
     arena: int
     first: int
@@ -88,13 +94,18 @@ class PackedAttention:
         slots: The storage.
         order: All seats; the newest token of each stands at its length.
         runs: The prompt tokens.
-        writes: Further places of their KV.
+        writes: Further places of KV.
+
+    Attributes:
+        before: Rows before the newest tokens: prompt tokens and padding.
+        live: Newest tokens.
+        positions: int64[N], of all rows.
     """
 
     def __init__(
         self, slots: Slots, order: Sequence[Seat], runs: Sequence[PromptRun], writes: Sequence[ExtraWrite]
     ) -> None:
-        self._device = slots.device
+        self._device, self._layers = slots.device, slots.layers
         # The packed batch is [prompt tokens | padding | newest tokens]; each row has a position and a seat's
         # number. Padding belongs to no seat: number `live` stands for the spare place.
         prompts, live = sum(run.length for run in runs), len(order)
@@ -114,8 +125,8 @@ class PackedAttention:
         if writes:
             numbers = np.concatenate([numbers, [write.seat.number for write in writes]])
             written = np.concatenate([written, [write.position for write in writes]])
-            further = np.array([write.source for write in writes], dtype=np.int64)
-            self._source = self._tensor(np.concatenate([np.arange(len(self.positions)), further]))
+            sources = [self.before + one.number if isinstance(one, Seat) else one for one, _, _ in writes]
+            self._source = self._tensor(np.concatenate([np.arange(len(self.positions)), sources]))
         # Storage rows depend on the number of heads, so `write` finishes them; here: (first, room, position).
         places = np.array([*((seat.first, seat.room) for seat in order), slots.spare], dtype=np.int64)
         self._first_rows = self._tensor(np.column_stack([places[numbers], written]))
@@ -125,7 +136,7 @@ class PackedAttention:
         self._groups = _groups(runs, slots)
         self._biases: dict[tuple[int | None, int], tuple[list[Tensor], list[Tensor]]] = {}
 
-    def write(self, states: Tensor, storage: Tensor) -> None:
+    def _write(self, states: Tensor, storage: Tensor) -> None:
         """Store one layer's keys or values.
 
         Args:
@@ -144,21 +155,33 @@ class PackedAttention:
         storage.index_copy_(0, self._rows[heads], states.reshape(-1, width))
 
     def attend(
-        self, queries: Tensor, layer: LayerViews, *, scale: float | None = None, window: int | None = None
+        self,
+        number: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
     ) -> Tensor:
-        """Attention of all tokens; their KV must have been written.
+        """Store a layer's keys and values, and attend with its queries.
 
         Args:
+            number: Number of the layer.
             queries: float[N, heads, width].
-            layer: The layer's storage.
+            keys: float[N, KV heads, width].
+            values: float[N, KV heads, width of the values].
             scale: Factor of the scores; None means 1 / sqrt(width).
             window: How many positions back a query sees, itself included; None for all.
 
         Returns:
             float[N, heads, width of the values].
         """
-        heads, kv_heads = queries.shape[1], layer.arena_keys[0].shape[1]
-        repeats, width = heads // kv_heads, layer.arena_values[0].shape[3]
+        layer = self._layers[number]
+        self._write(keys, layer.keys)
+        self._write(values, layer.values)
+        heads, kv_heads, width = queries.shape[1], keys.shape[1], values.shape[2]
+        repeats = heads // kv_heads
         live_biases, group_biases = self._bias(window, repeats, queries.dtype)
         out = queries.new_empty((queries.shape[0], heads, width))
         if self._padding.start < self._padding.stop:

@@ -19,12 +19,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from at2po_agent.policies.hf.attention import ExtraWrite, PackedAttention, PromptRun, rows_for
+from at2po_agent.policies.base import PolicyStats
+from at2po_agent.policies.hf.attention import ExtraWrite, PackedAttention, PromptRun
+from at2po_agent.policies.hf.decoder import ModelDecoder
+from at2po_agent.policies.hf.fused import FusedDecoder
 from at2po_agent.policies.hf.prefix_cache import Node, PrefixCache
 from at2po_agent.policies.hf.slots import Seat, Slots
 from at2po_agent.policies.sampling import ActiveRequest
@@ -52,36 +54,6 @@ class SeatedRequest(ActiveRequest):
     node: Node | None = None
     waited: int = 0
 
-    def rewind(self) -> None:
-        """Forget seat and node; what was generated becomes context."""
-        self.seat = self.node = None
-        self.context = self.request.prefix_ids + tuple(self.ids)
-
-
-@dataclass
-class PolicyStats:
-    """Counts what a policy computed since it was made.
-
-    Attributes:
-        prefill_tokens: Prefix tokens that went through the model.
-        cached_tokens: Prefix tokens whose KV were found or shared instead.
-        decoded_tokens: Tokens generated.
-        steps: Forward passes.
-    """
-
-    prefill_tokens: int = 0
-    cached_tokens: int = 0
-    decoded_tokens: int = 0
-    steps: int = 0
-
-
-class Decoder(Protocol):
-    """Runs a packed batch."""
-
-    def forward(self, tokens: Tensor, positions: Tensor, attention: PackedAttention, slots: Slots) -> Tensor:
-        """Logits [n, V] after each seat's newest token."""
-        ...
-
 
 @dataclass
 class _Packing:
@@ -90,10 +62,9 @@ class _Packing:
     Attributes:
         tokens: Prompt ids but the last of each prefix, which is fed as the newest token of its request.
         prompts: Whose they are.
-        shared: (packed index, seat, position): KV that the tokens of another request bring too; an index
-            -1 - i is the newest token of admitted request i.
-        admitted: Rows that get their prefix computed.
-        known: Rows whose whole prefix is, or after this step will be, known.
+        shared: KV of these tokens that other requests need too.
+        admitted: Requests that get their prefix computed.
+        known: Requests whose whole prefix is, or after this step will be, known.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -104,18 +75,24 @@ class _Packing:
 
 
 class Batcher:
-    """Rows, their seats, the queue and the prefix tree.
+    """Requests, their seats, the queue and the prefix tree.
 
     Args:
         decoder: Runs the model.
         slots: Seats and their storage.
         cache: The prefix tree.
-        max_rows: Rows that are live at the same time.
+        max_rows: Requests that are live at the same time.
         max_prefill: Prefix tokens of one step, beyond which requests wait (one request always goes in).
     """
 
     def __init__(
-        self, decoder: Decoder, slots: Slots, cache: PrefixCache, *, max_rows: int, max_prefill: int
+        self,
+        decoder: ModelDecoder | FusedDecoder,
+        slots: Slots,
+        cache: PrefixCache,
+        *,
+        max_rows: int,
+        max_prefill: int,
     ) -> None:
         self.stats = PolicyStats()
         self.version = 0
@@ -153,7 +130,6 @@ class Batcher:
         for one in self._live.values():
             assert one.seat is not None
             self._slots.leave(one.seat)
-            one.rewind()
         self._requeue(self._live.values())
         self._live.clear()
 
@@ -162,7 +138,6 @@ class Batcher:
         requests = list(self._live.values())
         for one in requests:
             self.leave(one)
-            one.rewind()
         self._requeue(requests)
 
     def reset(self) -> None:
@@ -179,9 +154,12 @@ class Batcher:
             The requests that now need a token appended, and the logits [n, V] to draw it from. An exception
             leaves the requests as they were, and the step can be repeated.
         """
-        # 1. Make room.
+        # 1. Make room for one more position of every live request; where there is none, the youngest waits.
         self._cache.evict()
-        self._make_room()
+        while not self._slots.grow():
+            youngest = self._live[max(self._live)]
+            self.leave(youngest)
+            self._requeue([youngest])
         # 2. Admit.
         packing = self._admit()
         if self._queue and not self._live and not packing.known:
@@ -193,22 +171,42 @@ class Batcher:
         parts: list[Tensor] = []
         try:
             if order:
-                parts.append(self._forward(packing, order, requests))
+                batch = PackedAttention(self._slots, order, packing.prompts, packing.shared)
+                padding = [0] * (batch.before - len(packing.tokens))
+                newest = [one.ids[-1] if one.ids else one.context[-1] for one in requests]
+                tokens = torch.tensor(packing.tokens + padding + newest, device=self._slots.device)
+                positions = torch.from_numpy(batch.positions).to(self._slots.device)
+                parts.append(self._decoder.forward(tokens, positions, batch))
+                self.stats.steps += 1
         except BaseException:
             self._undo(packing)
             raise
-        # 4. Record what was computed for the new prefixes.
+        for seat in order:
+            seat.length += 1
+        # 4. Record what was computed: the logits after a new prefix, and the KV of all nodes that it filled.
         for one in packing.admitted:
             assert one.seat is not None
-            self._record(one, one.seat, parts[0][one.seat.number])
+            assert one.node is not None
+            one.node.logits = parts[0][one.seat.number].clone()
+            above: Node | None = one.node
+            while above is not None and above.packed is not None:
+                self._cache.fill(above, self._slots.read(one.seat, above.start, above.end))
+                above = above.parent
         # 5. Seat those whose prefix is known by now; one that finds no place waits for the next step.
         for number, one in enumerate(packing.known):
-            stored = self._seat_known(one)
-            if stored is None:
+            free = self._slots.seat(one.ticket, len(one.context))
+            if free is None:
                 self._requeue(packing.known[number:])
                 break
+            path = self._cache.match(one.context)
+            self._enter(one, free, path)
+            one.node = path[-1][0]
+            one.node.pins += 1
+            free.length = len(one.context)
+            self.stats.cached_tokens += free.length
+            assert one.node.logits is not None
             requests.append(one)
-            parts.append(stored[None])
+            parts.append(one.node.logits[None])
         return requests, torch.cat(parts) if parts else None
 
     def leave(self, one: SeatedRequest) -> None:
@@ -229,22 +227,20 @@ class Batcher:
         del self._live[one.ticket]
         one.seat = one.node = None
 
-    def _make_room(self) -> None:
-        """Let every live request grow by a position; where the storage is full, the youngest wait again."""
-        while not self._slots.grow():
-            youngest = self._live[max(self._live)]
-            self.leave(youngest)
-            youngest.rewind()
-            self._requeue([youngest])
-
     def _requeue(self, requests: Iterable[SeatedRequest]) -> None:
+        """Let requests wait, in the order they came; what they have generated becomes context."""
         for one in sorted(requests, key=lambda one: one.ticket, reverse=True):
+            one.seat = one.node = None
+            one.context = one.request.prefix_ids + tuple(one.ids)
             self._queue.appendleft(one)
 
     def _admit(self) -> _Packing:
         """Seat waiting requests, and list what has to be fed for them."""
         packing = _Packing()
-        if not self._queue or not self._worth_admitting():
+        if not self._queue:
+            return packing
+        self._queue[0].waited += 1
+        if self._queue[0].waited <= _PATIENCE and _COMPANY * len(self._queue) < len(self._live):
             return packing
         ends: set[Node] = set()
         while self._queue and len(self._live) + len(packing.known) < self._max_rows:
@@ -253,9 +249,11 @@ class Batcher:
             one = self._queue[0]
             path = self._cache.match(one.context)
             matched = sum(length for _, length in path)
-            if matched == len(one.context) and _ends_here(path, ends):
-                packing.known.append(self._queue.popleft())
-                continue
+            if matched == len(one.context):
+                node, length = path[-1]
+                if length == len(node.tokens) and (node.logits is not None or node in ends):
+                    packing.known.append(self._queue.popleft())
+                    continue
             uncached = max(len(one.context) - matched, 1)
             if packing.admitted and len(packing.tokens) + uncached > self._max_prefill:
                 break
@@ -263,104 +261,40 @@ class Batcher:
             if seat is None:
                 break
             self._queue.popleft()
-            self._enter(one, seat)
-            self._load(seat, path, packing)
-            ends.add(self._plan_prefill(one, seat, path, packing))
+            packing.shared += self._enter(one, seat, path)
+            # Feed what is not known, at least the last id: as the newest token of its seat, for the logits
+            # after it.
+            known = min(matched, len(one.context) - 1)
+            first, inner = len(packing.tokens), len(one.context) - 1 - known
+            packing.tokens += one.context[known:-1]
+            if inner:
+                packing.prompts.append(PromptRun(seat, known, first, inner))
+            node = self._cache.extend(path, one.context[matched:])
+            if matched == known:
+                node.packed = [*range(first, first + inner), seat]
+            node.pins += 1
+            ends.add(node)
+            one.node = node
+            seat.length = len(one.context) - 1
+            packing.admitted.append(one)
+            self.stats.cached_tokens += known
+            self.stats.prefill_tokens += inner + 1
         return packing
 
-    def _enter(self, one: SeatedRequest, seat: Seat) -> None:
+    def _enter(self, one: SeatedRequest, seat: Seat, path: list[tuple[Node, int]]) -> list[ExtraWrite]:
+        """Make a request live and copy the known KV of its prefix; returns the places of those to come."""
         one.seat = seat
         self._live[one.ticket] = one
         if not one.ids:
             one.version = self.version
-
-    def _worth_admitting(self) -> bool:
-        waiting, first = len(self._queue), self._queue[0]
-        first.waited += 1
-        return (
-            first.waited > _PATIENCE
-            or _COMPANY * waiting >= len(self._live)
-            or waiting + len(self._live) <= 1
-        )
-
-    def _load(self, seat: Seat, path: list[tuple[Node, int]], packing: _Packing) -> None:
-        """Copy the known KV of a prefix; what this step computes for others will be written here too."""
+        coming: list[ExtraWrite] = []
         for node, length in path:
             if node.segment is not None:
                 self._slots.write(seat, node.start, node.segment, length)
-                continue
-            assert node.packed is not None
-            packing.shared += [ExtraWrite(node.packed[i], seat, node.start + i) for i in range(length)]
-
-    def _plan_prefill(
-        self, one: SeatedRequest, seat: Seat, path: list[tuple[Node, int]], packing: _Packing
-    ) -> Node:
-        """Feed what is not known of a context, at least its last id; returns the node where it ends."""
-        # The last id of a context is always fed: as the newest token of its seat, for the logits after it.
-        matched = sum(length for _, length in path)
-        known = min(matched, len(one.context) - 1)
-        first, inner = len(packing.tokens), len(one.context) - 1 - known
-        packing.tokens += one.context[known:-1]
-        if inner:
-            packing.prompts.append(PromptRun(seat, known, first, inner))
-        node = self._cache.extend(path, one.context[matched:])
-        if matched == known:
-            node.packed = [*range(first, first + inner), -1 - len(packing.admitted)]
-        node.pins += 1
-        one.node = node
-        seat.length = len(one.context) - 1
-        packing.admitted.append(one)
-        self.stats.cached_tokens += known
-        self.stats.prefill_tokens += inner + 1
-        return node
-
-    def _forward(self, packing: _Packing, order: list[Seat], requests: list[SeatedRequest]) -> Tensor:
-        fed = len(packing.tokens)
-        before = rows_for(fed + len(requests)) - len(requests)
-        writes = []
-        for write in packing.shared:
-            source = write.source
-            if source < 0:
-                owner = packing.admitted[-1 - source].seat
-                assert owner is not None
-                source = before + owner.number
-            writes.append(ExtraWrite(source, write.seat, write.position))
-        attention = PackedAttention(self._slots, order, packing.prompts, writes)
-        newest = [one.ids[-1] if one.ids else one.context[-1] for one in requests]
-        padding = [0] * (before - fed)
-        tokens = torch.tensor(packing.tokens + padding + newest, device=self._slots.device)
-        positions = torch.from_numpy(attention.positions).to(self._slots.device)
-        logits = self._decoder.forward(tokens, positions, attention, self._slots)
-        for seat in order:
-            seat.length += 1
-        self.stats.steps += 1
-        return logits
-
-    def _record(self, one: SeatedRequest, seat: Seat, logits: Tensor) -> None:
-        """Give the tree what the forward pass computed for an admitted request."""
-        node = one.node
-        assert node is not None
-        node.logits = logits.clone()
-        above: Node | None = node
-        while above is not None and above.packed is not None:
-            self._cache.fill(above, self._slots.read(seat, above.start, above.end))
-            above = above.parent
-
-    def _seat_known(self, one: SeatedRequest) -> Tensor | None:
-        """Seat a request whose prefix the tree holds; returns the logits after it, None without room."""
-        seat = self._slots.seat(one.ticket, len(one.context))
-        if seat is None:
-            return None
-        path = self._cache.match(one.context)
-        self._load(seat, path, _Packing())
-        node = path[-1][0]
-        node.pins += 1
-        self._enter(one, seat)
-        one.node = node
-        seat.length = len(one.context)
-        self.stats.cached_tokens += len(one.context)
-        assert node.logits is not None
-        return node.logits
+            else:
+                assert node.packed is not None
+                coming += [ExtraWrite(node.packed[i], seat, node.start + i) for i in range(length)]
+        return coming
 
     def _undo(self, packing: _Packing) -> None:
         """Put the requests of a failed step back into the queue and drop their pending nodes."""
@@ -374,14 +308,5 @@ class Batcher:
             while node is not None and node.packed is not None and not node.children:
                 self._cache.drop(node)
                 node = node.parent
-            one.seat = one.node = None
             del self._live[one.ticket]
         self._requeue([*packing.admitted, *packing.known])
-
-
-def _ends_here(path: list[tuple[Node, int]], ends: set[Node]) -> bool:
-    """True if the logits after a fully matched path are known, or will be after this step."""
-    if not path:
-        return False
-    node, length = path[-1]
-    return length == len(node.tokens) and (node.logits is not None or node in ends)

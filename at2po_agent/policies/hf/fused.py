@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from at2po_agent.policies.hf.attention import PackedAttention, rows_for
-from at2po_agent.policies.hf.slots import Slots
 
 _FAMILIES = (Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM)
 _LARGEST = 50_000_000  # parameters; above, the matrices are what costs
@@ -26,6 +25,17 @@ class _Linear(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+    @classmethod
+    def fold(cls, modules: list[nn.Linear], norm: Tensor | None = None) -> _Linear:
+        """Put linear layers side by side, and fold the weight of the norm before them in."""
+        weight = torch.cat([module.weight for module in modules])
+        weight = weight if norm is None else weight * norm
+        bias = None
+        if any(module.bias is not None for module in modules):
+            parts = [torch.zeros(len(m.weight)) if m.bias is None else m.bias.detach() for m in modules]
+            bias = torch.cat(parts)
+        return cls(weight.t().contiguous(), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
@@ -86,23 +96,37 @@ class FusedDecoder:
         """Take over the model's weights."""
         inner = self._model.model
         self._embedding: Tensor = inner.embed_tokens.weight.detach()
-        self._layers = [self._fuse(layer) for layer in inner.layers]
-        self._head = _folded([self._model.lm_head], inner.norm.weight)
+        self._head = _Linear.fold([self._model.lm_head], inner.norm.weight)
+        self._layers = []
+        for layer in inner.layers:
+            attention, mlp, qk_norm = layer.self_attn, layer.mlp, None
+            if hasattr(attention, "q_norm"):
+                query, key = attention.q_norm.weight, attention.k_norm.weight
+                qk_norm = torch.cat([query.expand(self._heads, -1), key.expand(self._kv_heads, -1)])
+            projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+            self._layers.append(
+                _Layer(
+                    _Linear.fold(projections, layer.input_layernorm.weight),
+                    qk_norm,
+                    _Linear.fold([attention.o_proj]),
+                    _Linear.fold([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm.weight),
+                    _Linear.fold([mlp.down_proj]),
+                )
+            )
 
-    def forward(self, tokens: Tensor, positions: Tensor, batch: PackedAttention, slots: Slots) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, batch: PackedAttention) -> Tensor:
         """Run a packed batch of N tokens; returns the logits [n, V] after each seat's newest token."""
         x = F.embedding(tokens, self._embedding)
         cos, sin = self._rotation(positions)
         rotated = self._heads + self._kv_heads
-        for number, (layer, views) in enumerate(zip(self._layers, slots.layers, strict=True)):
+        for number, layer in enumerate(self._layers):
             qkv = layer.qkv(self._norm(x)).view(-1, rotated + self._kv_heads, self._width)
             qk = qkv[:, :rotated]
             if layer.qk_norm is not None:
                 qk = self._norm(qk).mul_(layer.qk_norm)
             qk = torch.addcmul(qk * cos, qk.roll(self._width // 2, -1), sin)
-            batch.write(qk[:, self._heads :], views.keys)
-            batch.write(qkv[:, rotated:], views.values)
-            attended = batch.attend(qk[:, : self._heads], views).flatten(1)
+            query, key, value = qk[:, : self._heads], qk[:, self._heads :], qkv[:, rotated:]
+            attended = batch.attend(number, query, key, value).flatten(1)
             if number == len(self._layers) - 1:
                 x, attended = x[-rows_for(batch.live) :], attended[-rows_for(batch.live) :]
             x = layer.out.added_to(x, attended)
@@ -123,27 +147,3 @@ class FusedDecoder:
             half = self._width // 2
             self._rope = (cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1))
         return self._rope[0][positions].unsqueeze(1), self._rope[1][positions].unsqueeze(1)
-
-    def _fuse(self, layer: Any) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        qk_norm = None
-        if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm.weight, attention.k_norm.weight
-            qk_norm = torch.cat([query.expand(self._heads, -1), key.expand(self._kv_heads, -1)])
-        return _Layer(
-            _folded([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm.weight),
-            qk_norm,
-            _folded([attention.o_proj]),
-            _folded([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm.weight),
-            _folded([mlp.down_proj]),
-        )
-
-
-def _folded(modules: list[nn.Linear], norm: Tensor | None = None) -> _Linear:
-    """Linear layers side by side, the weight of the norm before them folded in."""
-    weight = torch.cat([module.weight for module in modules])
-    weight = weight if norm is None else weight * norm
-    bias = None
-    if any(module.bias is not None for module in modules):
-        bias = torch.cat([torch.zeros(len(m.weight)) if m.bias is None else m.bias.detach() for m in modules])
-    return _Linear(weight.t().contiguous(), bias)

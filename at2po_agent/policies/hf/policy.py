@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from at2po_agent.policies.base import Request, SteppingPolicy
-from at2po_agent.policies.hf.batching import Batcher, PolicyStats, SeatedRequest
+from at2po_agent.policies.base import PolicyStats, Request, SteppingPolicy, check_fits
+from at2po_agent.policies.hf.batching import Batcher, SeatedRequest
 from at2po_agent.policies.hf.decoder import ModelDecoder
 from at2po_agent.policies.hf.fused import FusedDecoder, fits
 from at2po_agent.policies.hf.prefix_cache import PrefixCache
@@ -71,7 +70,6 @@ class HFPolicy(SteppingPolicy):
         self.tokenizer = tokenizer
         self.transcript = transcript or InlineTranscript(tokenizer)
         self._vocab_size = int(model.config.vocab_size)
-        self._max_positions = getattr(model.config, "max_position_embeddings", None)
         if slots < 1:
             raise PolicyError(f"slots must be at least 1, got {slots}")
         ends = (tokenizer.eos_id,) if eos_ids is None else eos_ids
@@ -83,17 +81,19 @@ class HFPolicy(SteppingPolicy):
             room = torch.cuda.mem_get_info(model.device)[0] // 2 if on_gpu else 4 << 30
             values = sum(heads * width for layer in general.shapes for heads, width in layer)
             kv_tokens = room // (model.dtype.itemsize * values)  # keys and values of one position, all layers
-        self._kv_tokens = kv_tokens
+        self._limits = [(kv_tokens, f"kv_tokens ({kv_tokens}), the size of the KV buffers")]
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None:
+            limit = (
+                f"the model's {positions} positions (max_position_embeddings of {type(model).__name__}); "
+                "shorten the prefix or max_tokens"
+            )
+            self._limits.insert(0, (positions, limit))
         self._cache = PrefixCache(cache_tokens)
-        self.slots = Slots(general.shapes, max_tokens=self._kv_tokens, dtype=model.dtype, device=model.device)
+        self.slots = Slots(general.shapes, max_tokens=kv_tokens, dtype=model.dtype, device=model.device)
         self._batcher = Batcher(
-            self.decoder,
-            self.slots,
-            self._cache,
-            max_rows=slots,
-            max_prefill=max_prefill,
+            self.decoder, self.slots, self._cache, max_rows=slots, max_prefill=max_prefill
         )
-        self._tickets = 0
         self._parameters = list(model.parameters())
         self._weights = self._fingerprint()
 
@@ -120,31 +120,6 @@ class HFPolicy(SteppingPolicy):
     def cached_now(self) -> int:
         """Tokens that the prefix cache holds."""
         return self._cache.tokens
-
-    def submit(self, request: Request) -> int:
-        """Hand in a request; returns its ticket.
-
-        Raises:
-            PolicyError: The request does not fit the model.
-        """
-        self._check(request)
-        ticket = self._tickets
-        self._tickets += 1
-        if request.max_tokens == 0:
-            self._finished[ticket] = Generation(
-                (), np.zeros(0, dtype=np.float32), "length", None, self.version
-            )
-            return ticket
-        self._batcher.submit(
-            SeatedRequest(
-                ticket=ticket,
-                request=request,
-                stop=self._stops.number(request.stop),
-                version=self.version,
-                context=request.prefix_ids,
-            )
-        )
-        return ticket
 
     def cancel(self, ticket: int) -> None:
         """Forget a request, finished or not; `poll` will not report it."""
@@ -223,16 +198,16 @@ class HFPolicy(SteppingPolicy):
         return [(parameter._version, parameter.data_ptr()) for parameter in self._parameters]
 
     def _check(self, request: Request) -> None:
-        length = len(request.prefix_ids) + request.max_tokens
-        what = f"a request of {len(request.prefix_ids)} prefix ids and max_tokens {request.max_tokens}"
-        if self._max_positions is not None and length > self._max_positions:
-            raise PolicyError(
-                f"{what} exceeds the model's {self._max_positions} positions "
-                f"(max_position_embeddings of {type(self.model).__name__}); shorten the prefix or max_tokens"
+        check_fits(request, self._vocab_size, self._limits)
+
+    def _begin(self, ticket: int, request: Request) -> None:
+        stop = self._stops.number(request.stop)
+        self._batcher.submit(
+            SeatedRequest(
+                ticket=ticket,
+                request=request,
+                stop=stop,
+                version=self.version,
+                context=request.prefix_ids,
             )
-        if length > self._kv_tokens:
-            raise PolicyError(f"{what} exceeds kv_tokens ({self._kv_tokens}), the size of the KV buffers")
-        largest, smallest = max(request.prefix_ids), min(request.prefix_ids)
-        if smallest < 0 or largest >= self._vocab_size:
-            wrong = smallest if smallest < 0 else largest
-            raise PolicyError(f"{what} holds id {wrong}; the model's ids lie in 0..{self._vocab_size - 1}")
+        )

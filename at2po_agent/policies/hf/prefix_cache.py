@@ -2,21 +2,18 @@
 
 A node holds a run of ids, their KV segment and, where a request's prefix ended, the logits that follow. A
 node may be *pending*: its KV are being computed by the forward pass under way, at known positions of the
-packed batch. The least recently used leaves are evicted beyond a budget of tokens. Knows no model and no
-slots.
+packed batch. The least recently used leaves are evicted beyond a budget of tokens. Knows no model.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import count
-from typing import TypeAlias
 
 from torch import Tensor
 
-Segment: TypeAlias = tuple[Tensor, ...]
-"""One tensor [layers, heads, tokens, width] per group of equally shaped layers."""
+from at2po_agent.policies.hf.slots import Seat, Segment
 
 
 class Node:
@@ -26,7 +23,7 @@ class Node:
         tokens: The ids.
         start: Depth of the first one, in ids from the root.
         segment: Their KV; None while pending.
-        packed: While pending, where the packed batch holds each id.
+        packed: While pending, where the packed batch holds each id (`attention.ExtraWrite.source`).
         logits: Logits after the last id, where known.
         pins: Rows under way that extend this node; a pinned node is not evicted.
     """
@@ -39,7 +36,7 @@ class Node:
         self.parent = parent
         self.children: dict[int, Node] = {}
         self.segment: Segment | None = None
-        self.packed: list[int] | None = None
+        self.packed: list[int | Seat] | None = None
         self.logits: Tensor | None = None
         self.pins = 0
         self.used = 0
@@ -48,6 +45,11 @@ class Node:
     def end(self) -> int:
         """Depth after the last id."""
         return self.start + len(self.tokens)
+
+    @property
+    def evictable(self) -> bool:
+        """True if nothing needs the node: a leaf whose KV are known and that no row extends."""
+        return not self.children and not self.pins and self.segment is not None
 
 
 class PrefixCache:
@@ -139,27 +141,20 @@ class PrefixCache:
         if self.tokens <= self.max_tokens:
             return
         enough = self.max_tokens * 9 // 10  # not each step again
-        order = count()
-        heap = [(leaf.used, next(order), leaf) for leaf in self._walk(_evictable)]
+        order, heap = count(), []
+        stack = list(self.root.children.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            if node.evictable:
+                heap.append((node.used, next(order), node))
         heapq.heapify(heap)
         while heap and self.tokens > enough:
             node = heapq.heappop(heap)[2]
             self.drop(node)
             parent = node.parent
-            if parent is not None and parent.parent is not None and _evictable(parent):
+            if parent is not None and parent.evictable:  # the root has no KV of its own
                 heapq.heappush(heap, (parent.used, next(order), parent))
-
-    def _walk(self, wanted: Callable[[Node], bool]) -> Iterator[Node]:
-        stack = list(self.root.children.values())
-        while stack:
-            node = stack.pop()
-            if wanted(node):
-                yield node
-            stack.extend(node.children.values())
-
-
-def _evictable(node: Node) -> bool:
-    return not node.children and not node.pins and node.segment is not None
 
 
 def common_length(tokens: tuple[int, ...], ids: Sequence[int], position: int = 0) -> int:

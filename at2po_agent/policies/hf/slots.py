@@ -13,14 +13,14 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from at2po_agent.policies.hf.prefix_cache import Segment
-
 _SMALLEST_ROOM = 64
+Segment: TypeAlias = tuple[Tensor, ...]
+"""KV of a run of tokens: one tensor [layers, heads, tokens, width] per group of equally shaped layers."""
 
 
 class LayerShape(NamedTuple):
@@ -100,15 +100,15 @@ class Slots:
         self, shapes: Sequence[LayerShape], *, max_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         kinds = sorted({shape for layer in shapes for shape in layer})
-        self._places = []
+        # Keys and values of one shape share a plane; `_places` says which, and the row there: [layer][k, v].
+        self._places: list[list[tuple[int, int]]] = []
         rows = [0] * len(kinds)
         for layer in shapes:
-            pair = []
+            self._places.append([])
             for shape in layer:
                 plane = kinds.index(shape)
-                pair.append((plane, rows[plane]))
+                self._places[-1].append((plane, rows[plane]))
                 rows[plane] += 1
-            self._places.append((pair[0], pair[1]))
         self._kinds = kinds
         self._planes = [
             torch.zeros((number, 0, width), dtype=dtype, device=device)
@@ -126,7 +126,7 @@ class Slots:
         if arena is None:
             return None
         seat = Seat(ticket)
-        self._sit(seat, arena)
+        self._sit(seat, arena, _free_place(arena))
         return seat
 
     def leave(self, seat: Seat) -> None:
@@ -140,13 +140,7 @@ class Slots:
                 target = self._arena(seat.length + 1)
                 if target is None:
                     return False
-                source = [
-                    self._region(plane, seat)[:, :, : seat.length] for plane in range(len(self._planes))
-                ]
-                self.leave(seat)
-                self._sit(seat, target)
-                for plane, part in enumerate(source):
-                    self._region(plane, seat)[:, :, : seat.length] = part
+                self._move(seat, target, _free_place(target))
         return True
 
     def compact(self) -> None:
@@ -159,14 +153,10 @@ class Slots:
                     arena.seats.pop()
                 if hole >= len(arena.seats):
                     break
-                seat = arena.seats.pop()
-                assert seat is not None
-                source = [
-                    self._region(plane, seat)[:, :, : seat.length] for plane in range(len(self._planes))
-                ]
-                self._settle(seat, arena, hole)
-                for plane, part in enumerate(source):
-                    self._region(plane, seat)[:, :, : seat.length] = part
+                last = arena.seats[-1]
+                assert last is not None
+                self._move(last, arena, hole)
+                arena.seats.pop()
 
     def order(self) -> list[Seat]:
         """All seats, arena by arena; numbers them."""
@@ -198,7 +188,11 @@ class Slots:
 
     def room_for(self, positions: int) -> int:
         """The room of a sequence with so many positions: the next of 64, 96, 128, 192, 256, 384, ..."""
-        return min(_place_size(positions), max(self.max_tokens, positions))
+        size = _SMALLEST_ROOM
+        while size < positions and 3 * size // 2 < positions:
+            size *= 2
+        room = size if size >= positions else 3 * size // 2
+        return min(room, max(self.max_tokens, positions))
 
     def _region(self, plane: int, seat: Seat) -> Tensor:
         """All layers of one sequence: [layers, heads, room, width]."""
@@ -206,18 +200,20 @@ class Slots:
         part = self._planes[plane][:, seat.first * heads : (seat.first + seat.room) * heads]
         return part.view(-1, heads, seat.room, width)
 
-    def _sit(self, seat: Seat, arena: Arena) -> None:
-        """Take the first free place of an arena."""
-        seats = arena.seats
-        index = seats.index(None) if None in seats else len(seats)
-        if index == len(seats):
-            seats.append(seat)
-        seat.arena = self.arenas.index(arena)
-        self._settle(seat, arena, index)
-
-    def _settle(self, seat: Seat, arena: Arena, index: int) -> None:
+    def _sit(self, seat: Seat, arena: Arena, index: int) -> None:
+        """Take a place."""
         arena.seats[index] = seat
-        seat.index, seat.first, seat.room = index, arena.first + index * arena.room, arena.room
+        seat.arena, seat.index, seat.room = self.arenas.index(arena), index, arena.room
+        seat.first = arena.first + index * arena.room
+
+    def _move(self, seat: Seat, arena: Arena, index: int) -> None:
+        """Take another place, and the KV along."""
+        planes = range(len(self._planes))
+        source = [self._region(plane, seat)[:, :, : seat.length] for plane in planes]
+        self.leave(seat)
+        self._sit(seat, arena, index)
+        for plane, part in enumerate(source):
+            self._region(plane, seat)[:, :, : seat.length] = part
 
     def _arena(self, room: int) -> Arena | None:
         """An arena with a free place of this room, made or enlarged where needed."""
@@ -240,50 +236,43 @@ class Slots:
     def _lay_out(self, wanted: Sequence[tuple[int, int]]) -> None:
         """Make new storage for arenas of (room, capacity), and take over who sits in the old one."""
         old = {arena.room: arena for arena in self.arenas}
-        arenas, first = [], 0
-        for number, (room, capacity) in enumerate(wanted):
-            seats = old[room].seats if room in old else []
-            arena = Arena(room, first, capacity, seats)
-            arenas.append(arena)
-            for index, seat in enumerate(seats):
+        self.arenas, first = [], 0
+        for room, capacity in wanted:
+            arena = Arena(room, first, capacity, old[room].seats if room in old else [])
+            self.arenas.append(arena)
+            for index, seat in enumerate(arena.seats):
                 if seat is not None:
-                    seat.arena = number
-                    self._settle(seat, arena, index)
+                    self._sit(seat, arena, index)
             first += room * capacity
         for plane, (heads, width) in enumerate(self._kinds):
             before = self._planes[plane]
             after = before.new_zeros((before.shape[0], (first + 1) * heads, width))  # one spare place
-            for arena in arenas:
+            for arena in self.arenas:
                 if arena.room in old and arena.seats:
                     size = len(arena.seats) * arena.room * heads
                     source, target = old[arena.room].first * heads, arena.first * heads
                     after[:, target : target + size] = before[:, source : source + size]
             self._planes[plane] = after
-        self.arenas = arenas
-        self.layers = [self._views(keys, values) for keys, values in self._places]
-
-    def _views(self, keys: tuple[int, int], values: tuple[int, int]) -> LayerViews:
-        tensors, arenas = [], []
-        for plane, row in (keys, values):
-            heads, width = self._kinds[plane]
-            whole = self._planes[plane][row]
-            tensors.append(whole)
-            arenas.append(
-                [
-                    whole[arena.first * heads : (arena.first + arena.capacity * arena.room) * heads].view(
-                        arena.capacity, heads, arena.room, width
-                    )
-                    for arena in self.arenas
-                ]
-            )
-        return LayerViews(tensors[0], tensors[1], arenas[0], arenas[1])
+        self.layers = []
+        for places in self._places:
+            wholes, views = [], []
+            for plane, row in places:
+                heads, width = self._kinds[plane]
+                whole = self._planes[plane][row]
+                wholes.append(whole)
+                views.append(
+                    [
+                        whole[arena.first * heads :][: arena.capacity * arena.room * heads].view(
+                            arena.capacity, heads, arena.room, width
+                        )
+                        for arena in self.arenas
+                    ]
+                )
+            self.layers.append(LayerViews(wholes[0], wholes[1], views[0], views[1]))
 
 
-def _place_size(room: int) -> int:
-    """The next of 2^k and 3 * 2^k."""
-    size = _SMALLEST_ROOM
-    while size < room:
-        if 3 * size // 2 >= room:
-            return 3 * size // 2
-        size *= 2
-    return size
+def _free_place(arena: Arena) -> int:
+    """The first free place of an arena that has one."""
+    if None not in arena.seats:
+        arena.seats.append(None)
+    return arena.seats.index(None)

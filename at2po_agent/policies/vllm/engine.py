@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from at2po_agent.policies.base import Intervention, Request
-from at2po_agent.policies.hf.batching import PolicyStats
+from at2po_agent.policies.base import Intervention, PolicyStats, Request
 from at2po_agent.policies.sampling import ActiveRequest
 from at2po_agent.policies.stops import StopTable
 from at2po_agent.policies.vllm.spec import EngineSpec, Limits, make_engine

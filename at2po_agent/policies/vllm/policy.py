@@ -19,12 +19,10 @@ from collections.abc import Collection, Iterable, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from at2po_agent.policies.base import Intervention, Request, SteppingPolicy
-from at2po_agent.policies.hf.batching import PolicyStats
+from at2po_agent.policies.base import Intervention, PolicyStats, Request, SteppingPolicy, check_fits
 from at2po_agent.policies.vllm.config import VLLMConfig
 from at2po_agent.policies.vllm.engine import Engine, Finished
 from at2po_agent.policies.vllm.process import RemoteEngine
@@ -102,7 +100,6 @@ class VLLMPolicy(SteppingPolicy):
         self._router = Router(len(self.specs))
         self._where: dict[int, int] = {}
         self._rules: dict[int, Intervention] = {}
-        self._tickets = 0
         self._asleep = False
         self._adapters = 0
         self._version = 0
@@ -135,31 +132,6 @@ class VLLMPolicy(SteppingPolicy):
     def idle(self) -> bool:
         """True if no request waits or is under way."""
         return not self._where and not self._finished
-
-    def submit(self, request: Request) -> int:
-        """Hand in a request; returns its ticket.
-
-        Raises:
-            PolicyError: The request does not fit the model, or the engine has died.
-        """
-        self._check(request)
-        self.wake()
-        ticket = self._tickets
-        self._tickets += 1
-        if request.max_tokens == 0:
-            nothing = np.zeros(0, dtype=np.float32)
-            self._finished[ticket] = Generation((), nothing, "length", None, self._version)
-            return ticket
-        number = self._router.route(request.prefix_ids)
-        self._where[ticket] = number
-        if request.intervention is not None:
-            self._rules[ticket] = request.intervention
-        try:
-            self._engines[number].add(ticket, request)
-        except BaseException:
-            self._forget(ticket)
-            raise
-        return ticket
 
     def cancel(self, ticket: int) -> None:
         """Forget a request, finished or not; `poll` will not report it."""
@@ -338,17 +310,24 @@ class VLLMPolicy(SteppingPolicy):
         self._router.done(self._where.pop(ticket))
 
     def _check(self, request: Request) -> None:
-        length, limits = len(request.prefix_ids) + request.max_tokens, self.limits
-        what = f"a request of {len(request.prefix_ids)} prefix ids and max_tokens {request.max_tokens}"
-        if length > limits.max_positions:
-            raise PolicyError(
-                f"{what} exceeds the engine's {limits.max_positions} positions (model.vllm.max_model_len, or "
-                "the model's own); shorten the prefix or max_tokens"
-            )
-        largest, smallest = max(request.prefix_ids), min(request.prefix_ids)
-        if smallest < 0 or largest >= limits.vocab_size:
-            wrong = smallest if smallest < 0 else largest
-            raise PolicyError(f"{what} holds id {wrong}; the model's ids lie in 0..{limits.vocab_size - 1}")
+        most = self.limits.max_positions
+        limit = (
+            f"the engine's {most} positions (model.vllm.max_model_len, or the model's own); "
+            "shorten the prefix or max_tokens"
+        )
+        check_fits(request, self.limits.vocab_size, [(most, limit)])
+
+    def _begin(self, ticket: int, request: Request) -> None:
+        self.wake()
+        number = self._router.route(request.prefix_ids)
+        self._where[ticket] = number
+        if request.intervention is not None:
+            self._rules[ticket] = request.intervention
+        try:
+            self._engines[number].add(ticket, request)
+        except BaseException:
+            self._forget(ticket)
+            raise
 
     def _save(self, model: nn.Module) -> str:
         self._saved = tempfile.TemporaryDirectory(prefix="at2po-model-")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from at2po_agent.policies.hf.batching import PolicyStats
+from at2po_agent.policies.base import PolicyStats
 from at2po_agent.policies.vllm.config import VLLMConfig
 from at2po_agent.policies.vllm.exact_prefixes import CONNECTOR, shares_to_the_token
 from at2po_env.errors import PolicyError, require

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from at2po_agent.policies.hf.prefix_cache import Node, PrefixCache, Segment
+from at2po_agent.policies.hf.prefix_cache import Node, PrefixCache
+from at2po_agent.policies.hf.slots import Segment
 
 
 def segment(tokens: tuple[int, ...], start: int) -> Segment:
