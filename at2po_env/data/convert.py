@@ -21,13 +21,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Annotated, Any, NamedTuple
+from typing import IO, Annotated, Any
 
 from pydantic import BaseModel, Field, Json, ValidationError
 
 from at2po_env.data.catalog import qa_set
 from at2po_env.data.jsonl import read_lines, require_regular
-from at2po_env.data.progress import progress_bar
+from at2po_env.data.progress import ProgressBar
 from at2po_env.data.qa import QaRow
 from at2po_env.errors import DataError
 
@@ -61,11 +61,8 @@ class _Hotpot(_Original):
         return [self.answer]
 
     def metadata(self) -> dict[str, Any]:
-        titles, sentences = (
-            [fact[0] for fact in self.supporting_facts],
-            [fact[1] for fact in self.supporting_facts],
-        )
         rest = self.model_dump(include={"type", "level", "evidences"}, exclude_none=True)
+        titles, sentences = ([fact[part] for fact in self.supporting_facts] for part in (0, 1))
         return {**rest, "supporting_facts": {"title": titles, "sent_id": sentences}}
 
 
@@ -203,20 +200,16 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: cannot be read ({error}). Fix: get the original file again.") from error
 
 
-class _Format(NamedTuple):
-    item: type[_Original]
-    read: Callable[[Path], Iterator[tuple[str, Any]]]
-
-
-_FORMATS = {
-    "hotpotqa": _Format(_Hotpot, read_array),
-    "2wikimultihopqa": _Format(_Hotpot, read_array),
-    "musique": _Format(_Musique, _json_lines),
-    "nq": _Format(_NqOpen, _json_lines),
-    "triviaqa": _Format(_Trivia, partial(read_array, key="Data")),
-    "popqa": _Format(_PopQa, partial(_table, delimiter="\t")),
-    "bamboogle": _Format(_Bamboogle, partial(_table, delimiter=",")),
+_FORMATS: dict[str, tuple[type[_Original], Callable[[Path], Iterator[tuple[str, Any]]]]] = {
+    "hotpotqa": (_Hotpot, read_array),
+    "2wikimultihopqa": (_Hotpot, read_array),
+    "musique": (_Musique, _json_lines),
+    "nq": (_NqOpen, _json_lines),
+    "triviaqa": (_Trivia, partial(read_array, key="Data")),
+    "popqa": (_PopQa, partial(_table, delimiter="\t")),
+    "bamboogle": (_Bamboogle, partial(_table, delimiter=",")),
 }
+"""For each set the form of an item, and what yields the items of a file with their places."""
 
 
 def convert(name: str, source: str | Path, target: str | Path) -> int:
@@ -238,7 +231,7 @@ def convert(name: str, source: str | Path, target: str | Path) -> int:
     source, target = Path(source), Path(target)
     if source.exists():
         require_regular(source, kind="original file")
-    form = _FORMATS[qa_set(name).name]
+    form, read = _FORMATS[qa_set(name).name]
     if target.exists():
         raise DataError(f"{target} exists already. Fix: delete it or give another target.")
     new = target.with_name(f"{target.name}.tmp")
@@ -246,11 +239,28 @@ def convert(name: str, source: str | Path, target: str | Path) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
             new.open("w", encoding="utf-8") as out,
-            progress_bar(f"Converting {source.name}", None, unit="rows") as count,
+            ProgressBar(f"Converting {source.name}", None, unit="rows") as count,
         ):
             written = 0
-            for row in _rows(form, source, target.stem):
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for number, (where, item) in enumerate(read(source)):
+                try:
+                    original = form.model_validate(item)
+                    answers = list(dict.fromkeys(original.answers()))
+                    if not answers:  # it cannot be answered
+                        continue
+                    row = QaRow(
+                        id=original.id if original.id is not None else f"{target.stem}_{number}",
+                        question=original.question,
+                        golden_answers=answers,
+                        metadata=original.metadata(),
+                    )
+                except ValidationError as error:
+                    first = error.errors(include_url=False, include_context=False)[0]
+                    field = ".".join(map(str, first["loc"])) or "the item"
+                    what = f"{field}: {first['msg']} (got {first['input']!r:.80})"
+                    fix = "convert the original release file of this set; one without answers cannot be used"
+                    raise DataError(f"{source}, {where}: {what}. Fix: {fix}.") from error
+                out.write(json.dumps(row.model_dump(), ensure_ascii=False) + "\n")
                 written += 1
                 count(1)
         os.replace(new, target)
@@ -259,23 +269,3 @@ def convert(name: str, source: str | Path, target: str | Path) -> int:
     finally:
         new.unlink(missing_ok=True)
     return written
-
-
-def _rows(form: _Format, source: Path, stem: str) -> Iterator[dict[str, Any]]:
-    for number, (where, item) in enumerate(form.read(source)):
-        try:
-            original = form.item.model_validate(item)
-            if answers := list(dict.fromkeys(original.answers())):
-                row = QaRow(
-                    id=original.id if original.id is not None else f"{stem}_{number}",
-                    question=original.question,
-                    golden_answers=answers,
-                    metadata=original.metadata(),
-                )
-                yield row.model_dump()
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            field = ".".join(map(str, first["loc"])) or "the item"
-            what = f"{field}: {first['msg']} (got {first['input']!r:.80})"
-            fix = "convert the original release file of this set; one without answers cannot be used"
-            raise DataError(f"{source}, {where}: {what}. Fix: {fix}.") from error

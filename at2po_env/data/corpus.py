@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr
 
 from at2po_env.data.cache import beside_or_cached
 from at2po_env.data.jsonl import bad_line, open_lines, parse_line, read_lines
-from at2po_env.data.progress import progress_bar
+from at2po_env.data.progress import ProgressBar
 
 Offsets = npt.NDArray[np.uint64]
 
@@ -129,7 +129,7 @@ def _find_rows(path: Path, write: Callable[[bytes], object]) -> str:
     sha = hashlib.sha256()
     position = end = 0
     write(np.zeros(1, np.uint64).tobytes())
-    with path.open("rb") as file, progress_bar(f"Reading {path.name}", path.stat().st_size) as advance:
+    with path.open("rb") as file, ProgressBar(f"Reading {path.name}", path.stat().st_size) as advance:
         while chunk := file.read(_CHUNK):
             sha.update(chunk)
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (position + 1)

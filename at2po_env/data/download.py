@@ -15,8 +15,8 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, cast
 
@@ -27,7 +27,7 @@ from at2po_env.data.catalog import RemoteFile, RemoteFolder, files_of
 from at2po_env.data.corpus import CorpusRow
 from at2po_env.data.hub import Hub, Listed, recorded
 from at2po_env.data.jsonl import check_ends
-from at2po_env.data.progress import LateBar, progress_bar
+from at2po_env.data.progress import ProgressBar
 from at2po_env.data.qa import QaRow
 from at2po_env.errors import DataError
 
@@ -60,7 +60,13 @@ def get(name: str, *, base_url: str | None = None, progress: Report | None = Non
         target = cache_dir() / wanted.target
         with _locked(target):
             if target.is_file():
-                _check_size(target)
+                parts = recorded(target.with_name(f"{target.name}.json"))
+                expected, size = sum(part["bytes"] for part in parts), target.stat().st_size
+                if parts and size != expected:
+                    raise DataError(
+                        f"{target} has {size} bytes, {expected} were downloaded. Fix: delete the file and "
+                        "get it again."
+                    )
             elif not target.exists():
                 hub = Hub(endpoint, wanted.repo)
                 if isinstance(wanted, RemoteFolder):
@@ -109,7 +115,7 @@ def _fetch(hub: Hub, files: Sequence[Listed], target: Path, progress: Report | N
     partial, record = (target.with_name(f"{target.name}.{end}") for end in (f"{_key(files)}.part", "json"))
     try:
         partial.touch()
-        with LateBar(f"Downloading {target.name}", None) as bar:
+        with ProgressBar(f"Downloading {target.name}", None) as bar:
             report = progress or (lambda _, done, total: bar.show(done, total))
             hub.append(files, partial, lambda done, total: report(target.name, done, total))
         parts = hub.check(files, partial, record)
@@ -127,16 +133,6 @@ def _fetch(hub: Hub, files: Sequence[Listed], target: Path, progress: Report | N
 
 def _key(files: Sequence[Listed]) -> str:
     return hashlib.sha256(repr(files).encode()).hexdigest()[:8]
-
-
-def _check_size(target: Path) -> None:
-    """Raise where a finished file no longer has the size that its record gives."""
-    parts = recorded(target.with_name(f"{target.name}.json"))
-    expected, size = sum(part["bytes"] for part in parts), target.stat().st_size
-    if parts and size != expected:
-        raise DataError(
-            f"{target} has {size} bytes, {expected} were downloaded. Fix: delete the file and get it again."
-        )
 
 
 def _check_rows(path: Path, target: Path, fix: str) -> None:
@@ -162,9 +158,23 @@ def unpack(archive: Path, target: Path, *, limit: int) -> None:
     """
     new = target.with_name(f"{target.name}.tmp")
     try:
-        with _member(archive) as source, new.open("wb") as out:
+        with (
+            archive.open("rb") as raw,
+            gzip.GzipFile(fileobj=raw) as packed,
+            new.open("wb") as out,
+            ProgressBar(f"Unpacking {archive.name}", None) as bar,
+        ):
+            source: IO[bytes] | None = cast(IO[bytes], packed)
+            is_tar = packed.read(512)[257:262] == b"ustar"
+            packed.seek(0)
+            if is_tar:
+                tar = tarfile.open(fileobj=packed, mode="r|")  # noqa: SIM115 - `packed` is what has to be closed
+                source = next(filter(None, map(tar.extractfile, tar)), None)
+            if source is None:
+                raise tarfile.TarError("it holds no file")
             while chunk := source.read(_CHUNK):
                 out.write(chunk)
+                bar.show(raw.tell(), archive.stat().st_size)
                 if out.tell() > limit:
                     raise tarfile.TarError(f"it unpacks to more than {limit:,} bytes")
     except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError) as error:
@@ -178,55 +188,15 @@ def unpack(archive: Path, target: Path, *, limit: int) -> None:
     os.replace(new, target)
 
 
-@contextmanager
-def _member(archive: Path) -> Iterator[IO[bytes]]:
-    """Open the file in an archive, with a progress bar of the bytes read from the archive."""
-    with gzip.open(archive) as file:
-        is_tar = file.read(512)[257:262] == b"ustar"
-    with (
-        archive.open("rb") as raw,
-        progress_bar(f"Unpacking {archive.name}", archive.stat().st_size) as advance,
-    ):
-        counted = cast(IO[bytes], _Counted(raw, advance))
-        if not is_tar:
-            with gzip.GzipFile(fileobj=counted) as whole:
-                yield cast(IO[bytes], whole)
-            return
-        with tarfile.open(fileobj=counted, mode="r|gz") as tar:
-            for member in tar:
-                if content := tar.extractfile(member):
-                    yield content
-                    return
-            raise tarfile.TarError("it holds no file")
-
-
-class _Counted:
-    """A file that reports how many bytes were read from it."""
-
-    def __init__(self, file: IO[bytes], advance: Callable[[int], None]) -> None:
-        self._file, self._advance = file, advance
-
-    def read(self, size: int = -1) -> bytes:
-        chunk = self._file.read(size)
-        self._advance(len(chunk))
-        return chunk
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Keep other processes from making `target` meanwhile; makes its folder.
+def _locked(target: Path) -> AbstractContextManager[object]:
+    """Make the folder of `target`, and keep other processes from making `target` meanwhile.
 
     Raises:
         DataError: the folder cannot be written to.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(target.parent / f".{target.name}.lock")
-        lock.acquire()
+        return FileLock(target.parent / f".{target.name}.lock").acquire()
     except OSError as error:
         fix = "set AT2PO_CACHE to a folder that can be written to"
         raise DataError(f"{target.parent}: cannot write there ({error.strerror}). Fix: {fix}.") from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from at2po_env.data.progress import progress_bar
+from at2po_env.data.progress import ProgressBar
 from at2po_env.errors import DataError, require
 
 TRIES = 6  # in a row without a single new byte
@@ -138,7 +138,7 @@ class Hub:
         parts: list[dict[str, Any]] = []
         with (
             partial.open("rb+") as whole,
-            progress_bar(f"Checking {record.stem}", sum(file.size for file in files)) as advance,
+            ProgressBar(f"Checking {record.stem}", sum(file.size for file in files)) as advance,
         ):
             for file in files:
                 sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)

@@ -101,7 +101,9 @@ def parse_line(model: type[Model], line: bytes, path: Path, number: int) -> Mode
     except ValidationError as error:
         if not line.strip():
             raise bad_line(path, number, "the line is blank", "remove the blank line") from error
-        raise bad_line(path, number, _explain(error, line), _expected(model)) from error
+        form = model.model_config.get("title")
+        fix = f"make it one JSON object {form} on one line, in UTF-8, or remove it"
+        raise bad_line(path, number, _explain(error, line), fix) from error
 
 
 def _explain(error: ValidationError, line: bytes) -> str:
@@ -115,10 +117,6 @@ def _explain(error: ValidationError, line: bytes) -> str:
     except UnicodeDecodeError as bad:
         return f"invalid UTF-8 at byte {bad.start} of the line ({bad.reason})"
     return f"{first['msg']} (got {_short(line.decode('utf-8'))})"
-
-
-def _expected(model: type[BaseModel]) -> str:
-    return f"make it one JSON object {model.model_config.get('title')} on one line, in UTF-8, or remove it"
 
 
 def _short(value: object) -> str:

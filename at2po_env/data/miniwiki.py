@@ -120,12 +120,9 @@ def name_words() -> tuple[str, ...]:
     rng = np.random.default_rng(20260104)
     words: dict[str, None] = {}
     while len(words) < 200:
-        onsets, vowels, codas = (
-            rng.choice(list("bdfgklmnprstvz"), 2),
-            rng.choice(list("aeiou"), 2),
-            rng.choice(["", "l", "m", "n", "r", "s"]),
-        )
-        words[f"{onsets[0]}{vowels[0]}{onsets[1]}{vowels[1]}{codas}".capitalize()] = None
+        onsets, vowels = rng.choice(list("bdfgklmnprstvz"), 2), rng.choice(list("aeiou"), 2)
+        coda = rng.choice(["", "l", "m", "n", "r", "s"])
+        words[f"{onsets[0]}{vowels[0]}{onsets[1]}{vowels[1]}{coda}".capitalize()] = None
     return tuple(words)
 
 

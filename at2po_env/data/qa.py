@@ -15,7 +15,7 @@ from typing import Annotated, Any, overload
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
 
 from at2po_env.data.jsonl import bad_line, open_lines, parse_line, read_lines, require_regular
-from at2po_env.data.progress import progress_bar
+from at2po_env.data.progress import ProgressBar
 from at2po_env.data.tasks import Task, TaskList, TaskSource
 from at2po_env.errors import DataError
 
@@ -58,22 +58,18 @@ class QaFile(Sequence[Task]):
         self.path = Path(path)
         self._starts = array("Q", [0])
         self._index: dict[str, int] = {}
-        with progress_bar(
-            f"Reading {self.path.name}", open_lines(self.path, kind="question file")
-        ) as advance:
+        with ProgressBar(f"Reading {self.path.name}", open_lines(self.path, kind="question file")) as advance:
             for number, line in read_lines(self.path, kind="question file"):
-                self._add(parse_line(QaRow, line, self.path, number), number)
+                row = parse_line(QaRow, line, self.path, number)
+                first = self._index.setdefault(str(row.id), number - 1)
+                if first != number - 1:
+                    what = f"the id {row.id!r} occurs already in line {first + 1}"
+                    raise bad_line(self.path, number, what, "give every question its own id")
                 self._starts.append(self._starts[-1] + len(line))
                 advance(len(line))
         self._fd = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._fd)
         self._tasks: dict[int, Task] = {}
-
-    def _add(self, row: QaRow, number: int) -> None:
-        first = self._index.setdefault(str(row.id), number - 1)
-        if first != number - 1:
-            what = f"the id {row.id!r} occurs already in line {first + 1}"
-            raise bad_line(self.path, number, what, "give every question its own id")
 
     def __len__(self) -> int:
         return len(self._index)
@@ -95,7 +91,14 @@ class QaFile(Sequence[Task]):
         if not 0 <= row < len(self):
             raise IndexError(f"{self.path} has {len(self)} questions, there is no number {index}")
         task = self._tasks.get(row)
-        return self._read(row) if task is None else task
+        if task is None:
+            start, end = self._starts[row], self._starts[row + 1]
+            # A positioned read is safe in threads.
+            task = parse_line(QaRow, os.pread(self._fd, end - start, start), self.path, row + 1).task()
+            if len(self._tasks) >= CACHED_TASKS:
+                self._tasks.clear()
+            self._tasks[row] = task
+        return task
 
     def by_id(self, task_id: str) -> Task:
         """Return the task with this id.
@@ -109,14 +112,6 @@ class QaFile(Sequence[Task]):
                 f"{self.path}: no question has the id {task_id!r}. Its {len(self)} ids are {known}, ..."
             )
         return self[self._index[task_id]]
-
-    def _read(self, row: int) -> Task:
-        start, end = self._starts[row], self._starts[row + 1]
-        task = parse_line(QaRow, os.pread(self._fd, end - start, start), self.path, row + 1).task()
-        if len(self._tasks) >= CACHED_TASKS:
-            self._tasks.clear()
-        self._tasks[row] = task
-        return task
 
 
 _open_files: dict[tuple[str, int, int], QaFile] = {}
@@ -172,25 +167,20 @@ def as_tasks(tasks: Tasks) -> TaskSource:
         return tasks
     if callable(tasks):
         return as_tasks(tasks())
-    return TaskList([_task(value, position) for position, value in enumerate(tasks)])
-
-
-def _task(value: object, position: int) -> Task:
-    if isinstance(value, Task):
-        return value
-    if not isinstance(value, Mapping):
-        raise DataError(f"task {position}: expected a Task or a dict, got {type(value).__name__}")
-    unknown = [key for key in value if key not in _KEYS]
-    if unknown:
-        raise DataError(f"task {position}: unknown key {unknown[0]!r}. Expected {', '.join(_KEYS)}")
-    question, golds = value.get("question"), value.get("golden_answers", ())
-    if not isinstance(question, str):
-        raise DataError(f"task {position}: expected a question (str), got {question!r}")
-    if isinstance(golds, str | int | float):
-        golds = (golds,)
-    return Task(
-        id=str(value.get("id", position)),
-        question=question,
-        golden_answers=tuple(str(gold) for gold in golds),
-        metadata=value.get("metadata") or {},
-    )
+    found = []
+    for position, value in enumerate(tasks):
+        if isinstance(value, Task):
+            found.append(value)
+            continue
+        if not isinstance(value, Mapping):
+            raise DataError(f"task {position}: expected a Task or a dict, got {type(value).__name__}")
+        unknown = [key for key in value if key not in _KEYS]
+        if unknown:
+            raise DataError(f"task {position}: unknown key {unknown[0]!r}. Expected {', '.join(_KEYS)}")
+        question, golds = value.get("question"), value.get("golden_answers", ())
+        if not isinstance(question, str):
+            raise DataError(f"task {position}: expected a question (str), got {question!r}")
+        golds = (golds,) if isinstance(golds, str | int | float) else golds
+        answers, metadata = tuple(str(gold) for gold in golds), value.get("metadata") or {}
+        found.append(Task(str(value.get("id", position)), question, answers, metadata))
+    return TaskList(found)

@@ -59,11 +59,10 @@ class TaskList(Sequence[Task]):
         self._tasks = tuple(tasks)
         if not self._tasks:
             raise DataError(f"{name}: no tasks. Expected at least one")
-        self._index = {task.id: position for position, task in enumerate(self._tasks)}
-        if len(self._index) != len(self._tasks):
-            raise DataError(
-                f"{name}: task id {_first_duplicate(self._tasks)!r} occurs twice. Expected unique ids"
-            )
+        self._index: dict[str, int] = {}
+        for position, task in enumerate(self._tasks):
+            if self._index.setdefault(task.id, position) != position:
+                raise DataError(f"{name}: task id {task.id!r} occurs twice. Expected unique ids")
 
     @overload
     def __getitem__(self, index: int, /) -> Task: ...
@@ -89,12 +88,3 @@ class TaskList(Sequence[Task]):
 
     def __repr__(self) -> str:
         return f"TaskList({self.name!r}, {len(self)} tasks)"
-
-
-def _first_duplicate(tasks: Sequence[Task]) -> str:
-    seen: set[str] = set()
-    for task in tasks:
-        if task.id in seen:
-            return task.id
-        seen.add(task.id)
-    raise AssertionError("no duplicate id")

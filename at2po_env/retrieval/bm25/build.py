@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from at2po_env.data.corpus import Corpus, Passage
-from at2po_env.data.progress import progress_bar
+from at2po_env.data.progress import ProgressBar
 from at2po_env.retrieval.tokens import tokenize
 
 BLOCK_TERMS = 1 << 21
@@ -166,7 +166,7 @@ def build(passages: Corpus | Sequence[Passage], config: Bm25Config, store: Store
     totals = _Totals(len(passages))
     for block in store.blocks():
         totals.add(block)
-    with progress_bar("Indexing", len(passages), unit="passages") as advance:
+    with ProgressBar("Indexing", len(passages), unit="passages") as advance:
         advance(totals.done)
         for block in _count(passages, config.stop_words, totals):
             totals.add(block)
@@ -235,7 +235,7 @@ def _place(totals: _Totals, config: Bm25Config, store: Store) -> Postings:
     # Blocks come in the order of their rows. Each appends its postings of a term where the block before
     # ended: free[t] is the next free position in the room of term t.
     free = postings.starts[:-1].copy()
-    with progress_bar("Writing the index", len(postings.rows), unit="postings") as advance:
+    with ProgressBar("Writing the index", len(postings.rows), unit="postings") as advance:
         for block, _, _ in store.blocks():
             term, row, tf = rank[block[0]], block[1], block[2].astype(np.float64)
             # Equal terms stand together in a block. `runs` are the indices at which a new term begins; the

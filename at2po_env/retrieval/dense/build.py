@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from at2po_env.data.corpus import Corpus, Passage
-from at2po_env.data.progress import progress_bar
+from at2po_env.data.progress import ProgressBar
 from at2po_env.errors import require
 from at2po_env.retrieval.dense.encoders import Encoder
 from at2po_env.retrieval.manifest import Manifest, build_once, check, home_of, plan
@@ -62,7 +62,7 @@ def build(corpus: Corpus, encoder: Encoder, kind: str, home: Path | None = None)
 def _encode(path: Path, corpus: Corpus, encoder: Encoder) -> None:
     row_bytes = 4 * encoder.dimension
     done = path.stat().st_size // row_bytes if path.exists() else 0
-    with path.open("ab") as file, progress_bar("Encoding", len(corpus), unit="passages") as advance:
+    with path.open("ab") as file, ProgressBar("Encoding", len(corpus), unit="passages") as advance:
         advance(done)
         file.truncate(done * row_bytes)  # a killed build may have left part of a row
         for start in range(done, len(corpus), _ENCODED_AT_ONCE):
@@ -84,7 +84,7 @@ def _index(vectors: Path, path: Path, dimension: int, kind: str) -> None:
         faiss.write_index(index, str(new))
         new.replace(path)
 
-    with vectors.open("rb") as file, progress_bar("Indexing", total, unit="vectors") as advance:
+    with vectors.open("rb") as file, ProgressBar("Indexing", total, unit="vectors") as advance:
 
         def read(row: int, count: int) -> npt.NDArray[np.float32]:  # without mapping the file into memory
             file.seek(row_bytes * row)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from at2po_env.data.corpus import Corpus, CorpusRow, Passage
-from at2po_env.data.progress import Advance, progress_bar
+from at2po_env.data.progress import Advance, ProgressBar
 from at2po_env.errors import DataError, RetrievalError
 from at2po_env.retrieval.base import CorpusRetriever, check_search
 from at2po_env.retrieval.lucene.jvm import Jvm, jvm
@@ -149,7 +149,7 @@ def build(corpus: Corpus, tokens: str = "english", home: Path | None = None) -> 
         done = java.run(lambda: _documents(java, folder))
         if done > len(corpus):
             raise RetrievalError(f"{folder} has more documents than the corpus. Fix: delete {work}.")
-        with progress_bar("Indexing", len(corpus), unit="passages") as advance:
+        with ProgressBar("Indexing", len(corpus), unit="passages") as advance:
             advance(done)
             for start in range(done, len(corpus), _COMMIT_EVERY):
                 rows = range(start, min(start + _COMMIT_EVERY, len(corpus)))

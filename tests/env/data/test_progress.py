@@ -3,7 +3,7 @@
 import pytest
 
 from at2po_env.data import progress
-from at2po_env.data.progress import LateBar, progress_bar
+from at2po_env.data.progress import ProgressBar
 
 
 @pytest.fixture(autouse=True)
@@ -13,7 +13,7 @@ def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_short_work_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bar("Reading", 100) as advance:
+    with ProgressBar("Reading", 100) as advance:
         advance(100)
     assert capsys.readouterr() == ("", "")
 
@@ -23,9 +23,9 @@ def test_long_work_shows_what_is_done_on_standard_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unit: str, shown: str
 ) -> None:
     monkeypatch.setattr(progress, "PATIENCE_S", 0.0)
-    with LateBar("Reading", None, unit=unit) as bar:
+    with ProgressBar("Reading", None, unit=unit) as bar:
         bar.show(20, 100)
-        bar.advance(30)
+        bar(30)
     out, err = capsys.readouterr()
     assert out == ""
     assert "Reading" in err
