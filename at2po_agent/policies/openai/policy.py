@@ -12,7 +12,7 @@ in `stats`. What every request would meet (the key, the model's name), and too m
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 import queue
 import threading
 from collections.abc import Coroutine, Sequence
@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from at2po_agent.policies.base import Request
+from at2po_agent.policies.base import Request, SteppingPolicy
 from at2po_agent.policies.openai.client import Client, Server
 from at2po_agent.policies.openai.errors import RequestFailedError
 from at2po_agent.policies.openai.generation import make_generation
@@ -38,7 +38,7 @@ _CLOSE_S = 10.0
 _Result = TypeVar("_Result")
 
 
-class OpenAIPolicy:
+class OpenAIPolicy(SteppingPolicy):
     """A `StreamingPolicy` over a chat or completion endpoint; close it, or use it in a `with` block.
 
     Args:
@@ -71,6 +71,7 @@ class OpenAIPolicy:
         prices: Prices | None = None,
         system: str | None = None,
     ) -> None:
+        super().__init__()
         self.server = Server(server) if isinstance(server, str) else server
         self.dialect = dialect or Dialect()
         if min(concurrency, 1 if max_failures is None else max_failures, self.dialect.bytes_per_token) < 1:
@@ -84,10 +85,8 @@ class OpenAIPolicy:
         )
         self.stats = ServedStats(prices or Prices())
         self._model, self._concurrency, self._max_failures = model, concurrency, max_failures
-        self._tickets = itertools.count()
-        self._open: set[int] = set()
+        self._open: set[int] = set()  # tickets that neither `_finished` nor an error has answered
         self._done: queue.SimpleQueue[tuple[int, Generation | BaseException]] = queue.SimpleQueue()
-        self._kept: list[tuple[int, Generation]] = []
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._in_a_row = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -125,75 +124,64 @@ class OpenAIPolicy:
         """Tasks that are asking or waiting for their turn."""
         return len(self._tasks)
 
-    def submit(self, request: Request) -> int:
-        """Hand in a request; returns its ticket.
-
-        Raises:
-            PolicyError: The policy is closed, the request needs an intervention, or its ids do not fit.
-        """
+    def _check(self, request: Request) -> None:
         if request.intervention is not None:
             raise PolicyError(
                 "a served model does not show its sampling token by token, but rollout.expansion, "
                 "rollout.thinking or rollout.resampling needs it. Fix: turn these off"
             )
+
+    def _begin(self, ticket: int, request: Request) -> None:
         client, body = self._start(), request_body(request, self.model, self.dialect)
-        ticket = next(self._tickets)
+        loop = self._loop
+        assert loop is not None
         self._open.add(ticket)
         self.stats.requests += 1
-        if request.max_tokens == 0:
-            self._done.put((ticket, Generation((), np.zeros(0, dtype=np.float32), "length")))
-            return ticket
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._begin, ticket, client, body, request.stop)
-        return ticket
 
-    def poll(self) -> list[tuple[int, Generation]]:
-        """Return what finished since the last call; wait a moment if nothing did.
+        def begin() -> None:
+            task = loop.create_task(self._serve(ticket, client, body, request.stop))
+            self._tasks[ticket] = task
+            task.add_done_callback(lambda _: self._tasks.pop(ticket, None))
+
+        loop.call_soon_threadsafe(begin)
+
+    def _advance(self) -> None:
+        """Take in what has finished; wait a moment for the first.
 
         Raises:
             PolicyError: No request can succeed, or too many failed in a row.
         """
-        ready, self._kept = self._kept, []
-        wait = bool(self._open) and not ready
-        while True:
-            try:
-                ticket, result = self._done.get(timeout=POLL_S) if wait else self._done.get_nowait()
-            except queue.Empty:
-                return [entry for entry in ready if self._forget(entry[0])]
-            wait = False
-            if ticket not in self._open:
-                continue
-            if isinstance(result, BaseException):
-                self._open.discard(ticket)
-                self._kept = ready  # a later call returns them
-                raise result
-            ready.append((ticket, result))
+        wait = bool(self._open)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                ticket, result = self._done.get(wait, POLL_S)
+                wait = False
+                if ticket not in self._open:
+                    continue  # cancelled meanwhile
+                self._open.remove(ticket)
+                if isinstance(result, BaseException):
+                    raise result
+                self._finished[ticket] = result
 
     def cancel(self, ticket: int) -> None:
         """Forget a request, finished or not; its connection is closed."""
-        if ticket in self._open:
-            self._open.discard(ticket)
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._stop, ticket)
+        self._finished.pop(ticket, None)
+        if ticket not in self._open or self._loop is None:
+            return
+        self._open.remove(ticket)
 
-    def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Answer each request, in order; not to be mixed with requests that were submitted before."""
-        tickets: list[int] = []
-        answers: dict[int, Generation] = {}
-        try:
-            for request in requests:
-                tickets.append(self.submit(request))
-            while len(answers) < len(tickets):
-                answers |= dict(self.poll())
-        finally:
-            for ticket in set(tickets) - answers.keys():
-                self.cancel(ticket)
-        return [answers[ticket] for ticket in tickets]
+        def stop() -> None:
+            if ticket in self._tasks:
+                self.stats.unanswered += 1
+                self._tasks[ticket].cancel()
+
+        self._loop.call_soon_threadsafe(stop)
 
     def close(self) -> None:
         """Cancel what is under way, close all connections, end the thread. May be called twice."""
         self._closed = True
         self._open.clear()
+        self._finished.clear()
         if self._loop is None or self._thread is None or not self._thread.is_alive():
             return
         self._run(self._shut_down())
@@ -202,16 +190,6 @@ class OpenAIPolicy:
         self._loop.close()
 
     # --- in the thread of the event loop ------------------------------------------------------------------
-
-    def _begin(self, ticket: int, client: Client, body: dict[str, Any], stops: Sequence[str]) -> None:
-        task = asyncio.get_running_loop().create_task(self._serve(ticket, client, body, stops))
-        self._tasks[ticket] = task
-        task.add_done_callback(lambda _: self._tasks.pop(ticket, None))
-
-    def _stop(self, ticket: int) -> None:
-        if ticket in self._tasks:
-            self.stats.unanswered += 1
-            self._tasks[ticket].cancel()
 
     async def _serve(self, ticket: int, client: Client, body: dict[str, Any], stops: Sequence[str]) -> None:
         result: Generation | BaseException
@@ -257,20 +235,11 @@ class OpenAIPolicy:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="at2po-served", daemon=True)
             self._thread.start()
-            self._client = self._run(self._connect())
+            self._client = Client(
+                self.server, self.dialect.endpoint, self.stats, connections=self._concurrency
+            )
         return self._client
-
-    async def _connect(self) -> Client:
-        return Client(self.server, self.dialect.endpoint, self.stats, connections=self._concurrency)
 
     def _run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def _forget(self, ticket: int) -> bool:
-        """Close a ticket; returns False if it was not open any more."""
-        try:
-            self._open.remove(ticket)
-        except KeyError:
-            return False
-        return True
