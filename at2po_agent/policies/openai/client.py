@@ -30,7 +30,6 @@ from at2po_agent.policies.openai.messages import (
     ENDPOINTS,
     Answer,
     Endpoint,
-    WireError,
     read_answer,
     read_usage,
 )
@@ -96,7 +95,7 @@ def normal_url(url: str) -> str:
 
 
 class Client:
-    """Asks one server. Must be made, used and closed in one event loop.
+    """Asks one server. Must be used and closed in one event loop.
 
     Args:
         server: Address, key and patience.
@@ -180,8 +179,11 @@ class Client:
         """Ask once, and again without what this server refuses: a parameter, or too many tokens."""
         left_out = self._stats.left_out
         while True:
+            body = {key: value for key, value in sent.items() if key not in left_out}
+            if "max_tokens" in left_out:  # the newer name of the same limit
+                body["max_completion_tokens"] = sent["max_tokens"]
             try:
-                answer = await self._try(_without(sent, left_out))
+                answer = await self._try(body)
             except ParameterError as error:  # never one that was left out, so this ends
                 if error.name not in left_out:
                     left_out.append(error.name)
@@ -211,12 +213,15 @@ class Client:
         except httpx.RequestError as error:
             raise PassingError("connection", f"{type(error).__name__}: {error}") from error
         if response.status_code != 200:
-            raise refusal(response.status_code, response.headers, self._without_key(response), sent=body)
+            content, key = response.content, self._server.key
+            if key is not None:  # some servers repeat it
+                content = content.replace(key.encode(), b"[key]")
+            raise refusal(response.status_code, response.headers, content, sent=body)
         try:
             value = response.json()
             self._stats.count_usage(read_usage(value))  # paid for, whether it can be read or not
             return read_answer(value, self._endpoint)
-        except (WireError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise PassingError("bad answer", f"{type(error).__name__}: {error}") from error
 
     async def _unknown(self, model: str, error: UnknownModelError) -> str:
@@ -228,25 +233,12 @@ class Client:
         listed = ", ".join(models[:20]) + (" ..." if len(models) > 20 else "")
         return f"{self._server.url} serves no model {model!r}; it has: {listed}"
 
-    def _without_key(self, response: httpx.Response) -> bytes:
-        """The body of a refusal; some servers repeat the key in it."""
-        key = self._server.key
-        return response.content if key is None else response.content.replace(key.encode(), b"[key]")
-
 
 def _passing(state: tenacity.RetryCallState) -> PassingError:
     """The failure of the last try."""
     error = None if state.outcome is None else state.outcome.exception()
     assert isinstance(error, PassingError)
     return error
-
-
-def _without(body: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    """A request as this server takes it."""
-    sent = {key: value for key, value in body.items() if key not in names}
-    if "max_tokens" in names:  # the newer name of the same limit
-        sent["max_completion_tokens"] = body["max_tokens"]
-    return sent
 
 
 def _is_loopback(url: str) -> bool:

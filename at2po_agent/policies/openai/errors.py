@@ -102,9 +102,22 @@ def refusal(
         return PassingError(f"status {status}", said, retry_after(headers.get("retry-after", "")))
     if status == 404:
         return UnknownModelError("status 404", said)
-    if status in (400, 413, 422):
-        return _bad_request(status, said, detail, code, error, sent)
-    return PolicyError(f"this is not how an OpenAI-compatible server answers ({said})")
+    if status not in (400, 413, 422):
+        return PolicyError(f"this is not how an OpenAI-compatible server answers ({said})")
+    room = _room(detail)
+    if status == 413 or code == "context_length_exceeded" or room is not None or _CONTEXT.search(detail):
+        return ContextError(said, room)
+    if "content_filter" in code or "content_policy" in code:
+        return RequestFailedError("content filter", said)
+    # The next try leaves out a member that the server does not know, or one that decides no draw.
+    members = [name for name in (*OPTIONAL, "max_tokens") if name in sent]
+    named, refused = str(error.get("param") or "").split(".")[-1], _REFUSED.search(f"{detail} {code}")
+    if named in members and (refused or named in HARMLESS):
+        return ParameterError(named, said)
+    for name in members:
+        if refused and re.search(rf"\b{name}\b", detail):
+            return ParameterError(name, said)
+    return BadRequestError(f"status {status}", said)
 
 
 def retry_after(value: str) -> float:
@@ -117,27 +130,6 @@ def retry_after(value: str) -> float:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:
         return 0.0
-
-
-def _bad_request(
-    status: int, said: str, detail: str, code: str, error: Mapping[str, Any], sent: Collection[str]
-) -> RequestFailedError:
-    room = _room(detail)
-    if status == 413 or code == "context_length_exceeded" or room is not None or _CONTEXT.search(detail):
-        return ContextError(said, room)
-    if "content_filter" in code or "content_policy" in code:
-        return RequestFailedError("content filter", said)
-    name = _refused_parameter(detail, code, str(error.get("param") or ""), sent)
-    return BadRequestError(f"status {status}", said) if name is None else ParameterError(name, said)
-
-
-def _refused_parameter(detail: str, code: str, named: str, sent: Collection[str]) -> str | None:
-    """The member that the next try leaves out: unknown ones, and those that decide no draw."""
-    candidates = [name for name in (*OPTIONAL, "max_tokens") if name in sent]
-    last, refused = named.split(".")[-1], _REFUSED.search(f"{detail} {code}") is not None
-    if last in candidates and (refused or last in HARMLESS):
-        return last
-    return next((name for name in candidates if refused and re.search(rf"\b{name}\b", detail)), None)
 
 
 def _room(detail: str) -> int | None:

@@ -43,8 +43,10 @@ def end_of_text(text: str, stops: Sequence[str], *, finish: str, stop: object) -
     if stop in stops:
         return f"{text}{stop}", "stop"
     if stop is NO_STOP and finish == "stop":
-        mark = _open_tag(text, stops)
-        if mark is not None:
+        tags = [(_CLOSING_TAG.fullmatch(mark), mark) for mark in stops]
+        opened = [(text.rfind(f"<{tag[1]}>"), mark) for tag, mark in tags if tag is not None]
+        place, mark = max(opened, key=lambda entry: entry[0], default=(-1, ""))
+        if place >= 0:
             return text + mark, "stop"
     return text, "eos"
 
@@ -105,14 +107,3 @@ def _spelled_places(ids: Sequence[int], tokens: Sequence[SpelledToken]) -> list[
         places.append(len(ids) - 1 if beyond else max(end - 1, 0))
         start = end
     return places
-
-
-def _open_tag(text: str, stops: Sequence[str]) -> str | None:
-    """The closing tag among the stop strings whose opening tag comes last and is still open."""
-    opened = {}
-    for mark in stops:
-        tag = _CLOSING_TAG.fullmatch(mark)
-        if tag is not None:
-            opened[mark] = text.rfind(f"<{tag[1]}>")
-    last = max(opened, key=opened.__getitem__, default=None)
-    return last if last is not None and opened[last] >= 0 else None

@@ -25,7 +25,7 @@ NO_STOP = object()
 """The server does not tell which stop string ended a generation."""
 
 
-class WireError(ValueError):
+class AnswerError(ValueError):
     """An answer has not the shape of one."""
 
 
@@ -127,86 +127,67 @@ def read_answer(value: Any, endpoint: Endpoint) -> Answer:
     """Read a whole answer.
 
     Raises:
-        WireError: It holds no generation.
+        AnswerError: It holds no generation.
     """
     choice = _member(value, "choices", list, "answer")
     if not choice or not isinstance(choice[0], Mapping):
-        raise WireError("the answer has no choices")
+        raise AnswerError("the answer has no choices")
     first = choice[0]
     stop = first.get("stop_reason", first.get("matched_stop", NO_STOP))
     if stop is not NO_STOP and not isinstance(stop, str):
         stop = None  # an end-of-sequence id, or none
     finish = str(first.get("finish_reason") or "stop")
+    tokens = _tokens(first.get("logprobs"))
     if endpoint == "completions":
-        text = _member(first, "text", str, "choice")
-        tokens = _completion_tokens(first.get("logprobs"))
-        return Answer(text, None, None, finish, stop, tokens)
-    message = _member(first, "message", Mapping, "choice")
+        return Answer(_member(first, "text", str, "choice"), None, None, finish, stop, tokens)
+    message, call = _member(first, "message", Mapping, "choice"), None
     text = _optional_text(message, "content") or _optional_text(message, "refusal") or ""
     reasoning = _optional_text(message, "reasoning_content") or _optional_text(message, "reasoning")
-    call = _call(message.get("tool_calls"))
-    return Answer(text, reasoning, call, finish, stop, _chat_tokens(first.get("logprobs")))
+    if calls := message.get("tool_calls"):
+        if not isinstance(calls, list) or not isinstance(calls[0], Mapping):
+            raise AnswerError("tool_calls is no list of objects")
+        function = _member(calls[0], "function", Mapping, "tool call")
+        name, arguments = (_member(function, part, str, "function") for part in ("name", "arguments"))
+        call = NativeCall(name, arguments)
+    return Answer(text, reasoning, call, finish, stop, tokens)
 
 
-def _call(value: Any) -> NativeCall | None:
-    if not value:
-        return None
-    if not isinstance(value, list) or not isinstance(value[0], Mapping):
-        raise WireError("tool_calls is no list of objects")
-    function = _member(value[0], "function", Mapping, "tool call")
-    return NativeCall(
-        _member(function, "name", str, "function"), _member(function, "arguments", str, "function")
-    )
-
-
-def _chat_tokens(value: Any) -> list[SpelledToken] | None:
-    content = value.get("content") if isinstance(value, Mapping) else None
-    if not isinstance(content, list):
-        return None
-    tokens = []
-    for entry in content:
-        token, log_prob = _pair(entry, "token", "logprob")
-        given = entry.get("bytes")
-        whole = isinstance(given, list) and all(isinstance(one, int) and 0 <= one < 256 for one in given)
-        tokens.append(SpelledToken(bytes(given) if whole else encode(token), log_prob))
-    return tokens
-
-
-def _completion_tokens(value: Any) -> list[SpelledToken] | None:
+def _tokens(value: Any) -> list[SpelledToken] | None:
+    """Read log-probs: a list of objects under `content` (chat), or parallel lists (completions)."""
     if not isinstance(value, Mapping):
         return None
-    texts, log_probs = value.get("tokens"), value.get("token_logprobs")
-    if not isinstance(texts, list) or not isinstance(log_probs, list) or len(texts) != len(log_probs):
+    entries, texts, log_probs = (value.get(key) for key in ("content", "tokens", "token_logprobs"))
+    if isinstance(texts, list) and isinstance(log_probs, list) and len(texts) == len(log_probs):
+        entries = [{"token": text, "logprob": one} for text, one in zip(texts, log_probs, strict=True)]
+    if not isinstance(entries, list):
         return None
-    pairs = (
-        _pair({"token": text, "logprob": log_prob}, "token", "logprob")
-        for text, log_prob in zip(texts, log_probs, strict=True)
-    )
-    return [SpelledToken(encode(text), log_prob) for text, log_prob in pairs]
-
-
-def _pair(entry: Any, name: str, number: str) -> tuple[str, float]:
-    if not isinstance(entry, Mapping) or not isinstance(entry.get(name), str):
-        raise WireError(f"a log-prob has no {name}")
-    value = entry.get(number)
-    if value is None:
-        return entry[name], LOWEST_LOG_PROB
-    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
-        raise WireError(f"a log-prob is {value!r}")
-    return entry[name], min(0.0, max(LOWEST_LOG_PROB, float(value)))
+    tokens = []
+    for entry in entries:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("token"), str):
+            raise AnswerError("a log-prob has no token")
+        log_prob, given = entry.get("logprob"), entry.get("bytes")
+        if log_prob is None:
+            log_prob = LOWEST_LOG_PROB
+        elif not isinstance(log_prob, int | float) or isinstance(log_prob, bool) or math.isnan(log_prob):
+            raise AnswerError(f"a log-prob is {log_prob!r}")
+        spelling = encode(entry["token"])
+        if isinstance(given, list) and all(isinstance(one, int) and 0 <= one < 256 for one in given):
+            spelling = bytes(given)
+        tokens.append(SpelledToken(spelling, min(0.0, max(LOWEST_LOG_PROB, float(log_prob)))))
+    return tokens
 
 
 def _member(value: Any, name: str, kind: type[Any], where: str) -> Any:
     found = value.get(name) if isinstance(value, Mapping) else None
     if not isinstance(found, kind):
-        raise WireError(f"the {where} has no {name} of the expected type (got {type(found).__name__})")
+        raise AnswerError(f"the {where} has no {name} of the expected type (got {type(found).__name__})")
     return found
 
 
 def _optional_text(message: Mapping[str, Any], name: str) -> str | None:
     value = message.get(name)
     if value is not None and not isinstance(value, str):
-        raise WireError(f"the message's {name} is no text (got {type(value).__name__})")
+        raise AnswerError(f"the message's {name} is no text (got {type(value).__name__})")
     return value
 
 

@@ -90,8 +90,5 @@ class ServedStats:
 
     def to_json(self) -> dict[str, Any]:
         """All figures as JSON values."""
-        names = ("requests", "tries", "retries", "failures", "unanswered", "shortened")
-        tokens = ("prompt_tokens", "completion_tokens", "cached_tokens", "cost")
-        figures = {name: getattr(self, name) for name in (*names, *tokens)}
-        told = {"reasons": dict(self.reasons), "last_failure": self.last_failure}
-        return {**figures, **told, "left_out": list(self.left_out)}
+        figures = {name: value for name, value in vars(self).items() if name != "prices"}
+        return {**figures, "cost": self.cost, "reasons": dict(self.reasons), "left_out": list(self.left_out)}

@@ -101,7 +101,11 @@ def action_ids(action: Action, *, thinking: bool = False) -> list[int]:
         ids += [] if thinking else [END_THINK]
     ids += encode(action.text)
     if action.call is not None:
-        ids += [CALL, *encode(_call_text(action.call)), END_CALL]
+        # As `HermesProtocol` writes it; arguments that are no JSON object stay the text that they are.
+        name, written = action.call
+        arguments = _object(written)
+        call = {"name": name, "arguments": written if arguments is None else arguments}
+        ids += [CALL, *encode(f"\n{json.dumps(call, ensure_ascii=False)}\n"), END_CALL]
     return ids
 
 
@@ -113,7 +117,11 @@ def split_action(ids: Sequence[int]) -> Action:
         reasoning = _text(inside)
     if CALL in text:
         inside, text = _take(text, CALL, END_CALL)
-        call = _read_call(_text(inside))
+        value = _object(_text(inside))
+        if value is not None:  # else it was cut by a limit
+            arguments = value.get("arguments", {})
+            written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            call = NativeCall(str(value.get("name")), written)
     return Action(reasoning, _text([token for token in text if token != EOS]), call)
 
 
@@ -160,11 +168,16 @@ def chat_messages(ids: Sequence[int], *, keep_reasoning: bool = False) -> list[d
                 message["reasoning_content"] = action.reasoning
             if action.call is not None:
                 calls, open_call = calls + 1, f"call{calls + 1:05d}"  # nine characters: Mistral insists on it
-                function = {"name": action.call.name, "arguments": _sound_arguments(action.call)}
+                sound = _object(action.call.arguments) is not None  # servers refuse a history with others
+                arguments = action.call.arguments if sound else "{}"
+                function = {"name": action.call.name, "arguments": arguments}
                 message["tool_calls"] = [{"id": open_call, "type": "function", "function": function}]
             messages.append(message)
         elif role == OBSERVATION and open_call:
-            messages.append({"role": "tool", "tool_call_id": open_call, "content": _bare(_text(content))})
+            result = _text(content).strip()
+            if result.startswith("<tool_response>") and result.endswith("</tool_response>"):
+                result = result.removeprefix("<tool_response>").removesuffix("</tool_response>").strip("\n")
+            messages.append({"role": "tool", "tool_call_id": open_call, "content": result})
             open_call = ""
         else:
             messages.append({"role": "system" if role == SYSTEM else "user", "content": _text(content)})
@@ -190,44 +203,14 @@ def _text(ids: Sequence[int]) -> str:
     return ByteTokenizer().decode(ids)
 
 
-def _call_text(call: NativeCall) -> str:
-    """As `HermesProtocol` writes it; arguments that are no JSON object stay the text that they are."""
-    arguments = _object(call.arguments)
-    value = {"name": call.name, "arguments": call.arguments if arguments is None else arguments}
-    return f"\n{json.dumps(value, ensure_ascii=False)}\n"
-
-
-def _read_call(text: str) -> NativeCall | None:
-    value = _object(text)
-    if value is None:  # cut by a limit
-        return None
-    arguments = value.get("arguments", {})
-    return NativeCall(
-        str(value.get("name")),
-        arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
-    )
-
-
-def _sound_arguments(call: NativeCall) -> str:
-    """Servers refuse a history whose arguments are no JSON object."""
-    return call.arguments if _object(call.arguments) is not None else "{}"
-
-
 def _object(text: str) -> dict[str, Any] | None:
+    """Read a JSON object; None where it is none, NaN and Infinity included."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(constant)
+
     try:
-        value = json.loads(text, parse_constant=_no_json)
+        value = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _no_json(constant: str) -> NoReturn:
-    raise ValueError(constant)
-
-
-def _bare(observation: str) -> str:
-    """A tool's result without Hermes' tags: the server's chat template writes them."""
-    text = observation.strip()
-    if text.startswith("<tool_response>") and text.endswith("</tool_response>"):
-        text = text.removeprefix("<tool_response>").removesuffix("</tool_response>").strip("\n")
-    return text

@@ -10,11 +10,11 @@ from at2po_agent.policies.openai.generation import end_of_text, make_generation,
 from at2po_agent.policies.openai.messages import (
     NO_STOP,
     Answer,
+    AnswerError,
     Dialect,
     NativeCall,
     SpelledToken,
     Usage,
-    WireError,
     read_answer,
     read_usage,
     request_body,
@@ -195,12 +195,12 @@ def test_native_tools_are_sent_and_do_not_stop_before_the_parser() -> None:
     ],
 )
 def test_wrong_shapes_are_refused(value: object) -> None:
-    with pytest.raises(WireError):
+    with pytest.raises(AnswerError):
         read_answer(value, "chat")
 
 
 def test_a_completion_needs_a_text() -> None:
-    with pytest.raises(WireError, match="text"):
+    with pytest.raises(AnswerError, match="text"):
         read_answer({"choices": [{"message": {"content": "x"}}]}, "completions")
 
 
