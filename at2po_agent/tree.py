@@ -5,7 +5,8 @@ so one pass over the indices is a top-down pass and a reversed one is bottom-up.
 which nodes are forked (`expansion`), what they are worth (`credit`) or how they are trained (`packing`).
 
 Token in, token out: concatenating the pieces along a path gives exactly the ids that the policy saw and
-sampled. `add` checks it against the ids that were sent to the policy.
+sampled. `add` checks it against the ids that were sent to the policy. A turn with a prompt of its own (a
+window transcript) begins a new sequence, and the same holds sequence by sequence.
 """
 
 from __future__ import annotations
@@ -86,8 +87,9 @@ class Tree:
         Args:
             parent: Index of the node after which the turn happened.
             turn: The turn.
-            prefix_ids: What was sent to the policy when it sampled the turn's action. Must equal the branch
-                up to `parent` followed by the turn's observation. None where nothing was sent (a file).
+            prefix_ids: What was sent to the policy when it sampled the turn's action. Must equal the turn's
+                own prompt, or else the ids up to `parent` followed by the turn's observation. None where
+                nothing was sent (a file).
 
         Returns:
             The new node's index.
@@ -172,14 +174,29 @@ class Tree:
         return indices[::-1]
 
     def branch_ids(self, node: int) -> list[int]:
-        """All token ids from the prompt to the end of a node's turn, exactly as seen and sampled."""
-        ids = list(self.prompt_ids)
-        for index in self.path(node):
+        """The ids up to the end of a node's turn, as the policy saw and sampled them then."""
+        return self.sequences(node)[-1]
+
+    def sequences(self, node: int) -> list[list[int]]:
+        """All token ids of the path to a node, exactly as seen and sampled.
+
+        One sequence from the prompt to the end of the node's turn; another begins at each turn that has a
+        prompt of its own.
+        """
+        found = [list(self.prompt_ids)]
+        for index in self.path(node)[1:]:
             turn = self.turns[index]
-            if turn is not None:
-                ids += turn.observation_ids
-                ids += turn.action_ids
-        return ids
+            assert turn is not None, "only the root has no turn"
+            if turn.prompt_ids is not None:
+                found.append([])
+            found[-1] += turn.ids
+        return found
+
+    def response_tokens(self, node: int) -> int:
+        """Tokens of all observations and actions on the path to a node; prompts do not count."""
+        return sum(
+            turn.response_tokens for index in self.path(node) if (turn := self.turns[index]) is not None
+        )
 
     def to_json(self) -> str:
         """The whole tree as JSON text, pure ASCII (lone surrogates survive); `from_json` gives it back."""
@@ -231,10 +248,11 @@ class Tree:
             "reward": None if math.isnan(self._reward[node]) else float(self._reward[node]),
             "outcome": self.outcomes[node],
             **({"version": turn.version} if turn.version else {}),
+            **({} if turn.prompt_ids is None else {"prompt_ids": list(turn.prompt_ids)}),
         }
 
     def _check_prefix(self, parent: int, turn: Turn, prefix: tuple[int, ...]) -> None:
-        expected = (*self.branch_ids(parent), *turn.observation_ids)
+        expected = turn.prompt_ids or (*self.branch_ids(parent), *turn.observation_ids)
         if prefix == expected:
             return
         shared = next((i for i, (a, b) in enumerate(zip(prefix, expected, strict=False)) if a != b), None)
@@ -266,6 +284,7 @@ def _turn_from_json(entry: Mapping[str, Any]) -> Turn:
         entropy=float(entry["entropy"]),
         stop_reason=entry["stop_reason"],
         version=int(entry.get("version", 0)),
+        prompt_ids=entry.get("prompt_ids"),
     )
 
 

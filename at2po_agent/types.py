@@ -63,6 +63,8 @@ class Turn:
         entropy: Mean surprisal of the sampled tokens in nats (AT2PO's entropy of a turn); 0 without any.
         stop_reason: Why sampling stopped.
         version: Version of the weights that sampled, as the policy counts them.
+        prompt_ids: Ids of the turn's own prompt, which the policy saw instead of all that precedes the turn
+            (a window transcript); it holds the observation. None: the turn goes on where its parent ended.
     """
 
     observation_ids: tuple[int, ...]
@@ -74,9 +76,16 @@ class Turn:
     entropy: float
     stop_reason: StopReason
     version: int = 0
+    prompt_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "observation_ids", tuple(self.observation_ids))
+        if self.prompt_ids is not None:
+            object.__setattr__(self, "prompt_ids", tuple(self.prompt_ids))
+            if self.observation_ids or not self.prompt_ids:
+                raise ValueError(
+                    "a turn with a prompt of its own has its observation there, and no other ids"
+                )
         object.__setattr__(self, "action_ids", tuple(self.action_ids))
         _freeze_tokens(self, len(self.action_ids), "sampled_log_probs", self.sampled)
         _check_stop_reason(self.stop_reason)
@@ -89,6 +98,7 @@ class Turn:
         observation_ids: Sequence[int] = (),
         observation: str = "",
         action: str,
+        prompt_ids: Sequence[int] | None = None,
     ) -> Self:
         """Commit what a policy generated after an observation; the entropy is that of its sampled tokens."""
         return cls(
@@ -101,12 +111,18 @@ class Turn:
             entropy=mean_surprisal(generation.log_probs, generation.sampled),
             stop_reason=generation.stop_reason,
             version=generation.version,
+            prompt_ids=None if prompt_ids is None else tuple(prompt_ids),
         )
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The turn's token piece: observation, then action."""
-        return self.observation_ids + self.action_ids
+        """The turn's token piece: its own prompt or the observation, then the action."""
+        return (self.prompt_ids or self.observation_ids) + self.action_ids
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens that the turn adds to the response: observation and action, without a prompt of its own."""
+        return len(self.observation_ids) + len(self.action_ids)
 
     @property
     def sampled_mask(self) -> BoolArray:

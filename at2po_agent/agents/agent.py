@@ -18,7 +18,9 @@ from at2po_agent.policies.vllm.spec import check_installed
 from at2po_agent.runs.seeding import RunPurpose, run_generator, run_seed
 from at2po_agent.transcripts.chat import ChatTranscript
 from at2po_agent.transcripts.chat_templates import OWN, template_marks
+from at2po_agent.transcripts.inline import GrowingTranscript, InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import HFTokenizer, Tokenizer
+from at2po_agent.transcripts.window import WindowTranscript
 from at2po_env.errors import ConfigError
 
 _TOKENIZER_EPISODES = 300
@@ -59,17 +61,20 @@ def build_agent(config: Config) -> Agent:
     own = config.model
     if own.sampler == "vllm":
         check_installed()  # before anything is loaded
-    tokenizer, transcript = build_tokenizer(config), None
-    if own.transcript == "chat":
+    tokenizer = build_tokenizer(config)
+    written: GrowingTranscript = InlineTranscript(tokenizer)
+    if _writes_chats(own):
         chat = own.chat
-        transcript = ChatTranscript(
+        written = ChatTranscript(
             tokenizer,
             template=chat.template,
             system=chat.system,
             observation_role=chat.observation_role,
             template_options=chat.template_options,
+            growing=own.transcript == "chat",
         )
-        tokenizer = transcript.tokenizer  # it ends a sequence where the template ends a message
+        tokenizer = written.tokenizer  # it ends a sequence where the template ends a message
+    transcript = in_windows(written, config)
     seed = run_seed(config.run.seed, RunPurpose.MODEL)
     model = build_weights(own, seed=seed, vocab_size=len(tokenizer), eos_id=tokenizer.eos_id)
     if own.sampler == "hf":
@@ -83,6 +88,18 @@ def build_agent(config: Config) -> Agent:
         transcript=transcript,
     )
     return Agent(model, policy)
+
+
+def _writes_chats(own: ModelConfig) -> bool:
+    """Whether what the model sees is rendered by a chat template."""
+    return own.transcript == "chat" or own.window.written_as == "chat"
+
+
+def in_windows(transcript: GrowingTranscript, config: Config) -> Transcript:
+    """Give each turn a prompt of its own, if that is configured; else return the transcript as it is."""
+    if config.model.transcript != "window":
+        return transcript
+    return WindowTranscript(transcript, config.model.window, max_tokens=config.rollout.max_prompt_tokens)
 
 
 def engine_config(config: Config, *, most: int | None) -> VLLMConfig:
@@ -142,13 +159,13 @@ def build_tokenizer(config: Config) -> HFTokenizer:
     if source is not None:
         return HFTokenizer.load(source)
     marks = template_marks(config.model.chat.template)
-    if config.model.transcript == "chat" and config.model.chat.template == OWN:
+    if _writes_chats(config.model) and config.model.chat.template == OWN:
         raise ConfigError(
             "model.chat.template: a tokenizer that is trained here has no template of its own; "
             "set model.chat.template=chatml"
         )
     texts = example_texts(config)
-    if config.model.transcript == "chat":
+    if _writes_chats(config.model):
         texts += [_ROLES] * len(texts)  # so that a message's header is a few tokens
     return train_tokenizer(
         texts,

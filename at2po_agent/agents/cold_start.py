@@ -29,7 +29,7 @@ _IGNORED = -100
 
 
 class Demonstration(NamedTuple):
-    """One episode of the expert.
+    """One sequence of the expert: an episode, or under a window transcript one turn.
 
     Attributes:
         ids: int64[T], prompt, actions and observations as the policy would see them.
@@ -67,15 +67,18 @@ def record_demonstrations(
         progress: Listener.
         script: Another expert: a generator that yields actions and is sent observations.
         transcript: Turns what the environment shows into ids; None encodes it as it is.
+
+    Returns:
+        The sequences of all episodes, in order.
     """
     progress = progress or NoProgress()
     transcript = transcript or InlineTranscript(tokenizer)
     if script is None:
         script = partial(demonstrate, config=ExpertConfig.model_validate(config.expert))
     progress.start("demonstrations", config.demonstrations)
-    demonstrations = []
+    demonstrations: list[Demonstration] = []
     for _ in range(config.demonstrations):
-        demonstrations.append(_play(env, tokenizer, transcript, script, rng))
+        demonstrations += _play(env, tokenizer, transcript, script, rng)
         progress.advance("demonstrations")
     progress.finish("demonstrations")
     return demonstrations
@@ -146,25 +149,35 @@ def _play(
     transcript: Transcript,
     script: Script,
     rng: np.random.Generator,
-) -> Demonstration:
+) -> list[Demonstration]:
     prompt, info = env.reset(seed=int(rng.integers(2**31)))
     expert = script(env.get_wrapper_attr("tasks").by_id(info["task_id"]), rng=rng)
-    pieces: list[tuple[Sequence[int], bool]] = [(transcript.open(prompt), False)]
+    stop = info.get("stop", ())
+    shown = transcript.first(prompt, info)
+    sequences: list[list[tuple[Sequence[int], bool]]] = []  # of pieces, and whether these are trained
     action, ended = next(expert), False
     while not ended:
-        observation, _, terminated, truncated, _ = env.step(action)
+        observation, _, terminated, truncated, info = env.step(action)
         # An action that completes no stop string ends with the end of sequence, as a policy would have had to
         # sample it; or it would never learn to stop there.
-        closed = not any(mark in action for mark in info.get("stop", ()))
-        pieces.append(([*tokenizer.encode(action), *[tokenizer.eos_id] * closed], True))
+        closed = not any(mark in action for mark in stop)
+        if shown.fresh:
+            sequences.append([])
+        sequences[-1] += [
+            (shown.ids, False),
+            ([*tokenizer.encode(action), *[tokenizer.eos_id] * closed], True),
+        ]
         ended = terminated or truncated
         if not ended:
-            pieces.append((transcript.observe(observation, closed=closed), False))
+            shown = transcript.next(shown, action, observation, info, closed=closed)
             action = expert.send(observation)
-    return Demonstration(
-        np.array([token for ids, _ in pieces for token in ids], dtype=np.int64),
-        np.array([trained for ids, trained in pieces for _ in ids], dtype=np.bool_),
-    )
+    return [
+        Demonstration(
+            np.array([token for ids, _ in pieces for token in ids], dtype=np.int64),
+            np.array([trained for ids, trained in pieces for _ in ids], dtype=np.bool_),
+        )
+        for pieces in sequences
+    ]
 
 
 def _batch(rows: Sequence[Demonstration]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from at2po_agent.losses.kl import Estimator as KlEstimator
 from at2po_agent.policies.vllm.config import VLLMConfig
 from at2po_agent.rollout.config import RolloutConfig
+from at2po_agent.transcripts.window import WindowConfig
 
 
 class Section(BaseModel):
@@ -94,10 +95,18 @@ class ModelConfig(Section):
     tied: bool = Field(True, description="Use one matrix for input and output embeddings.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of random weights.")
     rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary embedding.")
-    transcript: Literal["inline", "chat"] = Field(
-        "inline", description="Write episodes as one running text (inline), or as messages (chat)."
+    transcript: Literal["inline", "chat", "window"] = Field(
+        "inline",
+        description="Write an episode as one running text (inline) or as messages (chat), or give each turn "
+        "a prompt of its own with the last turns (window).",
     )
-    chat: ChatConfig = Field(default_factory=ChatConfig, description="The chat, with transcript = chat.")
+    chat: ChatConfig = Field(
+        default_factory=ChatConfig,
+        description="The chat, with transcript = chat or window.written_as = chat.",
+    )
+    window: WindowConfig = Field(
+        default_factory=WindowConfig, description="The prompt of a turn, with transcript = window."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Number format of the weights."
     )
@@ -115,11 +124,16 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _chat_is_used(self) -> Self:
-        if self.transcript != "chat" and self.chat != ChatConfig():
+    def _transcript_is_used(self) -> Self:
+        if "chat" not in (self.transcript, self.window.written_as) and self.chat != ChatConfig():
             raise ValueError(
                 f"chat is set, but transcript is {self.transcript}: set model.transcript=chat, or leave chat "
                 "as it was"
+            )
+        if self.transcript != "window" and self.window != WindowConfig():
+            raise ValueError(
+                f"window is set, but transcript is {self.transcript}: set model.transcript=window, or leave "
+                "window as it was"
             )
         return self
 

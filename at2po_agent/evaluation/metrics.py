@@ -36,9 +36,7 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
     figures["groups_without_signal"] = float(np.mean([np.ptp(reward) == 0 for reward in rewards]))
     figures.update(_scores([outcome for _, _, outcome in leaves]))
     figures["turns"] = float(np.mean([len(tree.path(leaf)) - 1 for tree, leaf, _ in leaves]))
-    figures["response_tokens"] = float(
-        np.mean([len(tree.branch_ids(leaf)) - len(tree.prompt_ids) for tree, leaf, _ in leaves])
-    )
+    figures["response_tokens"] = float(np.mean([tree.response_tokens(leaf) for tree, leaf, _ in leaves]))
     figures["entropy"] = float(np.mean(np.concatenate([tree.entropy[1:] for tree in grown])))
     figures["tool_calls"] = sum(int(outcome.get("tool_calls", 0)) for _, _, outcome in leaves)
     figures["tool_errors"] = sum(int(outcome.get("tool_errors", 0)) for _, _, outcome in leaves)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from at2po_agent.agents.agent import build_agent
+from at2po_agent.agents.agent import build_agent, in_windows
 from at2po_agent.config.loading import CONFIG_FILE, load_config
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import make_eval_env
@@ -29,6 +29,7 @@ from at2po_agent.policies.openai.stats import Prices
 from at2po_agent.runs.checkpoint import check_checkpoint, list_checkpoints
 from at2po_agent.runs.folder import CHECKPOINTS
 from at2po_agent.runs.progress import Progress
+from at2po_agent.transcripts.inline import GrowingTranscript
 from at2po_env import HermesProtocol
 from at2po_env.data.catalog import QA_SETS
 from at2po_env.errors import ConfigError
@@ -124,6 +125,8 @@ def open_policy(config: Config, suite: str | None = None) -> Iterator[Policy]:
         prices=Prices(served.price_input, served.price_output, served.price_cached),
         system=served.system,
     )
+    assert isinstance(policy.transcript, GrowingTranscript)
+    policy.transcript = in_windows(policy.transcript, config)
     with policy:
         yield policy
 

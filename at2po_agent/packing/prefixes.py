@@ -11,11 +11,17 @@ token i (or i itself) exactly if `j <= i < last[j]`.
                                                     position  0   0 1   2 3   3
                                                     last      1   6 6   6 5   6
 
+A branch of several sequences (a window transcript gives each turn a prompt of its own) is sorted as one text:
+its sequences one after the other. What two branches share counts up to where these texts first differ, and
+what the sequences of one branch have in common counts once. So counts are exact within a branch and at least
+the truth between branches; a pack lays out all sequences, and shares whatever they share.
+
 This module knows neither trees of turns nor tensors.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,7 +37,7 @@ class SortedBranches(NamedTuple):
 
     Attributes:
         order: int64[B], indices of the branches.
-        lengths: int64[B], tokens of `order[i]`.
+        lengths: int64[B], tokens of `order[i]`; those that its own sequences share count once.
         shared: int64[B], leading tokens that `order[i]` has in common with `order[i - 1]`; `shared[0]` is 0.
     """
 
@@ -55,22 +61,74 @@ class SortedBranches(NamedTuple):
         return SortedBranches(self.order[places], self.lengths[places], least)
 
 
-def sort_branches(branches: Sequence[IntArray]) -> SortedBranches:
+def sort_branches(
+    branches: Sequence[IntArray], starts: Sequence[Sequence[int]] | None = None
+) -> SortedBranches:
     """Put branches into depth-first order and find what neighbours share.
 
     Args:
         branches: int64[T_i] each, token ids.
+        starts: Where the sequences of each branch begin; None for one sequence each.
     """
-    # The bytes of big-endian numbers sort as the sequences of numbers do, and compare at the speed of memcmp.
-    keys = [ids.astype(">u8").tobytes() for ids in branches]
-    order = sorted(range(len(branches)), key=keys.__getitem__)
+    if starts is not None and any(len(begins) > 1 for begins in starts):
+        return _sort_sequences(branches, starts)
+    order = _sorted_order(branches)
     shared = np.zeros(len(order), dtype=np.int64)
     for place, (one, other) in enumerate(pairwise(order), start=1):
-        size = min(len(branches[one]), len(branches[other]))
-        differ = np.flatnonzero(branches[one][:size] != branches[other][:size])
-        shared[place] = differ[0] if len(differ) else size
+        shared[place] = _common(branches[one], branches[other])
     lengths = np.array([len(branches[index]) for index in order], dtype=np.int64)
     return SortedBranches(np.array(order, dtype=np.int64), lengths, shared)
+
+
+def _sort_sequences(branches: Sequence[IntArray], starts: Sequence[Sequence[int]]) -> SortedBranches:
+    """Sort branches of several sequences.
+
+    The text of a branch is its sequences, with a mark before each but the first, so that branches that are
+    cut in different places differ. Sequence k adds the tokens after its first `known[k]`, which an earlier
+    sequence of the branch begins with too. So the first s places of a text stand for
+    `sum over k of clip(s - begin[k] - known[k], 0, added[k])` tokens.
+    """
+    texts, begins, known, added = [], [], [], []
+    for ids, cuts in zip(branches, starts, strict=True):
+        sequences = np.split(ids, list(cuts[1:]))
+        # Among the earlier sequences, in sorted order, a neighbour has most in common with the next one.
+        seen: list[tuple[bytes, int]] = []
+        overlaps = []
+        for number, sequence in enumerate(sequences):
+            entry = _sort_key(sequence), number
+            place = bisect(seen, entry)
+            beside = seen[max(0, place - 1) : place + 1]
+            overlaps.append(max((_common(sequence, sequences[other]) for _, other in beside), default=0))
+            seen.insert(place, entry)
+        texts.append(np.insert(ids, list(cuts[1:]), -1))
+        begins.append(np.array(cuts) + np.arange(len(cuts)))
+        known.append(np.array(overlaps))
+        added.append(np.array([len(sequence) for sequence in sequences]) - known[-1])
+
+    order = _sorted_order(texts)
+    shared = np.zeros(len(order), dtype=np.int64)
+    for place, (one, other) in enumerate(pairwise(order), start=1):
+        alike = _common(texts[one], texts[other])
+        shared[place] = np.clip(alike - begins[other] - known[other], 0, added[other]).sum()
+    lengths = np.array([int(added[index].sum()) for index in order], dtype=np.int64)
+    return SortedBranches(np.array(order, dtype=np.int64), lengths, shared)
+
+
+def _sorted_order(texts: Sequence[IntArray]) -> list[int]:
+    keys = [_sort_key(text) for text in texts]
+    return sorted(range(len(texts)), key=keys.__getitem__)
+
+
+def _sort_key(ids: IntArray) -> bytes:
+    """Bytes that sort as the numbers do: those of big-endian ones, which compare at the speed of memcmp."""
+    return ids.astype(">u8").tobytes()
+
+
+def _common(one: IntArray, other: IntArray) -> int:
+    """How many leading numbers two arrays have in common."""
+    size = min(len(one), len(other))
+    differ = np.flatnonzero(one[:size] != other[:size])
+    return int(differ[0]) if len(differ) else size
 
 
 def cut_branches(branches: SortedBranches, max_tokens: int) -> list[slice]:

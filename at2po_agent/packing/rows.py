@@ -21,6 +21,7 @@ from at2po_agent.packing.batch import move
 from at2po_agent.packing.branches import Overflow, tree_branches
 from at2po_agent.packing.log_probs import head_of, logits_at
 from at2po_agent.tree import Tree
+from at2po_env.errors import ConfigError
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +161,16 @@ def pack_rows(
 
     Returns:
         Rows in the order of the trees and their leaves.
+
+    Raises:
+        ConfigError: Turns have prompts of their own.
     """
     branches = tree_branches(trees, advantages, max_length=max_length, overflow=overflow)
+    if any(len(branch.starts) > 1 for branch in branches):
+        raise ConfigError(
+            "train.packing: rows hold one sequence per branch, and under model.transcript=window a branch "
+            "has one per turn. Fix: train.packing=tree"
+        )
     lengths = np.array([len(branch.ids) for branch in branches])
     shape = (len(branches), int(lengths.max()))
     positions = np.arange(shape[1])

@@ -77,7 +77,7 @@ def pack_branches(branches: Sequence[BranchTokens]) -> PackedBatch:
         advantages=torch.from_numpy(advantages),
         sampled_log_probs=torch.from_numpy(log_probs),
         branches=tuple(branches),
-        prefixes=sort_branches([branch.ids for branch in branches]),
+        prefixes=sort_branches([branch.ids for branch in branches], [branch.starts for branch in branches]),
     )
 
 
@@ -101,13 +101,13 @@ class PackedBatch:
 
     @property
     def unique_tokens(self) -> int:
-        """Tokens when every shared one counts once."""
+        """Tokens when every shared one counts once; at most so many where branches have several sequences."""
         return self.prefixes.unique_tokens
 
     @property
     def flattened_tokens(self) -> int:
         """Tokens of all branches."""
-        return int(self.prefixes.lengths.sum())
+        return sum(len(branch.ids) for branch in self.branches)
 
     def with_advantages(self, advantages: Tensor) -> Self:
         """The same branches with other advantages."""
@@ -135,11 +135,26 @@ class PackedBatch:
             yield torch.from_numpy(part.order), self._pack(part)
 
     def _pack(self, part: SortedBranches) -> Pack:
+        # Lay out the branches; where they have several sequences, lay out all of these, and join the paths of
+        # the sequences of each branch.
+        pieces = [self.branches[index].sequences for index in part.order]
+        if all(len(sequences) == 1 for sequences in pieces):
+            layout = lay_out(part.lengths, part.shared)
+            paths = layout.paths
+        else:
+            laid = sort_branches([sequence for sequences in pieces for sequence in sequences])
+            layout = lay_out(laid.lengths, laid.shared)
+            by_number = [layout.paths[place] for place in np.argsort(laid.order)]
+            ends = np.cumsum([len(sequences) for sequences in pieces]).tolist()
+            paths = [
+                np.concatenate(by_number[end - len(sequences) : end])
+                for sequences, end in zip(pieces, ends, strict=True)
+            ]
+
         # Write the ids of every branch along its path; those that it shares are written again, unchanged.
-        layout = lay_out(part.lengths, part.shared)
         ids = np.empty(len(layout.last), dtype=np.int64)
         trained, before = [], []
-        for index, path in zip(part.order, layout.paths, strict=True):
+        for index, path in zip(part.order, paths, strict=True):
             ids[path] = self.branches[index].ids
             depths = np.flatnonzero(self.branches[index].turn_ids >= 0)
             trained.append(path[depths])

@@ -138,7 +138,7 @@ def tree_stats(tree: Tree) -> list[Stat]:
     correct = sum(1 for leaf in leaves if (tree.outcomes[leaf] or {}).get("em", 0) == 1)
     rewards = tree.leaf_reward[tree.is_leaf]
     unique = len(tree.prompt_ids) + sum(len(turn.ids) for turn in turns)
-    flat = sum(len(tree.branch_ids(leaf)) for leaf in leaves)
+    flat = sum(len(ids) for leaf in leaves for ids in tree.sequences(leaf))
     share = f" ({correct / len(leaves):.0%})" if leaves else ""
     return [
         Stat("Leaves", str(len(leaves)), "Ways in which an episode of this question ended"),
@@ -186,7 +186,7 @@ def _turn(turn: Turn | None, decode: Decode | None, prompt_tokens: int) -> dict[
         "kind": short.kind,
         "summary": short.text,
         "observation": turn.observation,
-        "observation_tokens": len(turn.observation_ids),
+        "observation_tokens": len(turn.ids) - len(turn.action_ids),
         "action": turn.action if pieces is None else "",
         "entropy": round(turn.entropy, 4),
         "sampled_tokens": int(turn.sampled_mask.sum()),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from at2po_agent.credit.groups import overlong_penalty
 from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.rollout.steps import Env, Stepped
-from at2po_agent.transcripts.inline import Transcript
+from at2po_agent.transcripts.inline import Transcript, TurnInput
 from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_agent.types import Generation, Turn
 from at2po_env import Snapshot
@@ -23,7 +23,7 @@ class BranchOrigin(NamedTuple):
     Attributes:
         state: The environment after the node's action.
         observation: The text that it newly showed then; empty at the root, whose prompt belongs to the tree.
-        observation_ids: Its tokens, made once and shared by all branches.
+        shown: The ids that the next turn begins with, made once and shared by all branches; none at the root.
         reward: Sum of the rewards up to here.
         tool_calls: Turns up to here that reached a tool.
         tool_errors: Those whose tool failed.
@@ -32,7 +32,7 @@ class BranchOrigin(NamedTuple):
 
     state: Snapshot
     observation: str = ""
-    observation_ids: tuple[int, ...] = ()
+    shown: TurnInput = TurnInput(())
     reward: float = 0.0
     tool_calls: int = 0
     tool_errors: int = 0
@@ -63,8 +63,8 @@ class Branch:
         depth: Turns on the path to that node.
         env: An environment in the state of `origin`.
         origin: Where the next turn starts.
-        prefix: Ids of the prompt and of all turns so far, without the open observation.
-        prompt_length: How many of them are the prompt.
+        prefix: Ids that the policy saw and sampled up to here, without the open observation.
+        used: Tokens of all observations and actions so far, of which the response may have so many.
         chain: Number of the chain of the first round that the branch belongs to.
         turns: The turns to add to the tree when the round ends.
         outcome: How the branch ended; None while it runs.
@@ -84,7 +84,7 @@ class Branch:
     env: Env
     origin: BranchOrigin
     prefix: tuple[int, ...]
-    prompt_length: int
+    used: int
     chain: int
     turns: list[PendingTurn] = field(default_factory=list)
     outcome: dict[str, Any] | None = None
@@ -103,12 +103,14 @@ class Branch:
     @property
     def request_ids(self) -> tuple[int, ...]:
         """The ids that the policy sees before its next action."""
-        return self.prefix + self.origin.observation_ids
+        shown = self.origin.shown
+        return shown.ids if shown.fresh else self.prefix + shown.ids
 
     @property
     def room(self) -> int:
         """Tokens that the next action may have; below 1 when the response is full."""
-        used = len(self.prefix) + len(self.origin.observation_ids) - self.prompt_length
+        shown = self.origin.shown
+        used = self.used + (0 if shown.fresh else len(shown.ids))
         return min(self.config.max_turn_tokens, self.config.max_response_tokens - used)
 
     def discard(self, generation: Generation, tokenizer: Tokenizer, *, uncertainty: float) -> None:
@@ -139,14 +141,16 @@ class Branch:
         """
         self.attempt, self.uncertainty = 0, uncertainty
         action, self.closed = _read_action(generation, tokenizer)
-        request_ids = self.request_ids
+        request_ids, shown = self.request_ids, self.origin.shown
         turn = Turn.from_generation(
             generation,
-            observation_ids=self.origin.observation_ids,
+            observation_ids=() if shown.fresh else shown.ids,
             observation=self.origin.observation,
             action=action,
+            prompt_ids=shown.ids if shown.fresh else None,
         )
         self.prefix = request_ids + generation.ids
+        self.used += turn.response_tokens
         self.turns.append(PendingTurn(request_ids, turn, None, first_entropy))
         if generation.stop_reason != "abort":
             return action
@@ -183,15 +187,19 @@ class Branch:
                 reward,
                 terminated=stepped.terminated,
                 truncated=stepped.truncated,
-                scores={key: info[key] for key in ("em", "f1", "answer") if key in info},
+                scores={key: info[key] for key in ("em", "f1", "answer", "metrics") if key in info},
             )
             return
-        ids = tuple(transcript.observe(stepped.observation, closed=self.closed))
+        action = self.turns[-1].turn.action
+        shown = transcript.next(self.origin.shown, action, stepped.observation, info, closed=self.closed)
         self.origin = BranchOrigin(
-            stepped.state, stepped.observation, ids, reward, calls, errors, self.uncertainty
+            stepped.state, stepped.observation, shown, reward, calls, errors, self.uncertainty
         )
         self.turns[-1] = self.turns[-1]._replace(origin=self.origin)
-        if self.room < 1:
+        if shown.fresh and len(shown.ids) > config.max_prompt_tokens:
+            reason = f"a prompt of {len(shown.ids)} tokens is longer than {config.max_prompt_tokens}"
+            self._end("length", reason, config.cut_reward, truncated=True)
+        elif self.room < 1:
             reason = f"no room for another action in {config.max_response_tokens} response tokens"
             self._end("length", reason, config.cut_reward, truncated=True)
 
@@ -213,7 +221,7 @@ class Branch:
         if config.overlong_share:  # DAPO: the reward falls over the last share of the response
             self.reward += float(
                 overlong_penalty(
-                    len(self.prefix) - self.prompt_length,
+                    self.used,
                     max_length=config.max_response_tokens,
                     buffer=max(1, round(config.overlong_share * config.max_response_tokens)),
                     factor=config.overlong_factor,

@@ -23,7 +23,7 @@ from at2po_agent.rollout.question import EnvPool, Question
 from at2po_agent.rollout.requests import PolicyRequests
 from at2po_agent.rollout.steps import Env, Steps
 from at2po_agent.rollout.watch import Watch, vocabulary_size
-from at2po_agent.transcripts.inline import Transcript
+from at2po_agent.transcripts.inline import GrowingTranscript, Transcript, TurnInput
 from at2po_agent.tree import Tree
 from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError
@@ -255,13 +255,17 @@ class _Remembering:
     """A transcript that tokenises a text once: branches of a question are often shown the same passages."""
 
     def __init__(self, transcript: Transcript) -> None:
-        self.open = transcript.open
-        self._observe = transcript.observe
-        self._known: dict[tuple[str, bool], list[int]] = {}
+        self.first = transcript.first
+        self._transcript = transcript
+        self._known: dict[tuple[str, bool], TurnInput] = {}
 
-    def observe(self, observation: str, *, closed: bool) -> list[int]:
-        """Ids of an observation."""
+    def next(
+        self, before: TurnInput, action: str, observation: str, info: Mapping[str, Any], *, closed: bool
+    ) -> TurnInput:
+        """Ids before the next action; those of a growing transcript depend on the observation alone."""
+        if not isinstance(self._transcript, GrowingTranscript):
+            return self._transcript.next(before, action, observation, info, closed=closed)
         key = observation, closed
         if key not in self._known:
-            self._known[key] = self._observe(observation, closed=closed)
+            self._known[key] = self._transcript.next(before, action, observation, info, closed=closed)
         return self._known[key]

@@ -9,7 +9,7 @@ from at2po_agent.expansion.registry import Expansion
 from at2po_agent.rollout.branch import Branch, BranchOrigin
 from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.rollout.steps import Env
-from at2po_agent.transcripts.inline import Transcript
+from at2po_agent.transcripts.inline import Transcript, TurnInput
 from at2po_agent.tree import ROOT, Tree
 from at2po_agent.types import IntArray
 from at2po_env import Snapshot, fork, restore, snapshot
@@ -91,10 +91,12 @@ class Question:
             prompt, info = pool.env.reset(seed=derive_seed(seed, Purpose.ENVIRONMENT, index), options=options)
         except SystemExit as error:  # it would end the program as if all were well
             raise EnvError(f"the environment's reset called sys.exit({error.code!r})") from error
-        origin = BranchOrigin(snapshot(pool.env))
+        shown = transcript.first(prompt, info)
+        # The first turn goes on from the root, whose ids are the prompt.
+        origin = BranchOrigin(snapshot(pool.env), shown=TurnInput((), memory=shown.memory))
         self.index = index
         self.stop = tuple(info.get("stop", ()))
-        self.tree = Tree(transcript.open(prompt), prompt, str(info.get("task_id", "")))
+        self.tree = Tree(shown.ids, prompt, str(info.get("task_id", "")))
         self._pool = pool
         self._config = config
         self._expansion = expansion
@@ -228,7 +230,7 @@ class Question:
             env=self._pool.at(origin.state),
             origin=origin,
             prefix=tuple(self.tree.branch_ids(node)),
-            prompt_length=len(self.tree.prompt_ids),
+            used=self.tree.response_tokens(node),
             chain=chain,
         )
 

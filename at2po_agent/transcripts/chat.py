@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2 import TemplateError
 
 from at2po_agent.transcripts.chat_templates import OWN, SETTING, find_template, remedy, template_marks
+from at2po_agent.transcripts.inline import GrowingTranscript
 from at2po_agent.transcripts.tokenizer import HFTokenizer, OutsideText
 from at2po_env.errors import ConfigError
 
@@ -46,7 +47,7 @@ _PROBES = {
 }
 
 
-class ChatTranscript:
+class ChatTranscript(GrowingTranscript):
     """Writes an episode as a chat: a prompt of the user, actions of the assistant, observations between them.
 
     The tokens that the template writes around messages belong to the observations. An action that did not end
@@ -61,6 +62,8 @@ class ChatTranscript:
         system: The system message, if any.
         observation_role: Whose messages observations are.
         template_options: Variables for the template, such as `enable_thinking`.
+        growing: Whether an episode is one chat. False for one message at a time (a window transcript), where
+            a template need not preserve prefixes.
 
     Raises:
         ConfigError: The template does not preserve prefixes, reads the clock, refuses the roles, or does not
@@ -75,14 +78,17 @@ class ChatTranscript:
         system: str | None = None,
         observation_role: Literal["user", "tool"] = "user",
         template_options: Mapping[str, Any] | None = None,
+        growing: bool = True,
     ) -> None:
         hf, options = tokenizer.hf, template_options or {}
         text = find_template(template, hf, options)
         self._renderer = Renderer(hf, text, system=system, role=observation_role, options=options)
-        self._renderer.check()
+        if growing:
+            self._renderer.check()
+        self._renderer.check_clock()
 
         # A turn ends with the special token that closes an assistant's message: the first after an action.
-        rest = self._renderer.between(_RESULT)
+        rest = self._renderer.between(_RESULT) if growing else self._renderer.ending()
         first = hf.convert_ids_to_tokens(hf.encode(rest, add_special_tokens=False)[:1])
         end = str(first[0]) if first else ""
         if end not in hf.get_added_vocab() or not rest.startswith(end):
@@ -195,8 +201,13 @@ class Renderer:
             raise self._refusal("plain text", messages, self._before, text)
         return text[len(before) :]
 
+    def ending(self) -> str:
+        """The text after an action that nothing follows."""
+        text = self.render(self.messages(_QUESTION, [(_ACTION, None)]), opened=False)
+        return text[text.rfind(_ACTION) + len(_ACTION) :]
+
     def check(self) -> None:
-        """Make sure that the template preserves prefixes and does not read the clock.
+        """Make sure that the template preserves prefixes.
 
         Raises:
             ConfigError: It does not; says which message changed, how, and what to set instead.
@@ -207,6 +218,13 @@ class Renderer:
                 expected = "".join(pieces)
                 if text != expected if opened else not text.startswith(expected):
                     raise self._refusal(kind, messages, pieces, text)
+
+    def check_clock(self) -> None:
+        """Make sure that the template does not read the clock.
+
+        Raises:
+            ConfigError: It does; the message says what to set.
+        """
         if "<<clock>>" in self.render(self.messages(_QUESTION), preamble=_CLOCK):
             raise ConfigError(
                 f"{SETTING}: the template writes today's date, so that the same question would have other "

@@ -6,30 +6,80 @@ taken as they are, so that what the trainer scores is what the sampler saw (inva
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from at2po_agent.transcripts.tokenizer import HasControlTokens, OutsideText, Tokenizer
 
 
+class TurnInput(NamedTuple):
+    """The ids that a turn puts before its action.
+
+    Attributes:
+        ids: The ids.
+        fresh: Whether they are all that the policy sees, or follow what it saw before.
+        memory: What the transcript wants to know when it writes the next turn's.
+    """
+
+    ids: tuple[int, ...]
+    fresh: bool = False
+    memory: Any = None
+
+
 @runtime_checkable
 class Transcript(Protocol):
-    """Turns texts of the environment into token ids, piece by piece, in the order of an episode."""
+    """Turns texts of the environment into token ids, turn by turn, in the order of an episode."""
 
-    def open(self, prompt: str) -> list[int]:
-        """Ids before the first action."""
-        ...
-
-    def observe(self, observation: str, *, closed: bool) -> list[int]:
-        """Ids between two actions.
+    def first(self, prompt: str, info: Mapping[str, Any]) -> TurnInput:
+        """Ids before the first action.
 
         Args:
+            prompt: The first observation.
+            info: The environment's info with it.
+        """
+        ...
+
+    def next(
+        self, before: TurnInput, action: str, observation: str, info: Mapping[str, Any], *, closed: bool
+    ) -> TurnInput:
+        """Ids before the next action.
+
+        Args:
+            before: What this method or `first` returned for the turn before.
+            action: What the policy wrote in that turn.
             observation: What the environment newly showed.
-            closed: Whether the action before it ended with the end-of-sequence id itself.
+            info: The environment's info with it.
+            closed: Whether the action ended with the end-of-sequence id itself.
         """
         ...
 
 
-class InlineTranscript:
+class GrowingTranscript(ABC):
+    """A transcript that writes an episode as one growing sequence: a prompt, and pieces between actions."""
+
+    @abstractmethod
+    def open(self, prompt: str) -> list[int]:
+        """Ids before the first action."""
+
+    @abstractmethod
+    def observe(self, observation: str, *, closed: bool) -> list[int]:
+        """Ids between two actions; `closed`: the first ended with the end-of-sequence id itself."""
+
+    def first(self, prompt: str, info: Mapping[str, Any]) -> TurnInput:
+        """Ids before the first action."""
+        del info
+        return TurnInput(tuple(self.open(prompt)), fresh=True)
+
+    def next(
+        self, before: TurnInput, action: str, observation: str, info: Mapping[str, Any], *, closed: bool
+    ) -> TurnInput:
+        """Ids between two actions."""
+        del before, action, info
+        return TurnInput(tuple(self.observe(observation, closed=closed)))
+
+
+class InlineTranscript(GrowingTranscript):
     """Writes prompt, actions and observations as one running text, as AT2PO and Search-R1 do.
 
     Control tokens in a prompt or an observation are text from outside; they are broken up (`OutsideText`).

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from at2po_agent.transcripts.inline import GrowingTranscript
 from at2po_env.errors import PolicyError
 
 EOS, SYSTEM, USER, ASSISTANT, OBSERVATION = 256, 257, 258, 259, 260
@@ -50,7 +51,7 @@ class ByteTokenizer:
         return [self.decode([token]) if token < len(self) else "" for token in range(count)]
 
 
-class RoleTranscript:
+class RoleTranscript(GrowingTranscript):
     """Prompt and observations as messages of a chat (`transcripts.inline.Transcript`).
 
     Args:

@@ -25,6 +25,7 @@ from at2po_agent.policies.scripted import ScriptedPolicy
 from at2po_agent.rollout import RolloutConfig, rollout
 from at2po_agent.rollout.requests import PolicyRequests
 from at2po_agent.runs.interrupts import StopRequested
+from at2po_agent.transcripts.inline import GrowingTranscript
 from at2po_agent.types import Generation
 from at2po_env import deadlines
 from at2po_env.errors import EnvError, PolicyError, SnapshotError
@@ -531,7 +532,7 @@ def test_giving_up_does_not_wait_for_a_hung_tool(monkeypatch):
 def test_the_transcript_makes_every_piece_that_was_not_sampled():
     closings: list[bool] = []
 
-    class Framed:
+    class Framed(GrowingTranscript):
         def open(self, prompt: str) -> list[int]:
             return [1, *prompt.encode()]
 
