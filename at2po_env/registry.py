@@ -43,6 +43,8 @@ SEARCH_QA = (
     "PopQA",
     "MiniWiki",
 )
+WORLDS = {"Household": "at2po_envs.household"}
+"""Worlds that are played by commands, and where each is made."""
 
 NO_WRAPPERS: Mapping[str, Any] = {"order_enforce": False, "disable_env_checker": True}
 """A `ToolEnv` refuses a step before reset itself, and its contract tests run Gymnasium's checker in full; the
@@ -145,15 +147,19 @@ def make_tool_env_vector(**options: Any) -> TextVectorEnv:
 
 def register_shipped() -> None:
     """Register the ids of the environments that ship with at2po."""
-    for name in SEARCH_QA:
+    shipped: dict[str, tuple[str, dict[str, Any]]] = {
+        **{name: ("at2po_envs.search_qa", {"name": name}) for name in SEARCH_QA},
+        **{name: (module, {}) for name, module in WORLDS.items()},
+    }
+    for name, (module, arguments) in shipped.items():
         env_id = f"at2po/{name}-v0"
         if env_id in gymnasium.registry:  # the package was reloaded
             continue
         gymnasium.register(
             env_id,
-            entry_point="at2po_envs.search_qa:make",
-            vector_entry_point="at2po_envs.search_qa:make_vector",
-            kwargs={"name": name},
+            entry_point=f"{module}:make",
+            vector_entry_point=f"{module}:make_vector",
+            kwargs=arguments,
             **NO_WRAPPERS,
         )
 
