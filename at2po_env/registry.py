@@ -43,7 +43,7 @@ SEARCH_QA = (
     "PopQA",
     "MiniWiki",
 )
-WORLDS = {"Household": "at2po_envs.household"}
+WORLDS = {"Household": "at2po_envs.household", "WebShop": "at2po_envs.webshop"}
 """Worlds that are played by commands, and where each is made."""
 
 NO_WRAPPERS: Mapping[str, Any] = {"order_enforce": False, "disable_env_checker": True}

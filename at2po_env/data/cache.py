@@ -124,7 +124,8 @@ def beside_or_cached(path: Path, name: str) -> Path:
     beside = path.parent / name
     mode = path.parent.stat().st_mode
     writable = mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH) and os.access(path.parent, os.W_OK)
-    if beside.exists() or (path.parent.resolve() != SAMPLE.resolve() and writable):
+    shipped = SAMPLE.resolve() in path.resolve().parents
+    if beside.exists() or (writable and not shipped):
         return beside
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
     return cache_dir() / "indexes" / key / name

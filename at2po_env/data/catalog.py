@@ -77,6 +77,9 @@ INDEXES: Mapping[str, RemoteFile | RemoteFolder] = {
     "wiki-18-bm25": RemoteFolder("PeterJinGo/wiki-18-bm25-index", "bm25", "corpora/wiki-18/bm25", 6 * GB),
 }
 
+WEBSHOP = {"small": "datasets/webshop/small", "full": "datasets/webshop/full"}
+"""Folders of the products of WebShop, relative to the cache folder."""
+
 
 def qa_set(name: str) -> QaSet:
     """Return a question set by its FlashRAG name or its environment's: "nq" or "NaturalQuestions".

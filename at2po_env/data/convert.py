@@ -163,18 +163,52 @@ def read_array(path: Path, key: str | None = None) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}, item {number + 1}: cannot be read ({error}). {fix}") from error
 
 
-def _items(file: IO[str], text: str) -> Iterator[Any]:
-    """Yield the items of an array whose opening bracket stands right before `text`; `file` has the rest."""
-    skip, follows = re.compile(r"[\s,]*"), re.compile(r"\s*[,\]]")
+def read_object(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (key, value) of the object in `path`, in memory of a few values; a key may come twice.
+
+    Raises:
+        DataError: no object, or one that is damaged or cut short; names the item and the key before it.
+    """
+    fix = "Fix: get the original file again."
+    number, key = 0, ""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_CHUNK)
+            found = re.match(r"\s*\{", text)
+            if not found:
+                raise DataError(f"{path}: no JSON object at its beginning. {fix}")
+            for key, value in _items(file, text[found.end() :], _decode_pair):
+                number += 1
+                yield key, value
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        where = f"item {number + 1} (after {key!r})" if number else "item 1"
+        raise DataError(f"{path}, {where}: cannot be read ({error}). {fix}") from error
+
+
+def _decode_pair(text: str, at: int) -> tuple[tuple[str, Any], int]:
+    """Decode `"key": value`."""
+    key, end = _decode(text, at)
+    colon = re.compile(r"\s*:\s*").match(text, end)
+    if not isinstance(key, str) or not colon:
+        raise json.JSONDecodeError("expected a key and a colon", text, end)
+    value, end = _decode(text, colon.end())
+    return (key, value), end
+
+
+def _items(
+    file: IO[str], text: str, decode: Callable[[str, int], tuple[Any, int]] = _decode
+) -> Iterator[Any]:
+    """Yield the items of an array or object that was opened right before `text`; `file` has the rest."""
+    skip, follows = re.compile(r"[\s,]*"), re.compile(r"\s*[,\]}]")
     at = 0
     while True:
         if skipped := skip.match(text, at):
             at = skipped.end()
-        if text[at : at + 1] == "]":
+        if text[at : at + 1] in ("]", "}"):
             return
         # An item is whole when a comma or the closing bracket follows: a number at the end may go on.
         try:
-            item, end = _decode(text, at)
+            item, end = decode(text, at)
             whole = follows.match(text, end)
         except json.JSONDecodeError:
             whole = None
@@ -185,7 +219,7 @@ def _items(file: IO[str], text: str) -> Iterator[Any]:
         # Otherwise read more. The amount doubles, so that a huge item costs linear time.
         more = file.read(max(_CHUNK, len(text) - at))
         if not more:
-            _decode(text, at)  # raises, unless only the comma or bracket is missing
+            decode(text, at)  # raises, unless only the comma or bracket is missing
             raise json.JSONDecodeError("no comma or closing bracket follows", text, len(text))
         text, at = text[at:] + more, 0
 

@@ -92,11 +92,15 @@ class Corpus:
         for number, line in read_lines(self.path, kind="corpus"):
             yield _passage(line, self.path, number)
 
-    def _read(self, row: int) -> Passage:
+    def line(self, row: int) -> bytes:
+        """Return the line of `row`, for files whose rows hold more than a passage."""
         start, end = int(self._offsets[row]), int(self._offsets[row + 1])
         # A positioned read: safe in threads and after a fork of the process, and no crash when the file is
         # cut short.
-        return _passage(os.pread(self._fd, end - start, start), self.path, row + 1)
+        return os.pread(self._fd, end - start, start)
+
+    def _read(self, row: int) -> Passage:
+        return _passage(self.line(row), self.path, row + 1)
 
 
 def _passage(line: bytes, path: Path, number: int) -> Passage:
