@@ -236,16 +236,11 @@ def vllm(work: policy_benchmark.Workload, rounds: int) -> dict[str, Any]:
         for name, exact in (("vllm", "auto"), ("vllm_blocks", False)):
             settings = VLLMConfig(exact_prefixes=exact)
             policies[name] = VLLMPolicy(model, tokenizer, config=settings, slots=work.slots, eos_ids=())
-        best, prefill = dict.fromkeys(policies, 0.0), {}
-        for repeat in range(rounds):
-            for name, policy in policies.items():
-                policy.weights_changed()
-                roll = policy_benchmark.streaming(policy)
-                tokens, seconds = policy_benchmark.grow_trees(work, roll, repeat)
-                best[name] = max(best[name], tokens / seconds)
-        for name, policy in policies.items():
-            policy.weights_changed()
-            prefill[name] = policy_benchmark.prefill_over_unique(policy, work, 0)
+        ways = {name: (policy, policy_benchmark.streaming(policy)) for name, policy in policies.items()}
+        best = policy_benchmark.best_rates(work, ways, repeats=rounds)
+        prefill = {
+            name: policy_benchmark.prefill_over_unique(policy, work, 0) for name, policy in policies.items()
+        }
     except ImportError as error:
         return {"vllm_tokens_per_s": None, "vllm_reason": str(error)}
     finally:

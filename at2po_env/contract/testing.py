@@ -11,7 +11,8 @@ runs every check of the fork contract as a test of its own. Written for pytest, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from at2po_env.contract import rules
@@ -20,6 +21,17 @@ from at2po_env.contract.rules import Env, Play
 from at2po_env.errors import EnvError
 from at2po_env.forking.base import ForkableEnv
 from at2po_env.spaces import Text
+
+
+def _test(check: Callable[[Env, Play], None]) -> Callable[[EnvContract], None]:
+    """Return the test that a new environment keeps a rule."""
+
+    def test(self: EnvContract) -> None:
+        env = self.make_env()
+        play = play_for(env, actions=self.actions, options=self.options, ignore_info=self.ignore_info)
+        check(env, play)
+
+    return test
 
 
 class EnvContract:
@@ -41,53 +53,20 @@ class EnvContract:
         """Return a new environment; called once per test."""
         raise NotImplementedError("EnvContract needs make_env: return a new environment there")
 
-    def test_follows_gymnasium(self) -> None:
-        """Gymnasium's own checker passes."""
-        check_gymnasium(self.make_env())
-
-    def test_observations_lie_in_their_space(self) -> None:
-        """Every observation lies in the observation space."""
-        self._check("spaces")
-
-    def test_fork_is_the_same_episode(self) -> None:
-        """A fork has the state of its parent, and so has a fork of a fork."""
-        self._check("fork")
-
-    def test_forks_are_independent(self) -> None:
-        """Neither side of a fork can change the other."""
-        self._check("independence")
-
-    def test_restore_rewinds(self) -> None:
-        """Restore brings everything back that changes during an episode."""
-        self._check("restore")
-
-    def test_snapshot_survives_json(self) -> None:
-        """A snapshot read from JSON gives the same episode."""
-        self._check("json")
-
-    def test_copies_keep_the_episode(self) -> None:
-        """Deep copies and pickles refuse or keep the episode."""
-        self._check("copies")
-
-    def test_generators_are_independent(self) -> None:
-        """Random streams continue alike and are never shared."""
-        self._check("generators")
-
-    def test_any_text_is_an_action(self) -> None:
-        """What a policy writes never raises."""
-        self._check("bad_actions")
+    test_follows_gymnasium = _test(lambda env, _: check_gymnasium(env))
+    test_observations_lie_in_their_space = _test(rules.check_spaces)
+    test_fork_is_the_same_episode = _test(rules.check_fork)
+    test_forks_are_independent = _test(rules.check_independence)
+    test_restore_rewinds = _test(rules.check_restore)
+    test_snapshot_survives_json = _test(rules.check_json)
+    test_copies_keep_the_episode = _test(rules.check_copies)
+    test_generators_are_independent = _test(rules.check_generators)
+    test_any_text_is_an_action = _test(rules.check_bad_actions)
 
     def test_snapshot_fits_another_process(self) -> None:
         """A snapshot restored in another process gives the same episode."""
-        env = self.make_env()
-        check_process(env, self._play(env), required=self.another_process)
-
-    def _check(self, name: str) -> None:
-        env = self.make_env()
-        rules.CHECKS[name](env, self._play(env))
-
-    def _play(self, env: Env) -> Play:
-        return play_for(env, actions=self.actions, options=self.options, ignore_info=self.ignore_info)
+        check = partial(check_process, required=self.another_process)
+        _test(check)(self)
 
 
 class PigState(NamedTuple):

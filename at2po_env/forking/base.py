@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import gymnasium
@@ -96,11 +97,6 @@ class ForkableEnv(gymnasium.Env[str, str], ABC):
             seeding.np_random(seed)  # raises Gymnasium's own error
         self._rng, self._rng_source, self._np_random_seed = None, seed, seed
 
-    def _rest_rng(self) -> None:
-        """Put the generator to rest, so that forks need not read it; call it where few draws follow."""
-        if self._rng is not None:
-            self._rng_source, self._rng = capture_rng(self._rng), None
-
     def _get_base(self) -> BaseState:
         """Read the episode, the generator and its seed; a generator never seeded is seeded now."""
         if self._rng is not None:
@@ -168,7 +164,7 @@ def snapshot(env: gymnasium.Env[Any, Any]) -> Snapshot:
         raise
     return Snapshot.of(
         env_id(base),
-        LazyJson(base._get_base(), write_base(base.dump_state)),
+        LazyJson(base._get_base(), partial(write_base, base.dump_state)),
         LazyJson(captured, write_layers),
     )
 

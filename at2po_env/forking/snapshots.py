@@ -209,20 +209,14 @@ def _first_bad(data: Any, path: str) -> tuple[str, str]:
     return path, "too deep or circular"
 
 
-def write_base(dump: Callable[[Any], Any]) -> Callable[[BaseState], Any]:
-    """Return the function that writes the environment's half with its own `dump_state`."""
-
-    def write(base: BaseState) -> Any:
-        rng = base.rng
-        if isinstance(rng, int):
-            rng = capture_rng(build_rng(rng))
-        return {
-            "episode": dump(base.state),
-            "rng": None if rng is None else write_rng(rng),
-            "seed": base.seed,
-        }
-
-    return write
+def write_base(dump: Callable[[Any], Any], base: BaseState) -> Any:
+    """Write the environment's half, with the environment's own `dump_state`."""
+    rng = capture_rng(build_rng(base.rng)) if isinstance(base.rng, int) else base.rng
+    return {
+        "episode": dump(base.state),
+        "rng": None if rng is None else write_rng(rng),
+        "seed": base.seed,
+    }
 
 
 def read_base(data: Any, load: Callable[[Any], Any]) -> BaseState:

@@ -33,7 +33,6 @@ class Jvm:
     def __init__(self) -> None:
         self._pid = os.getpid()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="at2po-java")
-        self._classes: dict[str, Any] = {}
         self.java_class: Callable[[str], Any] = self._thread.submit(_start).result()
 
     def run(self, function: Callable[[], _Result]) -> _Result:
