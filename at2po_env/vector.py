@@ -222,8 +222,7 @@ class TextVectorEnv(VectorEnv[Texts, Sequence[str], npt.NDArray[Any]]):
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Call a method of every environment, or read an attribute, through its wrappers."""
-        found = [env.get_wrapper_attr(name) for env in self.envs]
-        return tuple([item(*args, **kwargs) if callable(item) else item for item in found])
+        return tuple([item(*args, **kwargs) if callable(item) else item for item in self.get_attr(name)])
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
         """Read an attribute of every environment, through its wrappers."""

@@ -62,7 +62,7 @@ def serve_retriever(
 ) -> None:
     """Serve searches over HTTP: POST /retrieve as Search-R1's clients expect, /health, /metrics."""
     from at2po_env.retrieval import open_retriever
-    from at2po_env.retrieval.client.retriever import TOKEN_VARIABLE
+    from at2po_env.retrieval.client import TOKEN_VARIABLE
     from at2po_env.retrieval.server.app import ServerConfig
     from at2po_env.retrieval.server.running import serve, serve_processes
 

@@ -40,6 +40,19 @@ class Passage(NamedTuple):
     text: str
     score: float = 0.0
 
+    @property
+    def contents(self) -> str:
+        """Title and text as they stand in a wiki-18 file, and as encoders and clients get them."""
+        return f'"{self.title}"\n{self.text}'
+
+
+def split_contents(contents: str) -> tuple[str | None, str]:
+    """Return the title, or None where there is no title line, and the text of a row's contents."""
+    title, newline, text = contents.partition("\n")
+    if not newline:
+        return None, contents
+    return title[1:-1] if len(title) >= 2 and title[0] == title[-1] == '"' else title, text
+
 
 class CorpusRow(BaseModel):
     """One line of a corpus file."""
@@ -105,14 +118,12 @@ class Corpus:
 
 def _passage(line: bytes, path: Path, number: int) -> Passage:
     row = parse_line(CorpusRow, line, path, number)
-    title, newline, text = row.contents.partition("\n")
-    if not newline:
+    title, text = split_contents(row.contents)
+    if title is None:
         fix = (
             'write the title in double quotes, a newline (\\n) and the text: "contents": "\\"Title\\"\\ntext"'
         )
         raise bad_line(path, number, "contents has no title line", fix)
-    if len(title) >= 2 and title[0] == title[-1] == '"':
-        title = title[1:-1]
     return Passage(str(row.id), title, text)
 
 

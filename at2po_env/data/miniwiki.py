@@ -153,16 +153,13 @@ def _name_alike(rng: np.random.Generator, split: Split, names: list[str], count:
         order.remove(other)
         while True:
             (name,) = _draw_names(rng, split, 1)
-            exchanged = " ".join(reversed(name.split()))
-            if name not in names and exchanged not in names and _in_split(exchanged, split):
+            first, second = name.split()
+            exchanged = f"{second} {first}"
+            in_test = in_test_split(name_words().index(second), name_words().index(first))
+            if name not in names and exchanged not in names and in_test == (split == "test"):
                 break
         names[entity], names[other] = name, exchanged
     return names
-
-
-def _in_split(name: str, split: Split) -> bool:
-    first, second = (name_words().index(word) for word in name.split())
-    return in_test_split(first, second) == (split == "test")
 
 
 def make_world(seed: int, split: Split, *, namesakes: float = 0.0) -> World:

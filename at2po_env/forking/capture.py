@@ -92,29 +92,23 @@ def copy_value(value: Any, memo: Memo) -> Any:
     return copier(value, memo)
 
 
-def clone_space(space: Any) -> Any:
+def clone_space(value: Any) -> Any:
     """Return a space of the same shape with a sampler of its own that continues alike.
 
-    Bounds and other arrays are shared: they are never written.
+    Bounds and other arrays are shared: they are never written. So is everything that holds no sampler, which
+    makes the function fit for what stands inside a space, too.
     """
-    twin: Any = object.__new__(type(space))
-    attributes = twin.__dict__
-    attributes.update(space.__dict__)
-    for name, value in attributes.items():
-        if type(value) not in ATOMIC:  # a sampler, bounds, or spaces inside
-            attributes[name] = _clone_subspaces(value)
-    return twin
-
-
-def _clone_subspaces(value: Any) -> Any:
     if isinstance(value, gymnasium.Space):
-        return clone_space(value)
+        twin: Any = object.__new__(type(value))
+        for name, item in value.__dict__.items():
+            twin.__dict__[name] = item if type(item) in ATOMIC else clone_space(item)
+        return twin
     if isinstance(value, np.random.Generator):
         return clone_rng(value)
     if isinstance(value, dict):
-        return type(value)((key, _clone_subspaces(item)) for key, item in value.items())
+        return type(value)((key, clone_space(item)) for key, item in value.items())
     if type(value) in (list, tuple):
-        return type(value)([_clone_subspaces(item) for item in value])
+        return type(value)([clone_space(item) for item in value])
     return value
 
 
@@ -201,10 +195,6 @@ def _share(value: Any, memo: Memo) -> Any:  # noqa: ARG001  (one signature for a
     return value
 
 
-def _copy_space(value: Any, memo: Memo) -> Any:
-    return memo.setdefault(id(value), clone_space(value))
-
-
 def _copy_rng(value: Any, memo: Memo) -> Any:
     if isinstance(value, np.random.Generator):
         twin: Any = clone_rng(value)
@@ -285,7 +275,7 @@ _FAMILIES: tuple[tuple[Any, Callable[[Any, Memo], Any]], ...] = (
     (types.MethodType, _copy_method),
     (types.BuiltinMethodType, _copy_builtin),
     (CONFIG_TYPES, _share),
-    (gymnasium.Space, _copy_space),
+    (gymnasium.Space, lambda value, memo: memo.setdefault(id(value), clone_space(value))),
     (gymnasium.Env, _refuse_env),
     (gymnasium.vector.VectorEnv, _refuse_env),
     ((np.random.Generator, np.random.RandomState, random.Random), _copy_rng),

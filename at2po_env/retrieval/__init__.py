@@ -2,7 +2,7 @@
 
 `base` has the protocol, `opening` opens any kind by name, `building` builds its index, and `manifest`
 describes the folder of an index. The kinds are `bm25/`, `lucene/`, `dense/`, `hybrid`, which fuses others,
-and `client/`, which asks a server such as `server/` runs (both use `messages`). `cache` keeps results on
+and `client`, which asks a server such as `server/` runs (both use `messages`). `cache` keeps results on
 disk; `counters` counts.
 """
 

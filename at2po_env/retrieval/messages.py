@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import to_json
 
-from at2po_env.data.corpus import Passage
+from at2po_env.data.corpus import Passage, split_contents
 
 DIGEST_HEADER = "X-At2po-Digest"  # of the retriever that answered; keys a client's cache
 DEFAULT_TOPK = 3
@@ -65,7 +65,7 @@ def response_body(results: Sequence[Sequence[Passage]], *, return_scores: bool) 
     """Write an answer in the form that the request asked for."""
     rows: list[list[dict[str, Any]]] = []
     for found in results:
-        documents = [{"id": p.id, "contents": f'"{p.title}"\n{p.text}'} for p in found]
+        documents = [{"id": p.id, "contents": p.contents} for p in found]
         if return_scores:
             scored = zip(documents, found, strict=True)
             rows.append([{"document": document, "score": float(p.score)} for document, p in scored])
@@ -107,9 +107,5 @@ def _passage(item: object) -> Passage:
         raise WireError(f'a document has no text "contents": {document!r:.80}')
     if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= LARGEST_SCORE:
         raise WireError(f"a score is not a finite number: {score!r:.80}")
-    title, newline, text = contents.partition("\n")
-    if not newline:
-        title, text = "", contents
-    if len(title) >= 2 and title[0] == title[-1] == '"':
-        title = title[1:-1]
-    return Passage(str(document.get("id", "")), title, text, float(score))
+    title, text = split_contents(contents)
+    return Passage(str(document.get("id", "")), title or "", text, float(score))

@@ -13,7 +13,7 @@ KEPT_OPEN = 8
 
 _KINDS = {  # imported when asked for, because they need extras or cost time
     "bm25": "at2po_env.retrieval.bm25.retriever:Bm25Retriever",
-    "http": "at2po_env.retrieval.client.retriever:HttpRetriever",
+    "http": "at2po_env.retrieval.client:HttpRetriever",
     "hybrid": "at2po_env.retrieval.hybrid:HybridRetriever",
     "lucene": "at2po_env.retrieval.lucene.retriever:LuceneRetriever",
     "dense": "at2po_env.retrieval.dense.retriever:DenseRetriever",

@@ -26,11 +26,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from benchmarks._timing import command_line, report
-from benchmarks.retrieval import stages
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 PROC_STAT = Path("/proc/stat")
@@ -74,27 +75,23 @@ def _others_seconds() -> float:
     return busy - ours.ru_utime - ours.ru_stime
 
 
+STAGES: Mapping[str, tuple[str, str, Sequence[Callable[[str], Any]]]] = {
+    "build": ("stages", "build", (str, Path, Path)),
+    "search": ("stages", "search", (str, Path, Path, Path)),
+    "recall": ("stages", "recall", (Path, Path, lambda text: text.split(","))),
+    "pyserini": ("peer", "compare", (Path, Path)),
+    "serve": ("server", "serve_stage", (str, int, int)),
+    "load": ("server", "load", (int, Path, int, int)),
+    "server": ("server", "measure", (Path, Path, int, lambda text: [int(part) for part in text.split(",")])),
+}
+"""Name -> module, function and types of its arguments; imported when it runs, since some need extras."""
+
+
 def stage(name: str, arguments: list[str]) -> Any:
     """Run one stage here."""
-    if name == "build":
-        return stages.build(arguments[0], Path(arguments[1]), Path(arguments[2]))
-    if name == "search":
-        return stages.search(arguments[0], *map(Path, arguments[1:4]))
-    if name == "recall":
-        return stages.recall(Path(arguments[0]), Path(arguments[1]), arguments[2].split(","))
-    # Imported here because these need extras that the other stages do without.
-    if name == "pyserini":
-        from benchmarks.retrieval import peer
-
-        return peer.compare(Path(arguments[0]), Path(arguments[1]))
-    from benchmarks.retrieval import server
-
-    if name == "serve":
-        return server.serve_stage(arguments[0], int(arguments[1]), int(arguments[2]))
-    if name == "load":
-        return server.load(int(arguments[0]), Path(arguments[1]), int(arguments[2]), int(arguments[3]))
-    counts = [int(count) for count in arguments[3].split(",")]
-    return server.measure(Path(arguments[0]), Path(arguments[1]), int(arguments[2]), counts)
+    module, function, kinds = STAGES[name]
+    call = getattr(import_module(f"benchmarks.retrieval.{module}"), function)
+    return call(*[kind(text) for kind, text in zip(kinds, arguments, strict=True)])
 
 
 def run(work: Path, qa: Path, corpus: Path, passages: int, kinds: list[str]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class KnownEncoder:
     """
 
     def __init__(self, small: Path) -> None:
-        from at2po_env.retrieval.dense.build import VECTORS, build, passage_text
+        from at2po_env.retrieval.dense.build import VECTORS, build
         from at2po_env.retrieval.dense.encoders import SentenceEncoder
 
         self._encoder = SentenceEncoder("minilm", device="cpu")
@@ -56,7 +56,7 @@ class KnownEncoder:
         corpus = Corpus(small)
         home = build(corpus, self._encoder, "flat")
         vectors = np.fromfile(home / VECTORS, np.float32).reshape(len(corpus), -1)
-        self._known = {passage_text(p): v for p, v in zip(corpus, vectors, strict=True)}
+        self._known = {p.contents: v for p, v in zip(corpus, vectors, strict=True)}
         self.encode_queries = self._encoder.encode_queries
         self._encoder.encode_passages(list(self._known)[:64])
 
@@ -140,7 +140,7 @@ def recall(corpus: Path, qa: Path, kinds: Sequence[str]) -> dict[str, dict[str, 
     """Share of the supporting passages' titles among the top 3 for the bare question."""
     passages = list(Corpus(corpus))
     hotpot, musique = questions(qa, "hotpotqa"), questions(qa, "musique")
-    rows = supporting_rows(musique, [f'"{p.title}"\n{p.text}' for p in passages])
+    rows = supporting_rows(musique, [p.contents for p in passages])
     wanted = {
         "hotpotqa": [(q["question"], set(q["metadata"]["supporting_facts"]["title"])) for q in hotpot],
         "musique": [

@@ -34,7 +34,7 @@ from at2po_agent.runs.progress import NoProgress
 from at2po_agent.tree import Tree
 from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError, RetrievalError
-from at2po_env.retrieval.client.retriever import HttpRetriever
+from at2po_env.retrieval.client import HttpRetriever
 
 SHAPE = replace(learners.SHAPE, layers=1)
 

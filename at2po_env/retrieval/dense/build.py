@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from at2po_env.data.corpus import Corpus, Passage
+from at2po_env.data.corpus import Corpus
 from at2po_env.data.progress import ProgressBar
 from at2po_env.errors import require
 from at2po_env.retrieval.dense.encoders import Encoder
@@ -26,11 +26,6 @@ _ADDED_AT_ONCE = 1 << 14
 _SAMPLE_BYTES = 400 * 2**20
 _CHECKPOINT_S = 300.0
 _ROUNDS = 10  # of k-means; more takes minutes per million passages and moves recall little
-
-
-def passage_text(passage: Passage) -> str:
-    """Return what is encoded: the passage as it stands in a wiki-18 file, title line first."""
-    return f'"{passage.title}"\n{passage.text}'
 
 
 def dense_plan(corpus: Corpus, encoder: Encoder, kind: str) -> Manifest:
@@ -67,7 +62,7 @@ def _encode(path: Path, corpus: Corpus, encoder: Encoder) -> None:
         file.truncate(done * row_bytes)  # a killed build may have left part of a row
         for start in range(done, len(corpus), _ENCODED_AT_ONCE):
             rows = range(start, min(start + _ENCODED_AT_ONCE, len(corpus)))
-            file.write(encoder.encode_passages([passage_text(corpus[row]) for row in rows]).tobytes())
+            file.write(encoder.encode_passages([corpus[row].contents for row in rows]).tobytes())
             file.flush()
             os.fsync(file.fileno())
             advance(len(rows))

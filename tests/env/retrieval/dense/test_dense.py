@@ -19,7 +19,7 @@ from at2po_env.data.corpus import Corpus
 from at2po_env.errors import MissingExtraError, RetrievalError
 from at2po_env.retrieval.bm25.retriever import Bm25Retriever
 from at2po_env.retrieval.building import build_index
-from at2po_env.retrieval.dense.build import build, passage_text
+from at2po_env.retrieval.dense.build import build
 from at2po_env.retrieval.dense.encoders import SentenceEncoder, Vectors, encoder_spec
 from at2po_env.retrieval.dense.retriever import DenseRetriever
 from at2po_env.retrieval.opening import open_retriever
@@ -94,7 +94,7 @@ def test_meaning_finds_what_no_word_shares(flat: DenseRetriever, corpus: Path) -
 
 def test_flat_search_is_exact(flat: DenseRetriever, corpus: Path, encoder: SentenceEncoder) -> None:
     # Reference in float64: every query against every passage.
-    passages = encoder.encode_passages([passage_text(p) for p in Corpus(corpus)]).astype(np.float64)
+    passages = encoder.encode_passages([p.contents for p in Corpus(corpus)]).astype(np.float64)
     scores = encoder.encode_queries(QUERIES).astype(np.float64) @ passages.T
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     found = flat.search(QUERIES, 5)
@@ -136,7 +136,7 @@ def test_a_published_faiss_file_opens_by_its_path(
 ) -> None:
     faiss = pytest.importorskip("faiss")
     index = faiss.IndexFlatIP(encoder.dimension)
-    index.add(encoder.encode_passages([passage_text(passage) for passage in Corpus(corpus)]))
+    index.add(encoder.encode_passages([passage.contents for passage in Corpus(corpus)]))
     faiss.write_index(index, str(tmp_path / "e5_Flat.index"))
     opened = DenseRetriever(corpus, encoder=encoder, index=tmp_path / "e5_Flat.index")
     assert ids(opened.search(QUERIES, 3)) == ids(flat.search(QUERIES, 3))

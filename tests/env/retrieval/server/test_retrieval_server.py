@@ -21,7 +21,7 @@ pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 from at2po_env.data.corpus import Passage
 from at2po_env.errors import ConfigError, RetrievalError
 from at2po_env.retrieval.bm25.retriever import Bm25Retriever
-from at2po_env.retrieval.client.retriever import HttpRetriever
+from at2po_env.retrieval.client import HttpRetriever
 from at2po_env.retrieval.server.app import ServerConfig
 from at2po_env.retrieval.server.running import serve, serving
 

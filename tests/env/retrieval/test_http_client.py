@@ -13,8 +13,8 @@ from at2po_env.data.corpus import Passage
 from at2po_env.data.tasks import Task
 from at2po_env.episodes.tool_env import ToolEnv
 from at2po_env.errors import ConfigError, RetrievalError
-from at2po_env.retrieval.client import retriever as module
-from at2po_env.retrieval.client.retriever import CircuitBreaker, HttpRetriever
+from at2po_env.retrieval import client as module
+from at2po_env.retrieval.client import CircuitBreaker, HttpRetriever
 from at2po_env.retrieval.counters import counted
 from at2po_env.retrieval.opening import open_retriever
 from at2po_env.tools.base import ToolContext, call_tool
