@@ -18,7 +18,7 @@ from at2po_agent.policies.base import transcript_of
 from at2po_agent.runs.checkpoint import list_checkpoints
 from at2po_agent.runs.folder import RunFolder, open_run
 from at2po_agent.runs.interrupts import InterruptibleProgress, Interrupts, StopRequested, TrainingInterrupted
-from at2po_agent.runs.progress import NoProgress, Progress
+from at2po_agent.runs.progress import Progress
 from at2po_agent.runs.seeding import RunPurpose, run_generator
 from at2po_agent.trainer import Trainer
 
@@ -54,7 +54,7 @@ def run_training(
         ConfigError: The folder is taken, or the configuration does not fit it.
         CheckpointError: A checkpoint cannot be written or read.
     """
-    progress = progress or NoProgress()
+    progress = progress or Progress()
     if config.run.dry_run:
         plan = plan_run(config)
         progress.message(describe_plan(config, plan))

@@ -114,13 +114,13 @@ def run(job: Job, *, evaluations: int = 5) -> dict[str, Any]:
     from at2po_agent.agents.agent import build_agent
     from at2po_agent.config.loading import load_config
     from at2po_agent.runs.folder import RunFolder
-    from at2po_agent.runs.progress import NoProgress
+    from at2po_agent.runs.progress import Progress
     from at2po_agent.trainer import Trainer
 
     started = time.perf_counter()
     config = load_config(BASE, job.overrides)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, build_agent(config), RunFolder(Path(folder)), NoProgress())
+        trainer = Trainer(config, build_agent(config), RunFolder(Path(folder)), Progress())
         curve = [_point(trainer)]
         records: list[dict[str, Any]] = []
         while _next_step_fits(records, job.budget):

@@ -35,7 +35,7 @@ from at2po_agent.agents.agent import build_agent
 from at2po_agent.config.loading import load_config
 from at2po_agent.credit import Credit, credit_rules, register_credit
 from at2po_agent.run import run_training
-from at2po_agent.runs.progress import NoProgress
+from at2po_agent.runs.progress import Progress
 from at2po_agent.tree import Tree
 from benchmarks._timing import command_line, report
 
@@ -64,7 +64,7 @@ PARTS: Mapping[str, Sequence[str]] = {
 }
 
 
-class Stopwatch(NoProgress):
+class Stopwatch(Progress):
     """Notes when each step was complete."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from at2po_agent.agents.expert import ExpertConfig, demonstrate
 from at2po_agent.config.sections import ColdStartConfig
-from at2po_agent.runs.progress import NoProgress, Progress
+from at2po_agent.runs.progress import Progress
 from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_env.data.tasks import Task
@@ -71,7 +71,7 @@ def record_demonstrations(
     Returns:
         The sequences of all episodes, in order.
     """
-    progress = progress or NoProgress()
+    progress = progress or Progress()
     transcript = transcript or InlineTranscript(tokenizer)
     if script is None:
         script = partial(demonstrate, config=ExpertConfig.model_validate(config.expert))
@@ -104,7 +104,7 @@ def cold_start(
     Returns:
         `loss` (mean over the last tenth of the steps, nats per trained token) and `tokens` (trained upon).
     """
-    progress = progress or NoProgress()
+    progress = progress or Progress()
     optimizers = _optimizers(model, config)
     device = next(model.parameters()).device
     order: list[int] = []  # indices of demonstrations, in a new random order each time they are used up

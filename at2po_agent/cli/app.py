@@ -6,6 +6,7 @@ at2po raises on purpose is printed as one message, with exit code 2; any other i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
@@ -146,7 +147,7 @@ def train(
     if smoke:
         loaded = load_config(config, [*smoke_overrides(loaded), *given])
     try:
-        with make_listener(Console(stderr=True)) as progress:
+        with contextlib.closing(make_listener(Console(stderr=True))) as progress:
             summary = run_training(loaded, resume=resume, progress=progress)
     except KeyboardInterrupt as stop:
         _say_interrupted(stop, loaded)

@@ -1,5 +1,6 @@
 """Implements `at2po eval`: evaluates a run, a checkpoint, a model, or a served model."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def evaluate_command(
     console = Console(stderr=True)
     with open_policy(composed, suite) as policy:
         try:
-            with make_listener(console) as progress:
+            with contextlib.closing(make_listener(console)) as progress:
                 results = evaluate_policy(composed, policy, progress, suite=suite, files=files)
         except (KeyboardInterrupt, At2poError) as stop:
             _say_broken_off(console, policy, files if suite is not None else [])

@@ -1,15 +1,12 @@
 """Shows the progress of long jobs: bars on a terminal, one plain line every few seconds anywhere else.
 
-Both implement `at2po_agent.runs.progress.Progress`. Where the output is no terminal (CI, a file) nothing is
-redrawn, so that logs stay readable.
+Where the output is no terminal (CI, a file) nothing is redrawn, so that logs stay readable.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -23,26 +20,13 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from at2po_agent.runs.progress import Progress
+
 LINE_EVERY_S = 5.0
 SHOWN = {"em": "EM", "reward": "reward", "entropy": "entropy", "loss": "loss"}
 
 
-class Listener:
-    """A context manager, which both listeners are."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-
-
-class LiveBars(Listener):
+class LiveBars(Progress):
     """One bar per phase, for a terminal."""
 
     def __init__(self, console: Console) -> None:
@@ -98,7 +82,7 @@ class LiveBars(Listener):
         self._bars.stop()
 
 
-class PlainLines(Listener):
+class PlainLines(Progress):
     """A line when a phase starts and ends, and one every few seconds in between."""
 
     def __init__(
@@ -157,7 +141,7 @@ class PlainLines(Listener):
         self._write(text)
 
 
-def make_listener(console: Console) -> LiveBars | PlainLines:
+def make_listener(console: Console) -> Progress:
     """Choose bars where the console is a terminal, plain lines elsewhere."""
     if console.is_terminal:
         return LiveBars(console)

@@ -2,7 +2,6 @@
 
 import signal
 import threading
-from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -75,30 +74,16 @@ class Interrupts:
         self.requested = True
 
 
-class InterruptibleProgress:
-    """Passes reports on, and stops after any of them when a stop was requested."""
+class InterruptibleProgress(Progress):
+    """Passes all reports on, and stops after progress when a stop was requested."""
 
     def __init__(self, progress: Progress, interrupts: Interrupts) -> None:
         self._progress = progress
         self._interrupts = interrupts
-
-    def start(self, phase: str, total: int) -> None:
-        """Pass on the beginning of a phase."""
-        self._progress.start(phase, total)
+        for name in ("start", "finish", "step", "message"):
+            setattr(self, name, getattr(progress, name))
 
     def advance(self, phase: str, amount: int = 1, **values: float) -> None:
         """Pass on progress, then stop if that was requested."""
         self._progress.advance(phase, amount, **values)
         self._interrupts.check()
-
-    def finish(self, phase: str) -> None:
-        """Pass on the end of a phase."""
-        self._progress.finish(phase)
-
-    def step(self, record: Mapping[str, object]) -> None:
-        """Pass on a step's record."""
-        self._progress.step(record)
-
-    def message(self, text: str) -> None:
-        """Pass on a message."""
-        self._progress.message(text)

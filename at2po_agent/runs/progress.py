@@ -1,15 +1,17 @@
-"""Reports the progress of long jobs: the protocol of a listener, a silent listener, and the clock of a step.
+"""Reports the progress of long jobs: a listener that says nothing, and the clock of a step.
 
-The trainer, the evaluation and the cold start know only this protocol; `at2po_agent.report` draws bars.
+The trainer, the evaluation and the cold start know only `Progress`; `at2po_agent.report` draws bars.
 """
 
 import time
 from collections.abc import Mapping
-from typing import Protocol
 
 
-class Progress(Protocol):
-    """Listener of a long job; phases do not nest, except that evaluation may run inside training."""
+class Progress:
+    """Listens to a long job, and says nothing: a listener subclasses it and overrides what it shows.
+
+    Phases do not nest, except that evaluation may run inside training.
+    """
 
     def start(self, phase: str, total: int) -> None:
         """Hear that a phase begins: "cold start", "evaluate", "train" ...; `total` counts its units."""
@@ -26,24 +28,8 @@ class Progress(Protocol):
     def message(self, text: str) -> None:
         """Hear a line that a person should read."""
 
-
-class NoProgress:
-    """Listens and says nothing."""
-
-    def start(self, phase: str, total: int) -> None:
-        """Ignore the beginning of a phase."""
-
-    def advance(self, phase: str, amount: int = 1, **values: float) -> None:
-        """Ignore progress within a phase."""
-
-    def finish(self, phase: str) -> None:
-        """Ignore the end of a phase."""
-
-    def step(self, record: Mapping[str, object]) -> None:
-        """Ignore a step's record."""
-
-    def message(self, text: str) -> None:
-        """Ignore a message."""
+    def close(self) -> None:
+        """Leave the terminal as it was."""
 
 
 class Clock:

@@ -30,7 +30,7 @@ from at2po_agent.run import run_training
 from at2po_agent.runs.disk import RunFolderError
 from at2po_agent.runs.folder import newest_run, open_run
 from at2po_agent.runs.interrupts import TrainingInterrupted
-from at2po_agent.runs.progress import NoProgress
+from at2po_agent.runs.progress import Progress
 from at2po_agent.tree import Tree
 from at2po_agent.types import Generation
 from at2po_env.errors import ConfigError, RetrievalError
@@ -88,7 +88,7 @@ def final_weights(folder: Path) -> bytes:
     return (folder / "checkpoints" / "step_000006" / "model.safetensors").read_bytes()
 
 
-class StopAt(NoProgress):
+class StopAt(Progress):
     """Sends a signal to this process at a given step's n-th leaf, as a person would."""
 
     def __init__(self, step: int, number: signal.Signals = signal.SIGINT, *, times: int = 1) -> None:
@@ -226,7 +226,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_bit_for_bit(whole_run, tmp_pat
     assert (folder / "metrics.after_step_000004.jsonl").exists()
 
 
-class _Killed(NoProgress):
+class _Killed(Progress):
     def __init__(self, step: int) -> None:
         self._step = step
 
@@ -288,7 +288,7 @@ def test_a_disk_that_refuses_is_one_clear_error_and_the_run_can_go_on(whole_run,
     folder = tmp_path / "run"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    class FullAfterThree(NoProgress):
+    class FullAfterThree(Progress):
         def step(self, record: Mapping[str, object]) -> None:
             if record["step"] == 3:
                 size = (folder / "metrics.jsonl").stat().st_size
@@ -344,7 +344,7 @@ def test_a_step_in_which_every_environment_failed_is_an_error(tmp_path):
         train(settings(tmp_path / "run", eval__questions=0, health__pause_at=None), env=Down())
 
 
-class Outage(NoProgress):
+class Outage(Progress):
     """The environment's server is down from a step on; it is back some time after the run has paused."""
 
     def __init__(self, folder: Path, after_step: int, back_after_s: float) -> None:
@@ -516,7 +516,7 @@ def test_a_step_without_any_informative_question_changes_nothing(tmp_path):
 
 
 def test_an_evaluation_that_was_stopped_is_made_after_resuming(whole_run, tmp_path):
-    class StopInEvaluation(NoProgress):
+    class StopInEvaluation(Progress):
         def __init__(self) -> None:
             self.steps = 0
 
@@ -537,7 +537,7 @@ def test_an_evaluation_that_was_stopped_is_made_after_resuming(whole_run, tmp_pa
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(whole_run, tmp_path):
-    class StopAtOnce(NoProgress):
+    class StopAtOnce(Progress):
         def start(self, phase: str, total: int) -> None:
             if phase == "evaluate (sampled)" and total:
                 os.kill(os.getpid(), signal.SIGINT)

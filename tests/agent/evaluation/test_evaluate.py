@@ -7,7 +7,7 @@ from at2po_agent.evaluation.metrics import sampled_tokens, tree_metrics, wilson_
 from at2po_agent.health import HealthWatch, ServiceError
 from at2po_agent.policies.scripted import ScriptedPolicy
 from at2po_agent.rollout import RolloutConfig, rollout
-from at2po_agent.runs.progress import NoProgress
+from at2po_agent.runs.progress import Progress
 
 TREES = RolloutConfig(chains=4, forks=2, rounds=1, temperature=0.7)
 TASKS = [{"index": index} for index in range(10)]
@@ -147,7 +147,7 @@ def test_questions_of_an_outage_are_asked_again():
 def test_an_evaluation_ends_where_a_service_stays_down():
     def ask(**health):
         config = Config(env={"id": "GuessEnv"}, eval={"questions": 10}, health=health)
-        return evaluate_mode(config, "greedy", Outage([10**6]), GuessingPolicy(), NoProgress(), go_on="again")
+        return evaluate_mode(config, "greedy", Outage([10**6]), GuessingPolicy(), Progress(), go_on="again")
 
     with pytest.raises(ServiceError, match=r"100% of steps fail.*again"):
         ask(give_up_after_s=0.0)

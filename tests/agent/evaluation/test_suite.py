@@ -19,7 +19,7 @@ from at2po_agent.evaluation.metrics import wilson_interval
 from at2po_agent.evaluation.suite import Source, evaluate_suite, find_questions
 from at2po_agent.policies.scripted import ScriptedPolicy
 from at2po_agent.report.tables import print_suite
-from at2po_agent.runs.progress import NoProgress
+from at2po_agent.runs.progress import Progress
 from at2po_env.data import At2poSampleWarning
 from at2po_env.errors import ConfigError
 
@@ -185,7 +185,7 @@ def test_one_file_is_not_seven_sets(folder: Path):
 
 def test_sets_that_are_there_are_asked_and_the_others_are_missing(folder: Path):
     file = folder / "out" / "results.json"
-    results = evaluate_suite(config_for(folder), "multihop", NoProgress(), policy=scripted(), files=[file])
+    results = evaluate_suite(config_for(folder), "multihop", Progress(), policy=scripted(), files=[file])
     assert json.loads(file.read_text(encoding="utf-8")) == results
     assert results["complete"]
     # "Ada" answers one of two questions of HotpotQA, and one of three of Bamboogle
@@ -211,7 +211,7 @@ def test_sets_that_are_there_are_asked_and_the_others_are_missing(folder: Path):
 
 def test_the_tables_fit_a_narrow_terminal(folder: Path):
     write_questions(folder / "qa" / "nq" / "test.jsonl", ["Ada"])
-    results = evaluate_suite(config_for(folder), "all", NoProgress(), policy=scripted())
+    results = evaluate_suite(config_for(folder), "all", Progress(), policy=scripted())
     lines = print_of(results, width=80).splitlines()
     multihop, singlehop = [line.split() for line in lines if line.startswith("  AT²PO")]
     assert multihop == ["AT²PO", "(published)", "49.44", "52.99", "24.80", "56.80", "48.81"]
@@ -222,11 +222,11 @@ def test_the_tables_fit_a_narrow_terminal(folder: Path):
 
 def test_eval_questions_limits_every_set(folder: Path):
     limited = config_for(folder, "eval.questions=1")
-    results = evaluate_suite(limited, "multihop", NoProgress(), policy=scripted())
+    results = evaluate_suite(limited, "multihop", Progress(), policy=scripted())
     asked = {name: one["figures"] and one["figures"]["questions"] for name, one in results["sets"].items()}
     assert asked == {"hotpotqa": 1, "2wikimultihopqa": None, "musique": None, "bamboogle": 1}
     with pytest.raises(ConfigError, match=r"eval\.questions"):
-        evaluate_suite(config_for(folder, "eval.questions=0"), "all", NoProgress(), policy=scripted())
+        evaluate_suite(config_for(folder, "eval.questions=0"), "all", Progress(), policy=scripted())
 
 
 def test_what_is_asked_is_greedy_and_one_chain_per_question(folder: Path):
@@ -238,7 +238,7 @@ def test_what_is_asked_is_greedy_and_one_chain_per_question(folder: Path):
             return super().generate(asked)
 
     policy = Watched(lambda _: ANSWER, CharTokenizer())
-    evaluate_suite(config_for(folder), "multihop", NoProgress(), policy=policy)
+    evaluate_suite(config_for(folder), "multihop", Progress(), policy=policy)
     assert [request.temperature for request in requests] == [0.0] * 5
 
 
@@ -246,21 +246,21 @@ def test_a_set_that_breaks_off_leaves_those_before_it_on_disk(folder: Path):
     (folder / "qa" / "bamboogle" / "test.jsonl").write_text("not JSON\n", encoding="utf-8")
     file = folder / "results.json"
     with pytest.raises(Exception, match=r"test\.jsonl"):
-        evaluate_suite(config_for(folder), "multihop", NoProgress(), policy=scripted(), files=[file])
+        evaluate_suite(config_for(folder), "multihop", Progress(), policy=scripted(), files=[file])
     kept = json.loads(file.read_text(encoding="utf-8"))
     assert (kept["complete"], kept["sets"]["hotpotqa"]["figures"]["em"]) == (False, 0.5)
 
 
 def test_a_folder_without_any_set_is_an_error(folder: Path):
     with pytest.raises(ConfigError, match="holds none of nq, triviaqa, popqa"):
-        evaluate_suite(config_for(folder), "singlehop", NoProgress(), policy=scripted())
+        evaluate_suite(config_for(folder), "singlehop", Progress(), policy=scripted())
 
 
 def test_figures_from_the_sample_are_marked_as_not_comparable(folder: Path):
     del folder  # an empty cache, and no dataset
     with pytest.warns(At2poSampleWarning, match="ship with at2po"):
         results = evaluate_suite(
-            load_config("qwen3-4b-singlehop"), "singlehop", NoProgress(), policy=scripted()
+            load_config("qwen3-4b-singlehop"), "singlehop", Progress(), policy=scripted()
         )
     assert {one["origin"] for one in results["sets"].values()} == {"sample"}
     assert results["passages"]["origin"] == "sample"
@@ -273,7 +273,7 @@ def test_figures_from_the_sample_are_marked_as_not_comparable(folder: Path):
 def test_a_run_in_another_world_hands_on_what_all_environments_share(folder: Path):
     data = [f"dataset={folder / 'qa'}", f"corpus={folder / 'corpus.jsonl'}"]
     config = load_config("quickstart", [*data, "env.kwargs.max_turns=3"])
-    results = evaluate_suite(config, "multihop", NoProgress(), policy=scripted())
+    results = evaluate_suite(config, "multihop", Progress(), policy=scripted())
     assert results["environment"] == {"max_turns": 3}  # not worlds, hops and split of MiniWiki
 
 

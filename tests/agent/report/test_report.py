@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import shutil
@@ -530,7 +531,7 @@ def test_bars_are_for_terminals_only() -> None:
 
 def test_bars_show_phases_and_their_figures() -> None:
     screen = io.StringIO()
-    with LiveBars(Console(file=screen, force_terminal=True, width=120)) as bars:
+    with contextlib.closing(LiveBars(Console(file=screen, force_terminal=True, width=120))) as bars:
         bars.start("train", 4)
         bars.start("rollout", 8)
         bars.advance("rollout", 8)

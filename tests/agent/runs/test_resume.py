@@ -17,7 +17,7 @@ from at2po_agent.config.sections import Config
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.run import run_training
 from at2po_agent.runs.checkpoint import CheckpointError
-from at2po_agent.runs.progress import NoProgress
+from at2po_agent.runs.progress import Progress
 from at2po_agent.tree import Tree
 from at2po_env.errors import ConfigError
 
@@ -75,7 +75,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class KillAt(NoProgress):
+class KillAt(Progress):
     """Kills when a phase starts for the n-th time."""
 
     def __init__(self, phase: str, number: int) -> None:

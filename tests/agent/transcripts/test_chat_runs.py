@@ -25,7 +25,7 @@ from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.policies.scripted import ScriptedPolicy
 from at2po_agent.rollout import RolloutConfig, rollout
 from at2po_agent.run import run_training
-from at2po_agent.runs.progress import NoProgress
+from at2po_agent.runs.progress import Progress
 from at2po_agent.transcripts.chat import ChatTranscript
 from at2po_agent.transcripts.inline import InlineTranscript
 from at2po_agent.tree import Tree
@@ -287,7 +287,7 @@ def test_a_checkpoint_keeps_the_template_and_its_end(run):
     assert tokenizer.decode([tokenizer.eos_id]) == "<|im_end|>"
     assert "Search." in tokenizer.decode(transcript.open("P"))
     with open_policy(config) as policy:
-        again = evaluate_policy(config, policy, NoProgress())["greedy"]
+        again = evaluate_policy(config, policy, Progress())["greedy"]
     assert again["em"] == summary["em_after"]
     own = load_config(
         folder, [f"model.path={config.model.path}", "model.chat.template=tokenizer", "run.dir=null"]

@@ -22,7 +22,7 @@ from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.policies.scripted import ScriptedPolicy
 from at2po_agent.rollout import RolloutConfig, rollout
 from at2po_agent.run import run_training
-from at2po_agent.runs.progress import NoProgress
+from at2po_agent.runs.progress import Progress
 from at2po_agent.transcripts.chat import ChatTranscript
 from at2po_agent.transcripts.inline import InlineTranscript
 from at2po_agent.transcripts.window import WindowConfig, WindowTranscript
@@ -386,7 +386,7 @@ def test_a_served_model_is_sent_one_message_a_turn():
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"kwargs": {}})})
         config = config.model_copy(update={"env": config.env.model_copy(update={"kwargs": {}})})
         with open_policy(config) as policy:
-            figures = evaluate_policy(config, policy, NoProgress())
+            figures = evaluate_policy(config, policy, Progress())
     asked = [seen.body["messages"] for seen in server.seen if "messages" in seen.body]
     assert len(asked) == 4
     assert all([message["role"] for message in messages] == ["user"] for messages in asked)
