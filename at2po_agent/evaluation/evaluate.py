@@ -59,9 +59,9 @@ def evaluate(
     seed: int,
     temperature: float = 0.0,
     batch: int = 256,
-    on_question: Callable[[], None] | None = None,
+    progress: Progress | None = None,
+    phase: str = "evaluate",
     health: HealthWatch | None = None,
-    on_pause: Callable[[int], None] | None = None,
 ) -> tuple[Evaluation, list[Tree]]:
     """Ask every question once.
 
@@ -73,10 +73,10 @@ def evaluate(
         seed: Decides every draw.
         temperature: 0 is greedy.
         batch: Questions under way at the same time.
-        on_question: Called after each question.
+        progress: Listener, told of every question and about every second of a pause; what it raises ends the
+            evaluation.
+        phase: The name of the phase that it is told.
         health: Asks a batch again in which a service failed too often, once the service is back.
-        on_pause: Called with the number of questions that stay answered, before a pause and about every
-            second of it; what it raises ends the evaluation.
 
     Returns:
         The figures, and one tree of a single chain per question.
@@ -88,28 +88,35 @@ def evaluate(
     unshaped = {"overlong_share": 0.0, "thinking": ThinkingConfig(), "resampling": ResamplingConfig()}
     chain = config.model_copy(update={**one_chain, **unshaped, "temperature": temperature})
     trees: list[Tree] = []
+    listener = progress or Progress()
+
+    def begin() -> None:
+        """Say how many questions are answered for good."""
+        listener.start(phase, len(tasks))
+        listener.advance(phase, len(trees))
 
     def ask(count: int, on_leaf: Callable[[], None] | None) -> list[Tree]:
         """Ask the next questions; the same ones again until their trees are kept."""
         start = len(trees)
         return rollout(tasks[start : start + count], env, policy, chain, seed=seed + start, on_leaf=on_leaf)
 
-    def wait() -> None:
-        if on_pause is not None:
-            on_pause(len(trees))
+    def ask_batch() -> list[Tree]:
+        return ask(batch, lambda: listener.advance(phase))
 
+    begin()
     while len(trees) < len(tasks):
         if health is None:
-            trees += ask(batch, on_question)
+            trees += ask_batch()
             continue
         answered, _ = health.sound(
-            lambda: ask(batch, on_question),
+            ask_batch,
             lambda grown: grown,
             probe=lambda: ask(PROBES, None),
-            pausing=wait,
-            tick=wait,
+            pausing=begin,
+            tick=lambda: listener.advance(phase, 0),
         )
         trees += answered
+    listener.finish(phase)
     return summarise(trees), trees
 
 
@@ -139,27 +146,18 @@ def evaluate_mode(
     Raises:
         ServiceError: A service died and was still down after `health.give_up_after_s`.
     """
-    phase = phase or f"evaluate ({mode})"
-    tasks = first_tasks(env, config.eval.questions)
-
-    def restart(answered: int) -> None:
-        progress.start(phase, len(tasks))
-        progress.advance(phase, answered)
-
-    restart(0)
     result, _ = evaluate(
-        tasks,
+        first_tasks(env, config.eval.questions),
         env,
         policy,
         config.rollout,
         seed=run_seed(config.run.seed, RunPurpose.EVALUATION),
         temperature=MODES[mode] if temperature is None else temperature,
         batch=config.eval.batch,
-        on_question=lambda: progress.advance(phase),
+        progress=progress,
+        phase=phase or f"evaluate ({mode})",
         health=HealthWatch(config.health, progress.message, go_on),
-        on_pause=restart,
     )
-    progress.finish(phase)
     return result
 
 

@@ -38,6 +38,25 @@ def test_figures_are_means_over_the_questions():
     assert figures.em_low < 0.1 < figures.em_high
 
 
+class Heard(Progress):
+    """Keeps what it is told of the bar."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int]] = []
+
+    def start(self, phase, total):
+        del phase
+        self.told.append(("start", total))
+
+    def advance(self, phase, amount=1, **values):
+        del phase, values
+        self.told.append(("advance", amount))
+
+    def finish(self, phase):
+        del phase
+        self.told.append(("finish", 0))
+
+
 def test_the_batch_decides_how_many_run_at_once():
     seen = []
 
@@ -46,10 +65,10 @@ def test_the_batch_decides_how_many_run_at_once():
             seen.append(len(requests))
             return super().generate(requests)
 
-    answered = []
-    evaluate(TASKS, GuessEnv(), Counts(), TREES, seed=0, batch=4, on_question=lambda: answered.append(1))
+    heard = Heard()
+    evaluate(TASKS, GuessEnv(), Counts(), TREES, seed=0, batch=4, progress=heard)
     assert max(seen) == 4
-    assert len(answered) == 10
+    assert heard.told == [("start", 10), ("advance", 0), *[("advance", 1)] * 10, ("finish", 0)]
 
 
 def test_a_question_that_was_left_out_counts_as_wrong():
@@ -132,14 +151,18 @@ class Outage(GuessEnv):
 
 def test_questions_of_an_outage_are_asked_again():
     expected, _ = evaluate(TASKS, GuessEnv(), GuessingPolicy(), TREES, seed=0, batch=8)
-    left, messages, kept = [13], [], []
+    left, messages, heard = [13], [], Heard()
     watch = HealthWatch(HealthConfig(probe_every_s=0.01), messages.append, "go on")
     found, _ = evaluate(
-        TASKS, Outage(left), GuessingPolicy(), TREES, seed=0, batch=8, health=watch, on_pause=kept.append
+        TASKS, Outage(left), GuessingPolicy(), TREES, seed=0, batch=8, health=watch, progress=heard
     )
     assert left == [0]  # 8 questions and two probes of 4 met the outage
     assert found == expected
-    assert kept[0] == 0
+    # The bar begins, runs to 8, begins anew with none answered, and is left alone while the pause lasts.
+    begins = [number for number, (kind, _) in enumerate(heard.told) if kind == "start"]
+    assert begins == [0, 10]
+    assert heard.told[11] == ("advance", 0)
+    assert sum(amount for kind, amount in heard.told[11:] if kind == "advance") == 10
     assert "100% of steps fail" in messages[0]
     assert "answer again" in messages[1]
 
