@@ -2,146 +2,148 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from at2po_agent.credit.registry import credit_rules
-from at2po_agent.expansion.registry import Expansion, expansion_rules
+from at2po_agent.expansion.registry import expansion_rules
 from at2po_agent.losses import get_loss, loss_names, make_loss
 from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.tree import Tree
 from at2po_agent.types import Turn
 
 
-def composition_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Find the problems of a configuration's parts, each as (key, text).
+class Problem(NamedTuple):
+    """A problem: the key, and a text with what was got, expected and likely meant."""
+
+    key: str
+    text: str
+
+
+def composition_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Find the problems of a configuration's parts.
 
     Every part is tried with its options on a tree of three nodes, so that anything it refuses is found here.
 
     Args:
         values: The configuration as nested mappings; it may have other problems, which are not repeated.
     """
-    algorithm, rollout = _mapping(values.get("algorithm")), _mapping(values.get("rollout"))
-    train = _mapping(values.get("train"))
-    rules = expansion_rules()
-    name = rollout.get("expansion", "entropy")
-    yield from _unknown("rollout.expansion", name, rules)
-    rule = rules.get(name) if isinstance(name, str) else None
-    yield from _credit_problems(algorithm)
-    yield from _loss_problems(algorithm)
-    yield from _rollout_problems(rollout, train)
-    if rule is not None:
-        yield from _expansion_problems(rollout, rule)
-        yield from _match_problems(algorithm, rule)
+    algorithm, rollout = section(values, "algorithm"), section(values, "rollout")
+    name, rules = rollout.get("expansion", "entropy"), expansion_rules()
+    problems = _unknown_name("rollout.expansion", name, rules)
+    known = not problems
+    problems += _credit_problems(algorithm) + _loss_problems(algorithm)
 
+    def add(key: str, text: str) -> None:
+        problems.append(Problem(key, text))
 
-def _expansion_problems(rollout: Mapping[str, Any], rule: Expansion) -> Iterator[tuple[str, str]]:
-    """Find unknown options of the expansion rule, and shapes that it cannot grow."""
-    for option in _mapping(rollout.get("expansion_options")):
-        if option not in rule.options:
-            yield f"rollout.expansion_options.{option}", f"unknown option{did_you_mean(option, rule.options)}"
-    chains, rounds, forks = _shape(rollout)
-    if not all(isinstance(number, int) for number in (chains, rounds, forks)):
-        return
-    if rule.scope == "chain" and (not chains or forks % chains):
-        yield (
+    # The shape of the trees.
+    shape = [
+        rollout.get(key, RolloutConfig.model_fields[key].default) for key in ("chains", "rounds", "forks")
+    ]
+    countable = all(isinstance(number, int) for number in shape)
+    chains, rounds, forks = shape
+    if section(values, "train").get("steps", 1) != 0:
+        if countable and chains + rounds * forks == 1:
+            add(
+                "rollout.chains",
+                "one leaf per question has nothing to be compared with; use at least 2 leaves",
+            )
+        if rollout.get("temperature", 1.0) == 0:
+            add(
+                "rollout.temperature",
+                "greedy sampling repeats one episode, so nothing is learnt; set it above 0",
+            )
+    if not known:
+        return problems
+    # What the expansion rule cannot grow, and parts that are sound alone and make no sense together.
+    rule = rules[name]
+    problems += _unknown_options(
+        "rollout.expansion_options", section(rollout, "expansion_options"), rule.options
+    )
+    if countable and rule.scope == "chain" and (not chains or forks % chains):
+        add(
             "rollout.forks",
             f"expansion {rule.name!r} shares {forks} forks a round among {chains} trees; use a multiple of "
             f"rollout.chains",
         )
-    if rule.adaptive and not rounds * forks:
-        yield (
+    if countable and rule.adaptive and not rounds * forks:
+        add(
             "rollout.forks",
             f"expansion {rule.name!r} has no leaf left to branch for; set rounds and forks above 0, or "
             "expansion=chains",
         )
-
-
-def _match_problems(algorithm: Mapping[str, Any], rule: Expansion) -> Iterator[tuple[str, str]]:
-    """Find parts that are sound alone and make no sense together."""
-    credit, options = algorithm.get("credit", "tree"), _mapping(algorithm.get("credit_options"))
+    credit = algorithm.get("credit", "tree")
     if credit == "tree_grpo" and rule.scope != "chain":
-        yield (
+        add(
             "algorithm.credit",
             f"tree_grpo compares branches within trees of their own, but expansion {rule.name!r} grows one "
             "tree a question; use rollout.expansion=tree_grpo",
         )
-    mode = options.get("advantage_mode")
+    mode = section(algorithm, "credit_options").get("advantage_mode")
     if rule.rule is None and credit == "tree" and mode == "diff_parent":
-        yield (
+        add(
             "algorithm.credit_options",
             "advantage_mode=diff_parent is 0 on all turns but a chain's first, whose turns have one value; "
             "use node_value, or an expansion that forks",
         )
+    return problems
 
 
-def _credit_problems(algorithm: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    name = algorithm.get("credit", "tree")
-    unknown = list(_unknown("algorithm.credit", name, credit_rules()))
-    if unknown:
-        yield from unknown
-        return
-    rule, options = credit_rules()[name], _mapping(algorithm.get("credit_options"))
-    keywords = [name for name, p in inspect.signature(rule).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    unknown_options = [option for option in options if option not in keywords]
-    for option in unknown_options:
-        yield f"algorithm.credit_options.{option}", f"unknown option{did_you_mean(option, keywords)}"
-    if unknown_options:
-        return
+def _credit_problems(algorithm: Mapping[str, Any]) -> list[Problem]:
+    name, options, rules = (
+        algorithm.get("credit", "tree"),
+        section(algorithm, "credit_options"),
+        credit_rules(),
+    )
+    if problems := _unknown_name("algorithm.credit", name, rules):
+        return problems
+    parameters = inspect.signature(rules[name]).parameters
+    keywords = [key for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    if problems := _unknown_options("algorithm.credit_options", options, keywords):
+        return problems
+    tree = Tree([0])
+    for reward in (1.0, 0.0):
+        turn = Turn((), (1,), np.array([-0.5], dtype=np.float32), None, "", "", 0.5, "stop")
+        tree.close(tree.add(0, turn), reward, {"chain": 0})
     try:
-        rule(_example_tree(), **options)
+        rules[name](tree, **options)
     except (ValueError, TypeError) as error:
-        yield "algorithm.credit_options", f"got {dict(options)!r}: {error}"
+        return [Problem("algorithm.credit_options", f"got {dict(options)!r}: {error}")]
+    return []
 
 
-def _loss_problems(algorithm: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    name = algorithm.get("loss", "atpo")
-    unknown = list(_unknown("algorithm.loss", name, loss_names()))
-    if unknown:
-        yield from unknown
-        return
-    spec, options = get_loss(name), _mapping(algorithm.get("loss_options"))
-    unmet = [tensor for tensor in spec.requires if tensor != "entropies"]
-    if unmet:
-        yield "algorithm.loss", f"{name!r} needs {', '.join(unmet)} of every token; the trainer has entropies"
-        return
-    unknown_options = [option for option in options if option not in spec.options]
-    for option in unknown_options:
-        yield f"algorithm.loss_options.{option}", f"unknown option{did_you_mean(option, spec.options)}"
-    if unknown_options:
-        return
+def _loss_problems(algorithm: Mapping[str, Any]) -> list[Problem]:
+    name, options = algorithm.get("loss", "atpo"), section(algorithm, "loss_options")
+    if problems := _unknown_name("algorithm.loss", name, loss_names()):
+        return problems
+    spec = get_loss(name)
+    if unmet := [tensor for tensor in spec.requires if tensor != "entropies"]:
+        needs = f"{name!r} needs {', '.join(unmet)} of every token; the trainer has entropies"
+        return [Problem("algorithm.loss", needs)]
+    if problems := _unknown_options("algorithm.loss_options", options, spec.options):
+        return problems
     try:
         make_loss(name, options)
     except ValueError as error:
-        yield "algorithm.loss_options", str(error)
+        return [Problem("algorithm.loss_options", str(error))]
+    return []
 
 
-def _rollout_problems(rollout: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    steps, temperature = train.get("steps", 1), rollout.get("temperature", 1.0)
-    shape = _shape(rollout)
-    if steps == 0:
-        return
-    if all(isinstance(number, int) for number in shape) and shape[0] + shape[1] * shape[2] == 1:
-        yield "rollout.chains", "one leaf per question has nothing to be compared with; use at least 2 leaves"
-    if temperature == 0:
-        yield (
-            "rollout.temperature",
-            "greedy sampling repeats one episode, so nothing is learnt; set it above 0",
-        )
+def _unknown_name(key: str, name: object, known: Collection[str]) -> list[Problem]:
+    if isinstance(name, str) and name in known:
+        return []
+    return [Problem(key, f"no part named {name!r}{did_you_mean(str(name), known)}")]
 
 
-def _shape(rollout: Mapping[str, Any]) -> list[Any]:
-    """Chains, rounds, forks."""
+def _unknown_options(key: str, options: Iterable[str], known: Collection[str]) -> list[Problem]:
     return [
-        rollout.get(key, RolloutConfig.model_fields[key].default) for key in ("chains", "rounds", "forks")
+        Problem(f"{key}.{option}", f"unknown option{did_you_mean(option, known)}")
+        for option in options
+        if option not in known
     ]
-
-
-def _unknown(key: str, name: object, known: Iterable[str]) -> Iterator[tuple[str, str]]:
-    if not isinstance(name, str) or name not in known:
-        yield key, f"no part named {name!r}{did_you_mean(str(name), known)}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -152,13 +154,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}" if names else ""
 
 
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _example_tree() -> Tree:
-    tree = Tree([0])
-    for reward in (1.0, 0.0):
-        turn = Turn((), (1,), np.array([-0.5], dtype=np.float32), None, "", "", 0.5, "stop")
-        tree.close(tree.add(0, turn), reward, {"chain": 0})
-    return tree
+def section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a mapping within a mapping; an empty one where there is none."""
+    found = values.get(name)
+    return found if isinstance(found, Mapping) else {}

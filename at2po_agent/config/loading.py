@@ -7,29 +7,22 @@ compared at equal leaves. Options of a part in a file replace the preset's; on t
 single ones.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from at2po_agent.config.composition import composition_problems, did_you_mean
+from at2po_agent.config.composition import Problem, composition_problems, did_you_mean, section
 from at2po_agent.config.presets import PRESETS, Preset
 from at2po_agent.config.sections import Config, RunConfig
 from at2po_env.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
 _SHIPPED = Path(__file__).parent / "shipped"
-
-
-class Problem(NamedTuple):
-    """A problem: the key, and a text with what was got, expected and likely meant."""
-
-    key: str
-    text: str
 
 
 def shipped_configs() -> list[str]:
@@ -56,10 +49,15 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
         file = _merge(file, {"run": {"dir": str(name_or_path)}})
     merged = _compose(file, typed, problems)
     config = _validate(merged, problems)
-    problems += [Problem(key, text) for key, text in composition_problems(merged)]
-    if problems or config is None:
-        raise ConfigError(_message(path, problems, typed))
-    return config
+    problems += composition_problems(merged)
+    if config is not None and not problems:
+        return config
+    from_command = {key for key, _ in flatten(typed)}
+    lines = [f"{path}: 1 problem" if len(problems) == 1 else f"{path}: {len(problems)} problems"]
+    for problem in dict.fromkeys(problems):
+        origin = " (command line)" if problem.key in from_command else ""
+        lines.append(f"  {problem.key}{origin}: {problem.text}")
+    raise ConfigError("\n".join(lines))
 
 
 def config_text(config: Config) -> str:
@@ -72,7 +70,7 @@ def config_text(config: Config) -> str:
 def _check_whole(path: Path, file: Mapping[str, Any]) -> None:
     """Refuse a run's configuration that lacks a section: its defaults would make it another run."""
     lacking = [name for name in Config.model_fields if name != "served" and name not in file]
-    last = _section(file, "run")  # the section that `config_text` writes last
+    last = section(file, "run")  # the section that `config_text` writes last
     lacking += [f"run.{name}" for name in RunConfig.model_fields if "run" in file and name not in last]
     if lacking:
         raise ConfigError(
@@ -148,17 +146,17 @@ def _parse_overrides(overrides: Iterable[str], problems: list[Problem]) -> dict[
 def _compose(file: dict[str, Any], typed: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
     if isinstance(file.get("algorithm"), str):
         file = {**file, "algorithm": {"preset": file["algorithm"]}}
-    chosen = _section(typed, "algorithm").get("preset")
+    chosen = section(typed, "algorithm").get("preset")
     if chosen is not None:
-        rollout = _foreign_rollout(_section(file, "rollout"), PRESETS.get(str(chosen)))
+        rollout = _foreign_rollout(section(file, "rollout"), PRESETS.get(str(chosen)))
         file = {**file, "algorithm": {"preset": chosen}, "rollout": rollout}
-    name = chosen if chosen is not None else _section(file, "algorithm").get("preset", "at2po")
+    name = chosen if chosen is not None else section(file, "algorithm").get("preset", "at2po")
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
         problems.append(Problem("algorithm.preset", f"no preset {name!r}{did_you_mean(str(name), PRESETS)}"))
         return _merge(file, typed)
     base: dict[str, Any] = {"rollout": dict(preset.rollout), "algorithm": preset.algorithm()}
-    written = [key for key in ("loss_options", "credit_options") if key in _section(file, "algorithm")]
+    written = [key for key in ("loss_options", "credit_options") if key in section(file, "algorithm")]
     base["algorithm"] |= {key: {} for key in written}
     for layer in (file, typed):
         base = _merge(_without_stale_options(base, layer), layer)
@@ -169,7 +167,7 @@ def _foreign_rollout(rollout: Mapping[str, Any], preset: Preset | None) -> dict[
     """Keep from a file's rollout, under a preset of the command line, its limits and number of leaves."""
     kept = {key: value for key, value in rollout.items() if not key.startswith(("expansion", "overlong"))}
     for part in ("thinking", "resampling"):
-        kept |= {part: {k: v for k, v in _section(kept, part).items() if k != "enabled"}}
+        kept |= {part: {k: v for k, v in section(kept, part).items() if k != "enabled"}}
     shape = [number for key in ("chains", "rounds", "forks") if isinstance(number := kept.get(key), int)]
     if preset is not None and len(shape) == 3:
         kept |= preset.shape(shape[0] + shape[1] * shape[2])
@@ -178,21 +176,16 @@ def _foreign_rollout(rollout: Mapping[str, Any], preset: Preset | None) -> dict[
 
 def _without_stale_options(base: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     """Drop the options of every part that a layer replaces."""
-    algorithm = dict(_section(base, "algorithm"))
+    algorithm = dict(section(base, "algorithm"))
     for part in ("loss", "credit"):
-        replaced = _section(layer, "algorithm").get(part)
+        replaced = section(layer, "algorithm").get(part)
         if replaced is not None and replaced != algorithm.get(part):
             algorithm[f"{part}_options"] = {}
-    rollout = dict(_section(base, "rollout"))
-    rule = _section(layer, "rollout").get("expansion")
+    rollout = dict(section(base, "rollout"))
+    rule = section(layer, "rollout").get("expansion")
     if rule is not None and rule != rollout.get("expansion"):
         rollout["expansion_options"] = {}
     return {**base, "algorithm": algorithm, "rollout": rollout}
-
-
-def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = values.get(name)
-    return section if isinstance(section, Mapping) else {}
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,35 +202,18 @@ def _validate(merged: Mapping[str, Any], problems: list[Problem]) -> Config | No
     except ValidationError as error:
         for entry in error.errors():
             location = [str(part) for part in entry["loc"]]
-            problems.append(_problem(location, entry["type"], entry["msg"], entry["input"]))
+            key, message, got = ".".join(location), entry["msg"], entry["input"]
+            if entry["type"] == "extra_forbidden":
+                model: Any = Config  # the section that has no such key
+                for part in location[:-1]:
+                    field = model.model_fields.get(part) if model is not None else None
+                    known = field.annotation if field is not None else None
+                    model = known if isinstance(known, type) and issubclass(known, BaseModel) else None
+                near = did_you_mean(location[-1], () if model is None else model.model_fields)
+                problems.append(Problem(key, f"unknown key (got {got!r}){near}"))
+            elif entry["type"] == "value_error":
+                problems.append(Problem(key or "configuration", message.removeprefix("Value error, ")))
+            else:
+                text = f"got {got!r}, expected: {message[:1].lower()}{message[1:]}"
+                problems.append(Problem(key, text))
         return None
-
-
-def _problem(location: Sequence[str], kind: str, message: str, got: Any) -> Problem:
-    key = ".".join(location)
-    if kind == "extra_forbidden":
-        near = did_you_mean(location[-1], _fields(location[:-1]))
-        return Problem(key, f"unknown key (got {got!r}){near}")
-    if kind == "value_error":
-        return Problem(key or "configuration", message.removeprefix("Value error, "))
-    return Problem(key, f"got {got!r}, expected: {message[:1].lower()}{message[1:]}")
-
-
-def _fields(location: Sequence[str]) -> list[str]:
-    model: Any = Config
-    for part in location:
-        field = model.model_fields.get(part)
-        model = None if field is None else field.annotation
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return []
-    return list(model.model_fields)
-
-
-def _message(path: Path, problems: Sequence[Problem], typed: Mapping[str, Any]) -> str:
-    from_command = {key for key, _ in flatten(typed)}
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    lines = [f"{path}: {count}"]
-    for problem in dict.fromkeys(problems):
-        origin = " (command line)" if problem.key in from_command else ""
-        lines.append(f"  {problem.key}{origin}: {problem.text}")
-    return "\n".join(lines)
