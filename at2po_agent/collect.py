@@ -9,6 +9,7 @@ from at2po_agent.environments import Env, TaskOrder
 from at2po_agent.learning.learner import TrainingError
 from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import rollout
+from at2po_agent.rollout.uncertainty import Thresholds
 from at2po_agent.runs.seeding import RunPurpose, run_seed
 from at2po_agent.tree import Tree
 
@@ -24,6 +25,8 @@ class Collected:
             differ.
         tokens: Sampled tokens, those of trees that are not trained on included.
         policy_seconds: Time within the policy.
+        changes: Of T2PO's thinking intervention (`RolloutStats.changes`).
+        differences: Of its dynamical sampling (`RolloutStats.differences`).
     """
 
     cursor: int
@@ -31,6 +34,8 @@ class Collected:
     trees: list[Tree] = field(default_factory=list)
     tokens: int = 0
     policy_seconds: float = 0.0
+    changes: list[float] = field(default_factory=list)
+    differences: list[float] = field(default_factory=list)
 
 
 def collect_trees(
@@ -41,6 +46,7 @@ def collect_trees(
     config: Config,
     *,
     step: int,
+    thresholds: Thresholds | None = None,
     on_leaf: Callable[[], None],
 ) -> Collected:
     """Sample the trees of a step.
@@ -55,6 +61,7 @@ def collect_trees(
         policy: The policy.
         config: The run.
         step: Number of the step; with `run.seed` it decides every draw.
+        thresholds: Of T2PO's interventions, where a share of the turns is configured.
         on_leaf: Called whenever a branch has ended.
 
     Raises:
@@ -67,7 +74,7 @@ def collect_trees(
     for attempt in range(algorithm.oversampling if dynamic else 1):
         seed = run_seed(config.run.seed, RunPurpose.ROLLOUT, step, attempt)
         tasks = order.options(collected.cursor, count)
-        trees = rollout(tasks, env, policy, config.rollout, seed=seed, on_leaf=on_leaf)
+        trees = rollout(tasks, env, policy, config.rollout, seed=seed, thresholds=thresholds, on_leaf=on_leaf)
         # Questions of which every branch failed teach nothing: say why instead of going on.
         outcomes = [tree.outcomes[leaf] or {} for tree in trees for leaf in tree.leaves()]
         if not outcomes:
@@ -82,6 +89,8 @@ def collect_trees(
         collected.sampled += trees
         collected.tokens += trees.stats.sampled_tokens
         collected.policy_seconds += trees.stats.policy_seconds
+        collected.changes += trees.stats.changes
+        collected.differences += trees.stats.differences
         for tree in trees:
             rewards = tree.leaf_reward[tree.is_leaf]
             if len(rewards) and (not dynamic or is_informative(rewards)):

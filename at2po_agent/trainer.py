@@ -25,10 +25,11 @@ from at2po_agent.environments import (
     number_of_tasks,
 )
 from at2po_agent.evaluation.evaluate import Evaluation, evaluate_mode
-from at2po_agent.evaluation.metrics import staleness_metrics, tree_metrics
+from at2po_agent.evaluation.metrics import intervention_shares, staleness_metrics, tree_metrics
 from at2po_agent.health import PROBES, HealthWatch
 from at2po_agent.learning.step import TreeLearner, give_credit
 from at2po_agent.rollout import GrownTrees, rollout
+from at2po_agent.rollout.uncertainty import Thresholds, running_threshold
 from at2po_agent.runs.checkpoint import CheckpointError, Restored, load_newest, save_checkpoint
 from at2po_agent.runs.disk import disk_refusals
 from at2po_agent.runs.folder import RunFolder, fixed_settings
@@ -53,6 +54,8 @@ class TrainerState:
         evaluated: The last step that was evaluated on the way.
         version: Version of the weights, as the sampler counts them; None in checkpoints of older releases.
         metrics_lines: Lines of metrics.jsonl when the checkpoint was saved; None in those of older releases.
+        epsilon: Threshold of the thinking intervention, where `rollout.thinking.share` is set.
+        eta: Threshold of dynamical sampling, where `rollout.resampling.share` is set.
     """
 
     step: int = 0
@@ -64,6 +67,8 @@ class TrainerState:
     evaluated: int = 0
     version: int | None = None
     metrics_lines: int | None = None
+    epsilon: float | None = None
+    eta: float | None = None
 
 
 class Trainer:
@@ -106,6 +111,7 @@ class Trainer:
         self._first_step = 0
         self._started = time.monotonic() if started is None else started
         self._saved_step: int | None = None
+        self._warned: set[str] = set()
 
     @property
     def seconds(self) -> float:
@@ -161,6 +167,7 @@ class Trainer:
         self.agent.sampler.weights_changed()
         self.state.step, self.state.cursor = number, collected.cursor
         self.state.sampled_tokens += collected.tokens
+        figures |= self._follow_thresholds(collected)
         # Log: some trees with their credit, and one line of figures.
         config = self.config.train
         every, kept = config.save_trees_every, config.save_trees
@@ -256,6 +263,7 @@ class Trainer:
             self.agent.policy,
             self.config,
             step=number,
+            thresholds=Thresholds(self.state.epsilon, self.state.eta),
             on_leaf=lambda: self._progress.advance(phase),
         )
         self._progress.finish(phase)
@@ -263,6 +271,43 @@ class Trainer:
         clock.phases["rollout"] -= collected.policy_seconds
         clock.phases["sampling"] = clock.phases.get("sampling", 0.0) + collected.policy_seconds
         return collected
+
+    def _follow_thresholds(self, collected: Collected) -> dict[str, float]:
+        """Set the thresholds of T2PO's interventions for the next step, and watch how often they fire.
+
+        Returns:
+            The thresholds of this step, and the shares of turns that were ended while thinking and of
+            attempts that were discarded.
+        """
+        thinking, resampling = self.config.rollout.thinking, self.config.rollout.resampling
+        figures: dict[str, float] = {}
+        fired = intervention_shares(collected.sampled)
+        for name, on, share, fixed, value in (
+            ("thinking", thinking.enabled, thinking.share, thinking.epsilon, self.state.epsilon),
+            ("resampling", resampling.enabled, resampling.share, resampling.threshold, self.state.eta),
+        ):
+            if not on:
+                continue
+            figures[f"{name}/share"] = fired[name]
+            threshold = fixed if share is None else value
+            if threshold is None:  # the first step of a share: nothing could fire yet
+                continue
+            figures[f"{name}/threshold"] = threshold
+            # Of the turns that could be resampled (not the first of a branch), the share that was.
+            closer = [difference < threshold for difference in collected.differences]
+            rate = sum(closer) / len(closer) if name == "resampling" and closer else fired[name]
+            if not 0.0 < rate < 0.8 and name not in self._warned:
+                self._warned.add(name)
+                often = "never" if rate == 0 else f"in {rate:.0%} of the turns"
+                self._progress.message(
+                    f"rollout.{name} fires {often} in step {self.state.step}, at a threshold of "
+                    f"{threshold:g}. Fix: rollout.{name}.share=0.15 lets the threshold follow the policy"
+                )
+        if thinking.enabled and thinking.share is not None:
+            self.state.epsilon = running_threshold(self.state.epsilon, collected.changes, thinking.share)
+        if resampling.enabled and resampling.share is not None:
+            self.state.eta = running_threshold(self.state.eta, collected.differences, resampling.share)
+        return figures
 
     def _probe(self) -> GrownTrees:
         """Play one episode of some questions of the next step: it calls what the step would call."""

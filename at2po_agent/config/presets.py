@@ -113,7 +113,9 @@ _GIGPO: Mapping[str, Any] = {
 }
 _GIGPO_CHAINS = {"expansion": "chains", "chains": 5, "forks": 0, "rounds": 0}
 _T2PO: Mapping[str, Any] = {**_GIGPO, "reference": "https://arxiv.org/abs/2605.02178"}
-_THINKING, _RESAMPLING = {"thinking": {"enabled": True}}, {"resampling": {"enabled": True}}
+# The published thresholds do not fit the published signal (docs/deviations.md), so these follow a share.
+_THINKING = {"thinking": {"enabled": True, "share": 0.15}}
+_RESAMPLING = {"resampling": {"enabled": True, "share": 0.15}}
 
 PRESETS: Mapping[str, Preset] = {
     "at2po": Preset(

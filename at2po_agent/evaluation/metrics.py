@@ -51,6 +51,25 @@ def sampled_tokens(trees: Iterable[Tree]) -> int:
     return sum(int(turn.sampled_mask.sum()) for tree in trees for turn in tree.turns if turn is not None)
 
 
+def intervention_shares(trees: Iterable[Tree]) -> dict[str, float]:
+    """Measure how often T2PO's interventions fired.
+
+    Returns:
+        thinking: share of the turns in which tokens were forced; resampling: share of the attempts at a
+        turn that were discarded.
+    """
+    turns = forced = discarded = 0
+    for tree in trees:
+        for turn in tree.turns[1:]:
+            turns += 1
+            forced += turn is not None and not turn.sampled_mask.all()
+        discarded += sum(len((outcome or {}).get("discarded", ())) for outcome in tree.outcomes)
+    return {
+        "thinking": forced / turns if turns else 0.0,
+        "resampling": discarded / (turns + discarded) if turns else 0.0,
+    }
+
+
 def staleness_metrics(trees: Iterable[Tree], version: int) -> dict[str, float]:
     """Measure how old the weights were that sampled the turns of some trees.
 

@@ -27,8 +27,18 @@ class ThinkingConfig(BaseModel):
     max_tokens: int = Field(256, ge=1, description="L_max: tokens of thinking at which it is ended anyway.")
     window: int = Field(20, ge=1, description="N: changes of the signal that are looked at.")
     epsilon: float = Field(1e-4, ge=0, description="Changes below this mean that thinking has stalled.")
-    force: str = Field(
-        "</think><search>", min_length=1, description="Text that is forced: the end, and an action's opening."
+    share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the turns in which thinking is to be ended; epsilon is then a running quantile "
+        "of what earlier steps have shown.",
+    )
+    force: str | None = Field(
+        None,
+        min_length=1,
+        description="Text that is forced; none takes </think> and the tag that opens what the environment's "
+        "first stop string closes, such as <search> or <action>.",
     )
 
 
@@ -39,6 +49,13 @@ class ResamplingConfig(BaseModel):
 
     enabled: bool = Field(False, description="Discard repetitive turns before the environment steps.")
     threshold: float = Field(0.3, ge=0, description="eta: difference in uncertainty that a turn must make.")
+    share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the turns that are to be discarded at the first attempt; threshold is then a "
+        "running quantile of what earlier steps have shown.",
+    )
     attempts: int = Field(2, ge=0, description="B: most attempts at a turn that are discarded.")
 
 

@@ -22,6 +22,7 @@ from at2po_agent.rollout.config import RolloutConfig
 from at2po_agent.rollout.question import EnvPool, Question
 from at2po_agent.rollout.requests import PolicyRequests
 from at2po_agent.rollout.steps import Env, Steps
+from at2po_agent.rollout.uncertainty import Thresholds
 from at2po_agent.rollout.watch import Watch, vocabulary_size
 from at2po_agent.transcripts.inline import GrowingTranscript, Transcript, TurnInput
 from at2po_agent.tree import Tree
@@ -41,6 +42,9 @@ class RolloutStats(NamedTuple):
         env_seconds: Seconds in all the rest: steps in line, waiting for tools, and the scheduler itself.
         turns: Actions that were taken.
         tool_seconds: Seconds that steps of environments took, added up over all threads.
+        changes: With T2PO's thinking intervention, for each action that was sampled the least that its signal
+            moved (`Watch.lowest_change`); in no order.
+        differences: With its dynamical sampling, |Phi_k - Phi_{k-1}| of each first attempt; in no order.
     """
 
     sampled_tokens: int
@@ -48,6 +52,8 @@ class RolloutStats(NamedTuple):
     env_seconds: float
     turns: int
     tool_seconds: float
+    changes: tuple[float, ...] = ()
+    differences: tuple[float, ...] = ()
 
 
 class GrownTrees(list[Tree]):
@@ -70,6 +76,7 @@ def rollout(
     *,
     seed: int,
     expansion: Expansion | None = None,
+    thresholds: Thresholds | None = None,
     on_leaf: Callable[[], None] | None = None,
 ) -> GrownTrees:
     """Grow one tree for each task.
@@ -86,6 +93,7 @@ def rollout(
         config: Shape and limits.
         seed: Decides every draw of environment, policy and expansion.
         expansion: The rule; None takes the registered rule that `config.expansion` names.
+        thresholds: Of T2PO's interventions, where `config` gives a share of the turns instead of a number.
         on_leaf: Called whenever a branch has ended; what it raises stops the rollout.
 
     Returns:
@@ -106,10 +114,17 @@ def rollout(
     normalised = rule.adaptive or (watched and config.signal.kind == "released")
     vocab_size = vocabulary_size(policy) if normalised else 2
 
-    def watch() -> Watch | None:
+    def watch(stop: Sequence[str]) -> Watch | None:
         if not watched:
             return None
-        return Watch(config, policy.tokenizer, probe=rule.adaptive, vocab_size=vocab_size)
+        return Watch(
+            config,
+            policy.tokenizer,
+            probe=rule.adaptive,
+            vocab_size=vocab_size,
+            stop=stop,
+            thresholds=thresholds or Thresholds(),
+        )
 
     transcript = _Remembering(transcript_of(policy))
     pool = EnvPool(env)
@@ -132,7 +147,15 @@ def rollout(
     scheduler.run()
     asked, steps = scheduler.requests, scheduler.steps
     rest = time.perf_counter() - start - asked.seconds
-    stats = RolloutStats(asked.tokens, asked.seconds, rest, scheduler.turns, steps.seconds)
+    stats = RolloutStats(
+        asked.tokens,
+        asked.seconds,
+        rest,
+        scheduler.turns,
+        steps.seconds,
+        tuple(scheduler.changes),
+        tuple(scheduler.differences),
+    )
     return GrownTrees((question.tree for question in questions), stats)
 
 
@@ -145,13 +168,15 @@ class Scheduler:
         config: Shape and limits.
         env: The environment whose forks are stepped; its hung steps are bounded over all rollouts.
         transcript: Makes the ids of observations.
-        watch: Makes the intervention of one request, or None.
+        watch: Makes the intervention of one request with these stop strings, or None.
         on_leaf: Called whenever a branch has ended.
 
     Attributes:
         requests: The policy's side.
         steps: The environments' side.
         turns: Actions that were taken.
+        changes: As in `RolloutStats`.
+        differences: As there.
     """
 
     def __init__(
@@ -162,7 +187,7 @@ class Scheduler:
         *,
         env: Env,
         transcript: Transcript,
-        watch: Callable[[], Watch | None],
+        watch: Callable[[Sequence[str]], Watch | None],
         on_leaf: Callable[[], None] | None,
     ) -> None:
         self._questions = questions
@@ -176,6 +201,8 @@ class Scheduler:
         self.requests = PolicyRequests(policy)
         self.steps: Steps[Branch] = Steps(config.tool_workers, config.tool_deadline_s, owner=env.unwrapped)
         self.turns = 0
+        self.changes: list[float] = []
+        self.differences: list[float] = []
 
     def run(self) -> None:
         """Grow all trees to their ends. An exception leaves no request and no thread behind."""
@@ -209,8 +236,9 @@ class Scheduler:
         """Let ready branches ask the policy, first come first served, as many as it may have open."""
         config = self._config
         while self._ready and (config.max_requests is None or self.requests.open < config.max_requests):
-            branch, watch = self._ready.popleft(), self._watch()
+            branch = self._ready.popleft()
             question = self._questions[branch.question]
+            watch = self._watch(question.stop)
             request = Request(
                 prefix_ids=branch.request_ids,
                 max_tokens=branch.room,
@@ -228,7 +256,12 @@ class Scheduler:
         if watch is not None:
             watch.check(generation)
             first_entropy, uncertainty = watch.first_entropy, watch.uncertainty
-            if watch.wants_another(generation, previous=branch.origin.uncertainty, attempts=branch.attempt):
+            before = branch.origin.uncertainty
+            if self._config.thinking.enabled:
+                self.changes.append(watch.lowest_change)
+            if self._config.resampling.enabled and before is not None and branch.attempt == 0:
+                self.differences.append(abs(uncertainty - before))
+            if watch.wants_another(generation, previous=before, attempts=branch.attempt):
                 branch.discard(generation, self._tokenizer, uncertainty=uncertainty)
                 self._ready.append(branch)
                 return

@@ -12,8 +12,8 @@ References:
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -90,23 +90,55 @@ def turn_uncertainty(signal: Sequence[float] | FloatArray) -> float:
     return float(np.exp(np.log(np.maximum(values, FLOOR)).mean())) if values.size else 1.0
 
 
-def has_stalled(signal: Sequence[float], *, kind: SignalKind, window: int, epsilon: float) -> bool:
-    """Whether a signal no longer moves, so that further thinking brings nothing.
+def recent_change(signal: Sequence[float], *, kind: SignalKind, window: int) -> float:
+    """How much a signal has moved of late: below a threshold, further thinking brings nothing.
 
-    Over the last `window` changes |M_t - M_{t-1}|: paper, their mean is below epsilon; released, each is.
+    Over the last `window` changes |M_t - M_{t-1}|: paper, their mean; released, the largest.
 
     Args:
         signal: M of the tokens so far.
         kind: `paper` or `released`.
         window: N changes, so N + 1 tokens.
-        epsilon: Threshold.
+
+    Returns:
+        The change; infinite where there are fewer tokens.
     """
     if len(signal) < window + 1:
-        return False
+        return math.inf
     changes = np.abs(np.diff(np.asarray(signal[-window - 1 :], dtype=np.float64)))
-    return bool((changes.mean() if kind == "paper" else changes.max()) < epsilon)
+    return float(changes.mean() if kind == "paper" else changes.max())
 
 
-def is_repetitive(uncertainty: float, previous: float, *, threshold: float = 0.3) -> bool:
-    """Dynamical sampling: whether a turn is as uncertain as the one before, `|Phi_k - Phi_{k-1}| < eta`."""
-    return abs(uncertainty - previous) < threshold
+class Thresholds(NamedTuple):
+    """Thresholds that follow the policy, where a share of the turns is configured instead of a number.
+
+    Attributes:
+        epsilon: Thinking whose recent change is below it has stalled; None: not known yet, nothing is ended.
+        eta: A turn whose Phi is closer to that of the turn before is discarded; None: not known yet.
+    """
+
+    epsilon: float | None = None
+    eta: float | None = None
+
+
+def running_threshold(before: float | None, values: Iterable[float], share: float) -> float | None:
+    """The threshold below which a share of some values lie, averaged with the one before.
+
+    `(before + q) / 2`, where q is the `share` quantile of the values: the threshold follows the policy over a
+    few steps, and the values of one step decide half of it.
+
+    Args:
+        before: The threshold so far; None if there is none.
+        values: One for each turn: what is compared with the threshold; infinite where nothing could be.
+        share: Of the turns, infinite ones included, that are to lie below.
+
+    Returns:
+        The threshold; as before where no value is finite.
+    """
+    given = list(values)
+    finite = sorted(value for value in given if math.isfinite(value))
+    if not finite:
+        return before
+    rank = int(share * len(given))
+    quantile = finite[rank] if rank < len(finite) else math.nextafter(finite[-1], math.inf)
+    return quantile if before is None else (before + quantile) / 2

@@ -4,12 +4,13 @@ There is one `Watch` per request. It sees each token's distribution before the t
 tokens.
 """
 
+import math
 from collections.abc import Sequence
 
 from at2po_agent.expansion import top_entropy
 from at2po_agent.policies.base import NextToken, Policy
 from at2po_agent.rollout.config import RolloutConfig
-from at2po_agent.rollout.uncertainty import RunningSignal, has_stalled, is_repetitive, turn_uncertainty
+from at2po_agent.rollout.uncertainty import RunningSignal, Thresholds, recent_change, turn_uncertainty
 from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_agent.types import Float32Array, Generation
 from at2po_env.errors import ConfigError, PolicyError
@@ -26,9 +27,35 @@ class Watch:
 
     Attributes:
         top_log_probs: How many of the largest log-probs every step must carry.
+        lowest_change: The least that the signal moved while the policy was thinking; infinite if it thought
+            too little to tell.
+
+    Args:
+        config: The interventions.
+        tokenizer: The policy's.
+        probe: Whether the entropy of the first tokens is wanted.
+        vocab_size: Size of the vocabulary.
+        stop: The environment's stop strings.
+        thresholds: Those in force where a share of the turns is configured.
     """
 
-    def __init__(self, config: RolloutConfig, tokenizer: Tokenizer, *, probe: bool, vocab_size: int) -> None:
+    def __init__(
+        self,
+        config: RolloutConfig,
+        tokenizer: Tokenizer,
+        *,
+        probe: bool,
+        vocab_size: int,
+        stop: Sequence[str],
+        thresholds: Thresholds,
+    ) -> None:
+        thinking, resampling = config.thinking, config.resampling
+        self._epsilon = thinking.epsilon if thinking.share is None else thresholds.epsilon or 0.0
+        self._eta = resampling.threshold if resampling.share is None else thresholds.eta or 0.0
+        self._force = thinking.force or "</think>" + (
+            f"<{stop[0][2:]}" if stop and stop[0].startswith("</") else ""
+        )
+        self.lowest_change = math.inf
         self._config = config
         self._tokenizer = tokenizer
         self._probe = probe
@@ -76,6 +103,8 @@ class Watch:
     def wants_another(self, generation: Generation, *, previous: float | None, attempts: int) -> bool:
         """Dynamical sampling: whether the turn is to be discarded and sampled again.
 
+        A turn as uncertain as the one before, `|Phi_k - Phi_{k-1}| < eta`, is repetitive.
+
         Args:
             generation: The turn.
             previous: Phi of the turn before it; None on the first turn.
@@ -84,9 +113,7 @@ class Watch:
         config = self._config.resampling
         if not config.enabled or previous is None or attempts >= config.attempts:
             return False
-        return generation.stop_reason != "abort" and is_repetitive(
-            self.uncertainty, previous, threshold=config.threshold
-        )
+        return generation.stop_reason != "abort" and abs(self.uncertainty - previous) < self._eta
 
     def _end_of_thinking(self, ids: Sequence[int]) -> Sequence[int]:
         """The ids that end thinking, once per turn: when the signal has stalled, or at the hard cap."""
@@ -104,16 +131,16 @@ class Watch:
         if self._thinking_since is None:
             return ()
         length = len(ids) - self._thinking_since
-        stalled = length >= config.min_tokens and has_stalled(
-            self._signal.values[-length - 1 :],
-            kind=self._config.signal.kind,
-            window=config.window,
-            epsilon=config.epsilon,
-        )
+        stalled = False
+        if length >= config.min_tokens:
+            thought = self._signal.values[-length - 1 :]
+            change = recent_change(thought, kind=self._config.signal.kind, window=config.window)
+            self.lowest_change = min(self.lowest_change, change)
+            stalled = change < self._epsilon
         if not stalled and length < config.max_tokens:
             return ()
         self._intervened = True
-        return self._tokenizer.encode(config.force)
+        return self._tokenizer.encode(self._force)
 
 
 def vocabulary_size(policy: Policy) -> int:

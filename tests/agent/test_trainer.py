@@ -494,6 +494,36 @@ def test_dynamic_sampling_trains_on_questions_whose_leaves_differ(tmp_path):
     assert records(plain)[0]["loss"] != records(tmp_path / "run")[0]["loss"]
 
 
+def with_resampling(share: float | None, **more: Any) -> dict[str, Any]:
+    return {"rollout__max_turn_tokens": 8, "rollout__resampling": {"enabled": True, "share": share, **more}}
+
+
+def test_the_threshold_of_a_share_follows_the_policy_and_survives_a_stop(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(settings(whole, **with_resampling(0.3)))
+    steps = records(whole)
+    assert "resampling/threshold" not in steps[0]  # nothing is known before the first step
+    assert steps[0]["resampling/share"] == 0.0
+    assert all(step["resampling/threshold"] > 0 for step in steps[1:])
+    assert 0 < sum(step["resampling/share"] for step in steps[1:]) / 5 < 0.8
+    with pytest.raises(TrainingInterrupted):
+        train(settings(stopped, **with_resampling(0.3)), progress=StopAt(3))
+    train(settings(stopped, **with_resampling(0.3)), resume=True)
+    assert final_weights(stopped) == final_weights(whole)
+    key = "resampling/threshold"
+    assert [step.get(key) for step in records(stopped)] == [step.get(key) for step in steps]
+
+
+@pytest.mark.parametrize(("threshold", "often"), [(0.0, "never"), (9.0, r"in \d+% of the turns")])
+def test_an_intervention_that_fires_never_or_nearly_always_is_reported_once(tmp_path, threshold, often):
+    progress = StopAt(99)
+    more = {"threshold": threshold, "attempts": 1}
+    train(settings(tmp_path, train__steps=2, **with_resampling(None, **more)), progress=progress)
+    (said,) = [text for text in progress.messages if "rollout.resampling" in text]
+    assert re.search(f"fires {often} in step 1", said)
+    assert "share=0.15" in said
+
+
 def test_a_step_without_any_informative_question_changes_nothing(tmp_path):
     class Indifferent(GuessEnv):
         def step(self, action: str) -> Any:

@@ -5,10 +5,11 @@ import pytest
 from helpers.guess_env import GuessEnv, GuessingPolicy
 from helpers.watched_policy import CountedTokenizer, WatchedPolicy, guess, seeded_entropy
 
-from at2po_agent.evaluation.metrics import tree_metrics
+from at2po_agent.evaluation.metrics import intervention_shares, tree_metrics
 from at2po_agent.packing.rows import pack_rows
 from at2po_agent.policies.base import NextToken
 from at2po_agent.rollout import RolloutConfig, rollout
+from at2po_agent.rollout.uncertainty import Thresholds, running_threshold
 from at2po_agent.rollout.watch import Watch
 from at2po_env.errors import ConfigError, PolicyError
 
@@ -115,6 +116,56 @@ def test_the_signal_decides_when():
     assert kinds["paper"] != kinds["released"]
 
 
+class _Stopping(GuessEnv):
+    """Its first stop string closes an action."""
+
+    def reset(self, **kwargs):
+        prompt, info = super().reset(**kwargs)
+        return prompt, {**info, "stop": ("</act>", "!")}
+
+
+def test_what_is_forced_opens_what_the_environment_reads():
+    shape = thinking(force=None)
+    (tree, *_) = rollout(TASKS, _Stopping(), WatchedPolicy(think, constant), shape, seed=0)
+    assert tree.turns[1].action.startswith("<think>aaa</think><act>")
+    assert first_action(shape).startswith("<think>aaa</think>3")  # "!" closes no tag: it goes on by itself
+
+
+# Shares of the turns ---------------------------------------------------------------------------------------
+
+
+def test_a_share_has_no_threshold_until_a_step_has_shown_its_scale():
+    policy = WatchedPolicy(guess)
+    share = resampling(share=0.5)
+    first = rollout(TASKS, GuessEnv(), policy, share, seed=0)
+    assert texts(first) == texts(grow(config()))
+    later = sum(len(tree.path(leaf)) - 2 for tree in first for leaf in tree.leaves())
+    assert len(first.stats.differences) == later
+    eta = running_threshold(None, first.stats.differences, 0.5)
+    again = rollout(TASKS, GuessEnv(), WatchedPolicy(guess), share, seed=0, thresholds=Thresholds(eta=eta))
+    fixed = rollout(TASKS, GuessEnv(), WatchedPolicy(guess), resampling(threshold=eta), seed=0)
+    assert texts(again) == texts(fixed) != texts(first)
+    shares = intervention_shares(again)
+    assert 0.2 < shares["resampling"] < 0.6
+    assert shares["thinking"] == 0.0
+
+
+def test_a_share_of_the_turns_is_ended_while_thinking():
+    shape = thinking(share=0.25, window=4, max_tokens=1000)
+    tasks = [{"index": index % 10} for index in range(40)]
+    policy = WatchedPolicy(think, lambda text, request: seeded_entropy(text, request) * (request.seed % 7))
+    first = rollout(tasks, GuessEnv(), policy, shape, seed=0)
+    assert intervention_shares(first)["thinking"] == 0.0
+    assert len(first.stats.changes) == first.stats.turns
+    epsilon = running_threshold(None, first.stats.changes, 0.25)
+    again = rollout(tasks, GuessEnv(), policy, shape, seed=0, thresholds=Thresholds(epsilon=epsilon))
+    opening = {tree.turns[1].action for tree in first}
+    ended = [tree.turns[1] for tree in again if not tree.turns[1].sampled_mask.all()]
+    assert opening
+    assert len(ended) > 0
+    assert intervention_shares(again)["thinking"] == pytest.approx(0.25, abs=0.1)
+
+
 # Dynamical sampling ----------------------------------------------------------------------------------------
 
 
@@ -190,7 +241,7 @@ def test_signal_settings_change_what_is_sampled_again():
 
 
 def test_the_first_entropy_is_that_of_the_first_twenty_tokens():
-    watch = Watch(config(), CountedTokenizer(), probe=True, vocab_size=100)
+    watch = Watch(config(), CountedTokenizer(), probe=True, vocab_size=100, stop=(), thresholds=Thresholds())
     certain, even = np.full(10, -np.inf), np.full(10, -np.log(10.0))
     certain[0] = 0.0
     for index in range(25):

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from at2po_agent.rollout.uncertainty import FLOOR, RunningSignal, has_stalled, is_repetitive, turn_uncertainty
+from at2po_agent.rollout.uncertainty import (
+    FLOOR,
+    RunningSignal,
+    recent_change,
+    running_threshold,
+    turn_uncertainty,
+)
 
 # (entropy, two highest log-probs): confidence is -(mean of the two), so 1, 2, 1.5
 TOKENS = [(0.2, (-0.5, -1.5)), (0.6, (-1.0, -3.0)), (0.4, (-1.0, -2.0))]
@@ -66,17 +72,35 @@ def test_the_uncertainty_of_a_turn_is_a_geometric_mean():
     assert turn_uncertainty([]) == 1.0
 
 
-def test_stalled_thinking_by_mean_and_by_each_change():
-    values = [0.5, 0.5, 0.5, 0.56]  # changes 0, 0, 0.06: mean 0.02, largest 0.06
-    assert has_stalled(values, kind="paper", window=3, epsilon=0.05)
-    assert not has_stalled(values, kind="released", window=3, epsilon=0.05)
-    assert has_stalled(values, kind="released", window=3, epsilon=0.07)
-    assert not has_stalled(values, kind="paper", window=4, epsilon=9.0)  # too few tokens
+def test_recent_changes_by_mean_and_by_the_largest():
+    values = [0.9, 0.5, 0.5, 0.5, 0.56]  # of the last three changes 0, 0, 0.06: mean 0.02, largest 0.06
+    assert recent_change(values, kind="paper", window=3) == pytest.approx(0.02)
+    assert recent_change(values, kind="released", window=3) == pytest.approx(0.06)
+    assert recent_change(values, kind="paper", window=5) == math.inf  # too few tokens
 
 
-def test_a_turn_is_repetitive_when_it_is_as_uncertain_as_the_one_before():
-    assert is_repetitive(0.5, 0.7, threshold=0.3)
-    assert not is_repetitive(0.5, 0.8, threshold=0.3)
+def test_a_running_threshold_has_the_share_of_the_values_below_it():
+    values = [0.5, math.inf, 0.1, 0.4, 0.2, 0.3, math.inf, math.inf, math.inf, math.inf]
+    first = running_threshold(None, values, 0.2)
+    assert first == 0.3  # the third smallest of ten: exactly 0.1 and 0.2 lie below
+    # then half of the way to the next step's quantile, whose infinite values count as turns too
+    assert running_threshold(first, [0.9, 0.7], 0.2) == pytest.approx((0.3 + 0.7) / 2)
+    # negative control: a quantile of the finite values alone would be 0.2
+    assert first != np.quantile([0.1, 0.2, 0.3, 0.4, 0.5], 0.2, method="higher")
+
+
+def test_a_running_threshold_without_values_stays():
+    assert running_threshold(0.3, [math.inf], 0.2) == 0.3
+    assert running_threshold(None, [], 0.2) is None
+    above = running_threshold(None, [0.5, math.inf, math.inf], 0.9)  # fewer values than wanted: all of them
+    assert 0.5 < above < 0.5001
+
+
+@given(st.lists(st.floats(0, 1) | st.just(math.inf), min_size=1, max_size=60), st.floats(0.05, 0.9))
+def test_at_most_the_share_lies_below_a_first_threshold(values, share):
+    threshold = running_threshold(None, values, share)
+    if threshold is not None:
+        assert sum(value < threshold for value in values) <= share * len(values)
 
 
 @pytest.mark.parametrize(
