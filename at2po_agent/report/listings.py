@@ -13,7 +13,7 @@ from rich.table import Table
 
 import at2po_env  # noqa: F401  registers the shipped ids and those of plug-ins
 from at2po_env.data.cache import cache_dir
-from at2po_env.data.catalog import CORPORA, INDEXES, QA_SETS, WIKI_18, files_of
+from at2po_env.data.catalog import CORPORA, INDEXES, QA_SETS, WIKI_18, WORLDS, files_of
 
 _FOREIGN = ("gymnasium.", "shimmy.")
 _LINE_EVERY_S = 5.0
@@ -79,6 +79,8 @@ def data_rows() -> list[DataRow]:
     rows += [_data_row(name, "passages", "Wikipedia 2018, about 21 million") for name in CORPORA]
     contents = {"wiki-18-e5": "for dense retrieval, 64.5 GB", "wiki-18-bm25": "by Lucene, 2.3 GB"}
     rows += [_data_row(name, "index", contents[name]) for name in INDEXES]
+    worlds = {"webshop": "1,000 products", "webshop-full": "1.18 million products, 5.5 GB"}
+    rows += [_data_row(name, "world", worlds[name]) for name in WORLDS]
     return rows
 
 
@@ -123,6 +125,11 @@ def plain_download_report(
 def _environment_row(env_id: str) -> EnvironmentRow:
     name = env_id.removeprefix("at2po/").rpartition("-v")[0].lower()
     qa = next((qa for qa in QA_SETS.values() if qa.title.lower() == name), None)
+    if env_id.startswith("at2po/") and name in WORLDS:
+        here = _data_row(name, "world", "").complete
+        return EnvironmentRow(
+            env_id, f"{name} (downloaded)" if here else "sample", "", "" if here else _GET + name
+        )
     if not env_id.startswith("at2po/") or qa is None:
         generated = env_id.startswith("at2po/MiniWiki")
         return EnvironmentRow(

@@ -36,6 +36,14 @@ class RemoteFolder(NamedTuple):
     limit: int
 
 
+class RemoteUrl(NamedTuple):
+    """One JSON file to get from an address that is no hub's; it has at most `limit` bytes."""
+
+    url: str
+    target: str
+    limit: int
+
+
 class QaSet(NamedTuple):
     """One of the seven question sets: number of questions per split (`None`: not counted here)."""
 
@@ -80,6 +88,40 @@ INDEXES: Mapping[str, RemoteFile | RemoteFolder] = {
 WEBSHOP = {"small": "datasets/webshop/small", "full": "datasets/webshop/full"}
 """Folders of the products of WebShop, relative to the cache folder."""
 
+_DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
+
+
+def _webshop(
+    size: str, suffix: str, mined: str, items: str, limits: tuple[int, int]
+) -> tuple[RemoteUrl, ...]:
+    """List the files of one size by the ids that the original's setup gives; the products come last."""
+    folder = WEBSHOP[size]
+    human = "14Kb5SPBk_jfdLZ_CDBNitW98QLDlKR5O"
+    return (
+        RemoteUrl(_DRIVE + human, f"{folder}/items_human_ins.json", GB // 20),
+        RemoteUrl(_DRIVE + mined, f"{folder}/items_ins_v2{suffix}.json", limits[0]),
+        RemoteUrl(_DRIVE + items, f"{folder}/items_shuffle{suffix}.json", limits[1]),
+    )
+
+
+WORLDS: Mapping[str, tuple[RemoteUrl, ...]] = {
+    "webshop": _webshop(
+        "small",
+        "_1000",
+        "1IduG0xl544V_A_jv3tHXC0kyFi7PnyBu",
+        "1EgHdxQ_YxqIQlvvq5iKlCrkEKR6-j0Ib",
+        (GB // 100, GB // 20),
+    ),
+    "webshop-full": _webshop(
+        "full",
+        "",
+        "1s2j6NgHljiZzQNL3veZaAiyW_qDEgBNi",
+        "1A2whVgOO0euk5O13n2iYDM0bQRkkRduB",
+        (GB, 12 * GB),
+    ),
+}
+"""Files of worlds that are played by commands."""
+
 
 def qa_set(name: str) -> QaSet:
     """Return a question set by its FlashRAG name or its environment's: "nq" or "NaturalQuestions".
@@ -93,21 +135,23 @@ def qa_set(name: str) -> QaSet:
     raise DataError(f"There is no data set {name!r}. Fix: use one of {', '.join(QA_SETS)}.")
 
 
-def files_of(name: str) -> list[RemoteFile | RemoteFolder]:
-    """Return the files and folders behind a name: a question set, a corpus, an index, or "all" of them.
+def files_of(name: str) -> list[RemoteFile | RemoteFolder | RemoteUrl]:
+    """Return the files behind a name: a question set, a corpus, an index, a world, or "all" of them.
 
     Raises:
         DataError: there is nothing of that name.
     """
     if name == "all":
-        return [file for one in (*QA_SETS, *CORPORA, *INDEXES) for file in files_of(one)]
+        return [file for one in (*QA_SETS, *CORPORA, *INDEXES, *WORLDS) for file in files_of(one)]
     if name in CORPORA:
         return [CORPORA[name]]
     if name in INDEXES:
         return [INDEXES[name]]
+    if name in WORLDS:
+        return [*WORLDS[name]]
     try:
         qa = qa_set(name)
     except DataError as error:
-        known = ", ".join((*QA_SETS, *CORPORA, *INDEXES))
+        known = ", ".join((*QA_SETS, *CORPORA, *INDEXES, *WORLDS))
         raise DataError(f"There is no data set {name!r}. Fix: use one of {known}, all.") from error
     return [qa.file(split) for split in qa.splits]

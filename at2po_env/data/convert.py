@@ -137,6 +137,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 _CHUNK = 2**20
 _decode = json.JSONDecoder().raw_decode
+_COLON = re.compile(r"\s*:\s*")
 
 
 def read_array(path: Path, key: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -188,7 +189,7 @@ def read_object(path: Path) -> Iterator[tuple[str, Any]]:
 def _decode_pair(text: str, at: int) -> tuple[tuple[str, Any], int]:
     """Decode `"key": value`."""
     key, end = _decode(text, at)
-    colon = re.compile(r"\s*:\s*").match(text, end)
+    colon = _COLON.match(text, end)
     if not isinstance(key, str) or not colon:
         raise json.JSONDecodeError("expected a key and a colon", text, end)
     value, end = _decode(text, colon.end())

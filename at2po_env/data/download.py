@@ -6,6 +6,8 @@
    process that waited for the lock, continues there.
 3. Length and digest must be those of the listing, and JSON lines must begin and end with a row of their kind.
 4. The file moves into its place, with a record `NAME.json` of where it came from.
+
+Files of worlds come from addresses that list nothing; see `web`.
 """
 
 import gzip
@@ -23,12 +25,13 @@ from typing import IO, cast
 from filelock import FileLock
 
 from at2po_env.data.cache import cache_dir
-from at2po_env.data.catalog import RemoteFile, RemoteFolder, files_of
+from at2po_env.data.catalog import RemoteFile, RemoteFolder, RemoteUrl, files_of
 from at2po_env.data.corpus import CorpusRow
 from at2po_env.data.hub import Hub, Listed, recorded
 from at2po_env.data.jsonl import check_ends
 from at2po_env.data.progress import ProgressBar
 from at2po_env.data.qa import QaRow
+from at2po_env.data.web import fetch_url
 from at2po_env.errors import DataError
 
 HUB = "https://huggingface.co"
@@ -42,7 +45,8 @@ def get(name: str, *, base_url: str | None = None, progress: Report | None = Non
     """Download a data set into the cache, or do nothing where it is there already.
 
     Args:
-        name: A question set, "wiki-18", "wiki-18-e5", "wiki-18-bm25", or "all".
+        name: A question set, "wiki-18", "wiki-18-e5", "wiki-18-bm25", "webshop" (1,000 products),
+            "webshop-full", or "all".
         base_url: The hub; `HF_ENDPOINT` by default, else https://huggingface.co.
         progress: Told about the bytes of each file; the default is a bar on standard error.
 
@@ -67,6 +71,8 @@ def get(name: str, *, base_url: str | None = None, progress: Report | None = Non
                         f"{target} has {size} bytes, {expected} were downloaded. Fix: delete the file and "
                         "get it again."
                     )
+            elif isinstance(wanted, RemoteUrl):
+                _get_url(wanted, target, progress)
             elif not target.exists():
                 hub = Hub(endpoint, wanted.repo)
                 if isinstance(wanted, RemoteFolder):
@@ -75,6 +81,16 @@ def get(name: str, *, base_url: str | None = None, progress: Report | None = Non
                     _get_file(hub, wanted, target, progress)
         paths.append(target)
     return paths
+
+
+def _get_url(wanted: RemoteUrl, target: Path, progress: Report | None) -> None:
+    try:
+        with ProgressBar(f"Downloading {target.name}", None) as bar:
+            report = progress or (lambda _, done, total: bar.show(done, total))
+            fetch_url(wanted, target, lambda done, total: report(target.name, done, total))
+    except OSError as error:
+        fix = "make room, or set AT2PO_CACHE to a folder with room, and run the same command again"
+        raise DataError(f"{target}: cannot write ({error.strerror}). Fix: {fix}.") from error
 
 
 def _get_file(hub: Hub, wanted: RemoteFile, target: Path, progress: Report | None) -> None:

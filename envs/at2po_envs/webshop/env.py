@@ -9,7 +9,8 @@ from typing import Any
 
 from at2po_env import CommandEnv, CommandResult, Task
 from at2po_env.episodes.command_env import FORMAT
-from at2po_env.errors import ConfigError, DataError
+from at2po_env.errors import ConfigError, DataError, EnvError
+from at2po_envs.webshop.expert import plan
 from at2po_envs.webshop.goals import Goals
 from at2po_envs.webshop.pages import MODES, PAGES, PER_PAGE, Element, Session, clickables, elements, follow
 from at2po_envs.webshop.products import Product
@@ -110,6 +111,13 @@ class WebShopEnv(CommandEnv):
         if state.page == "search":
             return ("search[...]",)
         return [f"click[{name}]" for name in self._page(state)[1]]
+
+    def expert_commands(self) -> list[str]:
+        """Return the expert's commands from here to the purchase; see `expert.plan`."""
+        state = self.get_state()
+        if state is None:
+            raise EnvError("no episode is running. Fix: call reset first")
+        return plan(self.goals.goal(state.world.goal), self.shop, self.searcher)
 
     def page(self, session: Session) -> list[Element]:
         """Return the texts of a page with what each one is."""

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from at2po_envs.webshop.env import WebShopEnv
 from at2po_envs.webshop.goals import Goal
 from at2po_envs.webshop.pages import PER_PAGE
 from at2po_envs.webshop.reward import ALIKE, color_or_text, token_set_ratio
+from at2po_envs.webshop.shop import Searcher, Shop
 
 
-def expert_commands(env: WebShopEnv, task_id: str) -> list[str]:
+def plan(goal: Goal, shop: Shop, searcher: Searcher) -> list[str]:
     """Return the commands that buy the product of a goal, from any page.
 
     The expert searches for the instruction without its clause about the price, then for what the title says,
-    and takes the first search that finds the product.
+    and takes the first search that finds the product. Some goals cannot be satisfied, because the published
+    reward never accepts their options; the expert then buys the product all the same.
 
     Args:
-        env: The environment.
-        task_id: The goal.
+        goal: What is to be bought.
+        shop: The products.
+        searcher: Their search.
     """
-    goal = env.goals.goal(task_id)
     asin = goal.product.asin
-    row = env.shop.find_row(asin)
+    row = shop.find_row(asin)
     words = goal.text.partition(", and price lower than")[0]
     best, pages = words, 0
     for query in (words, goal.product.title, f"{goal.product.title} {words}"):
+        # Brackets would end the command early; a longer one would not be read.
         query = " ".join(query.translate(_NO_BRACKETS).split())[:900]
-        found = env.searcher.find(query.lower())
+        found = searcher.find(query.lower())
         if row in found:
             best, pages = query, found.index(row) // PER_PAGE
             break
@@ -33,7 +35,7 @@ def expert_commands(env: WebShopEnv, task_id: str) -> list[str]:
         f"search[{best}]",
         *["click[next >]"] * pages,
         f"click[{asin.lower()}]",
-        *(f"click[{value}]" for value in chosen_options(goal)),
+        *(f"click[{' '.join(value.split())}]" for value in chosen_options(goal)),
         "click[buy now]",
     ]
 

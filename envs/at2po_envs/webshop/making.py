@@ -77,7 +77,7 @@ def resolve(dataset: str | Path | None) -> Path:
     cached = {size: cache_dir() / folder for size, folder in WEBSHOP.items()}
     if dataset is not None:
         return cached.get(str(dataset), Path(dataset))
-    if cached["small"].is_dir():
+    if any(cached["small"].glob("items_shuffle*.json")):  # which is downloaded last
         return cached["small"]
     warnings.warn(
         At2poSampleWarning(

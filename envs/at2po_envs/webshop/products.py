@@ -15,6 +15,7 @@ it by row. Memory grows only by the ids: about 250 bytes for each product.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections import Counter
@@ -144,7 +145,8 @@ def find_sources(dataset: str | Path) -> Sources:
     """
     path = Path(dataset)
     if path.is_dir():
-        found = sorted(path.glob("items_shuffle*.json"))
+        # Downloads leave records beside the files, "items_shuffle.json.json".
+        found = [file for file in sorted(path.glob("items_shuffle*.json")) if file.name.count(".") == 1]
         if len(found) != 1:
             names = ", ".join(file.name for file in found) or "none"
             raise DataError(
@@ -160,7 +162,7 @@ def find_sources(dataset: str | Path) -> Sources:
     folder, suffix = path.parent, path.name.removeprefix("items_shuffle")
     mined = folder / f"items_ins_v2{suffix}"
     if not mined.is_file():
-        others = sorted(folder.glob("items_ins_v2*.json"))
+        others = [file for file in sorted(folder.glob("items_ins_v2*.json")) if file.name.count(".") == 1]
         if len(others) != 1:
             raise DataError(
                 f"{folder}: there is no {mined.name} to go with {path.name}. Fix: put it there; it has the "
@@ -222,10 +224,11 @@ class _Entries:
         self.source = source
         self._spool = spool
         self._places: dict[str, tuple[int, int]] = {}
+        end = spool.seek(0, os.SEEK_END)
         for key, value in read_object(source):
             line = json.dumps(value).encode()
-            self._places[key] = (spool.seek(0, 2), len(line))
-            spool.write(line)
+            self._places[key] = (end, len(line))
+            end += spool.write(line)
 
     @property
     def keys(self) -> set[str]:

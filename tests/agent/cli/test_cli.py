@@ -152,8 +152,12 @@ def test_our_warnings_are_one_line_for_the_person_at_the_terminal() -> None:
 
 def test_environments_are_listed_with_what_they_need(cli: CliRunner, tmp_path: Path) -> None:
     rows = {row["id"]: row for row in json.loads(cli.invoke(app, ["envs", "--json"]).stdout)}
-    assert len([name for name in rows if name.startswith("at2po/")]) == 8
+    assert len([name for name in rows if name.startswith("at2po/")]) == 10
     assert rows["at2po/MiniWiki-v0"]["get"] == ""
+    assert (rows["at2po/WebShop-v0"]["questions"], rows["at2po/WebShop-v0"]["get"]) == (
+        "sample",
+        "at2po data get webshop",
+    )
     assert rows["at2po/HotpotQA-v0"]["get"] == "at2po data get hotpotqa wiki-18"
     assert not any(name.startswith(("CartPole", "Ant", "phys2d")) for name in rows)
     file = tmp_path / "cache" / "datasets" / "hotpotqa" / "dev.jsonl"

@@ -234,6 +234,7 @@ def test_the_downloaded_sets_are_found(tmp_path: Path, monkeypatch: pytest.Monke
         assert resolve(None) == SAMPLE / "webshop"
     small = tmp_path / "datasets/webshop/small"
     small.mkdir(parents=True)
+    (small / "items_shuffle_1000.json").touch()
     assert resolve(None) == resolve("small") == small
     assert resolve("full") == tmp_path / "datasets/webshop/full"
     assert resolve(tmp_path) == tmp_path

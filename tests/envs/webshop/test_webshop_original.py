@@ -16,7 +16,6 @@ from typing import Any
 import gymnasium
 import pytest
 from at2po_envs.webshop.env import WebShopEnv
-from at2po_envs.webshop.expert import expert_commands
 from at2po_envs.webshop.making import make
 from at2po_envs.webshop.pages import Session
 from helpers.paths import REAL_DATA
@@ -80,8 +79,8 @@ def test_the_expert_buys_real_products() -> None:
     env = make(dataset=REAL, split="dev", nouns="rule", show_commands=False)
     rewards = []
     for index in range(0, 1000, 10):
-        _, info = env.reset(options={"index": index})
-        for command in expert_commands(env, info["task_id"]):
+        env.reset(options={"index": index})
+        for command in env.expert_commands():
             _, reward, terminated, _, _ = env.step(f"<action>{command}</action>")
         assert terminated
         rewards.append(reward)
