@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 RETRIEVAL_VENV ?= .venv-retrieval
 ARGS ?=
 VLLM_VENV ?= .venv-vllm
+WORLDS_VENV ?= .venv-worlds
 
-.PHONY: quickstart test test-retrieval test-vllm lint install clean
+.PHONY: quickstart test test-retrieval test-vllm test-worlds lint install clean
 
 # One stamp per (requirements, project metadata): editing either reinstalls, nothing else does.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -52,6 +53,19 @@ test-vllm:  ## the tests that need vLLM, in an environment of their own, on CPU
 	  $(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS) tests/agent/policies/vllm/engine; \
 	fi
 
+# TextWorld's planner comes as C++. Optimised for speed it would take twice as long to compile as it saves here.
+$(WORLDS_VENV)/.installed: pyproject.toml constraints-worlds.txt
+	@test -x $(WORLDS_VENV)/bin/python || $(PYTHON) -m venv $(WORLDS_VENV)
+	@echo "Installing TextWorld into $(WORLDS_VENV) (once; about 500 MB, and a planner to compile) ..."
+	@printf '#!/bin/sh\nexec c++ "$$@" -O1 -g0\n' > $(WORLDS_VENV)/bin/quick-c++ && chmod +x $(WORLDS_VENV)/bin/quick-c++
+	@CXX="$$PWD/$(WORLDS_VENV)/bin/quick-c++" $(WORLDS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-worlds.txt -e . 'textworld[pddl]' pytest pytest-timeout
+	@$(WORLDS_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-worlds.txt alfworld
+	@touch $@
+
+test-worlds: $(WORLDS_VENV)/.installed  ## the household beside TextWorld: CPU, offline, a minute
+	@$(WORLDS_VENV)/bin/python -W ignore -c 'import alfworld, fast_downward, textworld'
+	@$(WORLDS_VENV)/bin/python -m pytest tests/envs/household/test_household_textworld.py $(ARGS)
+
 lint: install  ## format, lint, types, import contracts, spelling
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -60,4 +74,4 @@ lint: install  ## format, lint, types, import contracts, spelling
 	@$(BIN)/codespell
 
 clean:
-	rm -rf $(VENV) $(RETRIEVAL_VENV) $(VLLM_VENV) build *.egg-info
+	rm -rf $(VENV) $(RETRIEVAL_VENV) $(VLLM_VENV) $(WORLDS_VENV) build *.egg-info

@@ -1,8 +1,9 @@
 """Plays household games with TextWorld's PDDL engine, as ALFWorld sets it up; needs `make test-worlds`.
 
-Pure functions of the engine are remembered between calls, because each reset and each step repeats them with
-the same texts: the translation of a problem for the planner, and the parsing of grammar texts. Contexts of
-the grammar are copied by one level, since nothing in them changes. None of this alters what the engine says.
+To save time, pure functions of the engine are remembered between calls, because each reset and each step
+repeats them with the same texts: the translation of a problem (the second one, which only plans need, is left
+out) and the parsing of grammar texts. Contexts of the grammar are copied by one level, since nothing in them
+changes. None of this alters what the engine says.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Reference:
 
 @functools.cache
 def _remember() -> None:
-    fast_downward.pddl2sas = functools.cache(fast_downward.pddl2sas)
+    translate = functools.cache(fast_downward.pddl2sas)
+    fast_downward.pddl2sas = lambda domain, problem, **_: translate(domain, problem)
     parse = functools.cache(lambda text, rule: _parse(text, rule_name=rule))
     textgen._parse_and_convert = lambda text, rule_name, **_: deepcopy(parse(text, rule_name))
     query = textgen.Rule.parse_conjunctive_query
