@@ -94,19 +94,17 @@ def _get_url(wanted: RemoteUrl, target: Path, progress: Report | None) -> None:
 
 
 def _get_file(hub: Hub, wanted: RemoteFile, target: Path, progress: Report | None) -> None:
-    if not wanted.packed:
-        _fetch(hub, hub.list_files(wanted.parts, wanted.limit), target, progress)
-        return
-    archive = target.with_name(f"{target.name}.gz")
+    archive = target.with_name(f"{target.name}.gz") if wanted.packed else target
     if not archive.exists():
-        _fetch(hub, hub.list_files(wanted.parts, wanted.limit), archive, progress)
-    unpack(archive, target, limit=wanted.limit)
-    archive.unlink()
+        _fetch(hub, hub.list_files(wanted), archive, progress)
+    if wanted.packed:
+        unpack(archive, target, limit=wanted.limit)
+        archive.unlink()
 
 
 def _get_folder(hub: Hub, wanted: RemoteFolder, target: Path, progress: Report | None) -> None:
     """Get the files of a folder beside its final place, and move it there when it has all of them."""
-    files = hub.list_folder(wanted.folder, wanted.limit)
+    files = hub.list_files(wanted)
     work = target.with_name(f"{target.name}.{_key(files)}.partial")
     for old in target.parent.glob(f"{target.name}.*partial"):
         if old != work:

@@ -11,11 +11,13 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 
+from at2po_env.data.catalog import RemoteFile, RemoteFolder
 from at2po_env.data.progress import ProgressBar
 from at2po_env.errors import DataError, require
 
@@ -46,48 +48,52 @@ class Hub:
         self._endpoint, self._repo = endpoint, repo
         self._api = self._hub.HfApi(endpoint=endpoint)
 
-    def list_files(self, paths: Sequence[str], limit: int) -> list[Listed]:
-        """Return what the hub knows of some files, in this order."""
+    def list_files(self, wanted: RemoteFile | RemoteFolder) -> list[Listed]:
+        """Return what the hub knows of the wanted files: the parts in their order, or those of a folder.
+
+        Raises:
+            DataError: the hub refuses or cannot be reached, or lists something that cannot be true, or more
+                bytes than the catalog allows.
+        """
         where = f"{self._endpoint}, {self._repo}"
-        listed = self._list(
-            where, lambda: self._api.get_paths_info(self._repo, list(paths), repo_type="dataset")
-        )
-        found = {file.path: file for file in listed}
-        if missing := [path for path in paths if path not in found]:
-            raise DataError(
-                f"{where}: the hub has no file {missing[0]!r}. Fix: check HF_ENDPOINT, or get it by hand."
-            )
-        return _bounded([found[path] for path in paths], limit, where)
-
-    def list_folder(self, folder: str, limit: int) -> list[Listed]:
-        """Return what the hub knows of the files in a folder."""
-        where = f"{self._endpoint}, {self._repo}/{folder}"
-        tree = self._list(where, lambda: self._api.list_repo_tree(self._repo, folder, repo_type="dataset"))
-        files = [file for file in tree if file.path != f"{folder}/write.lock"]
-        # A name becomes a path on this machine, which may take "A" and "a" for the same.
-        names = [file.path.removeprefix(f"{folder}/") for file in files]
-        strange = [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII)]
-        if not names or strange or len({name.lower() for name in names}) < len(names):
-            what = f"the hub lists {strange[0]!r}" if strange else "the hub lists no files, or one name twice"
-            raise DataError(f"{where}: {what}. Fix: get it by hand.")
-        return _bounded(files, limit, where)
-
-    def _list(self, where: str, ask: Callable[[], Any]) -> list[Listed]:
-        """Ask the hub's API for files; folders among them are left out."""
+        if isinstance(wanted, RemoteFolder):
+            where += f"/{wanted.folder}"
+            ask = partial(self._api.list_repo_tree, self._repo, wanted.folder, repo_type="dataset")
+        else:
+            ask = partial(self._api.get_paths_info, self._repo, list(wanted.parts), repo_type="dataset")
         try:
             found = self._try(where, lambda: list(ask()), lambda: 0)
-            files = [file for file in found if hasattr(file, "size")]
-            listed = [
-                Listed(file.path, file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in files
+            files = [
+                Listed(file.path, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+                for file in found
+                if hasattr(file, "size")  # folders have none
             ]
-            if all(
-                isinstance(size, int) and size > 0 and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest)
-                for _, size, digest in listed
-            ):
-                return listed
+            digests = [re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.digest) for file in files]
+            if not all(digests) or any(type(file.size) is not int or file.size < 1 for file in files):
+                raise DataError(f"{where}: the hub lists a file without a size or a digest. {_AGAIN} later.")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where}: the hub's answer is not a list of files. {_AGAIN} later.") from error
-        raise DataError(f"{where}: the hub lists a file without a size or a digest. {_AGAIN} later.")
+        if isinstance(wanted, RemoteFolder):
+            files = [file for file in files if file.path != f"{wanted.folder}/write.lock"]
+            # A name becomes a path on this machine, which may take "A" and "a" for the same.
+            names = [file.path.removeprefix(f"{wanted.folder}/") for file in files]
+            strange = [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII)]
+            if not names or strange or len({name.lower() for name in names}) < len(names):
+                what = f"lists {strange[0]!r}" if strange else "lists no files, or one name twice"
+                raise DataError(f"{where}: the hub {what}. Fix: get it by hand.")
+        else:
+            by_path = {file.path: file for file in files}
+            if missing := [path for path in wanted.parts if path not in by_path]:
+                raise DataError(
+                    f"{where}: the hub has no file {missing[0]!r}. Fix: check HF_ENDPOINT, or get it by hand."
+                )
+            files = [by_path[path] for path in wanted.parts]
+        if (total := sum(file.size for file in files)) > wanted.limit:
+            raise DataError(
+                f"{where}: the hub lists {total:,} bytes, expected at most {wanted.limit:,}. Fix: check "
+                "HF_ENDPOINT."
+            )
+        return files
 
     def append(self, files: Sequence[Listed], partial: Path, report: Callable[[int, int], None]) -> None:
         """Append to `partial` the bytes that it lacks of some files, one after the other.
@@ -231,14 +237,6 @@ class _Bounded(io.BufferedWriter):
         written = super().write(data)
         self._report(self.tell())
         return written
-
-
-def _bounded(files: list[Listed], limit: int, where: str) -> list[Listed]:
-    if (total := sum(file.size for file in files)) > limit:
-        raise DataError(
-            f"{where}: the hub lists {total:,} bytes, expected at most {limit:,}. Fix: check HF_ENDPOINT."
-        )
-    return files
 
 
 def recorded(path: Path) -> list[dict[str, Any]]:
