@@ -20,35 +20,22 @@ DEFAULT_RATE = 4e-4
 _TREE = ("algorithm=at2po",)
 _GROUP = ("algorithm.credit=group", "algorithm.credit_options={}")
 _GRPO_LOSS = ("algorithm.loss=grpo", "algorithm.loss_options={}")
-
-
-def _value(mode: str) -> tuple[str, ...]:
-    return (*_TREE, f"algorithm.credit_options.value_mode={mode}")
-
-
-def _advantage(mode: str) -> tuple[str, ...]:
-    return (*_TREE, f"algorithm.credit_options.advantage_mode={mode}")
-
+_ALGORITHMS = ("at2po", "grpo", "gspo", "dapo", "arpo", "aepo", "tree_grpo", "gigpo", "t2po")
+_MODES = {
+    "value": ("child_mean", "child_linear", "leaf_mean"),
+    "advantage": ("diff_parent", "diff_global", "diff_localglobal"),
+}
 
 METHODS: Mapping[str, tuple[str, ...]] = {
-    "at2po": _TREE,
-    "grpo": ("algorithm=grpo",),
-    "gspo": ("algorithm=gspo",),
-    "dapo": ("algorithm=dapo",),
-    "arpo": ("algorithm=arpo",),
-    "aepo": ("algorithm=aepo",),
-    "tree_grpo": ("algorithm=tree_grpo",),
-    "gigpo": ("algorithm=gigpo",),
-    "t2po": ("algorithm=t2po",),
+    **{name: (f"algorithm={name}",) for name in _ALGORITHMS},
     "random tree + GRPO loss": (*_TREE, "rollout.expansion=random", *_GROUP, *_GRPO_LOSS),
     "random tree + turn loss": (*_TREE, "rollout.expansion=random", *_GROUP),
     "entropy tree + turn loss": (*_TREE, *_GROUP),
-    "value child_mean": _value("child_mean"),
-    "value child_linear": _value("child_linear"),
-    "value leaf_mean": _value("leaf_mean"),
-    "advantage diff_parent": _advantage("diff_parent"),
-    "advantage diff_global": _advantage("diff_global"),
-    "advantage diff_localglobal": _advantage("diff_localglobal"),
+    **{
+        f"{part} {mode}": (*_TREE, f"algorithm.credit_options.{part}_mode={mode}")
+        for part, modes in _MODES.items()
+        for mode in modes
+    },
 }
 """Nine algorithms; three steps of AT2PO's ablation (at2po is the fourth); value and advantage modes."""
 TUNED = tuple(name for name in METHODS if not name.startswith(("value ", "advantage ")))
