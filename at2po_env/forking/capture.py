@@ -100,8 +100,11 @@ def clone_space(value: Any) -> Any:
     """
     if isinstance(value, gymnasium.Space):
         twin: Any = object.__new__(type(value))
-        for name, item in value.__dict__.items():
-            twin.__dict__[name] = item if type(item) in ATOMIC else clone_space(item)
+        attributes = twin.__dict__
+        attributes.update(value.__dict__)
+        for name, item in attributes.items():
+            if type(item) not in ATOMIC:  # a sampler, bounds, or spaces inside
+                attributes[name] = clone_space(item)
         return twin
     if isinstance(value, np.random.Generator):
         return clone_rng(value)
