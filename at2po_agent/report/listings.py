@@ -79,7 +79,11 @@ def data_rows() -> list[DataRow]:
     rows += [_data_row(name, "passages", "Wikipedia 2018, about 21 million") for name in CORPORA]
     contents = {"wiki-18-e5": "for dense retrieval, 64.5 GB", "wiki-18-bm25": "by Lucene, 2.3 GB"}
     rows += [_data_row(name, "index", contents[name]) for name in INDEXES]
-    worlds = {"webshop": "1,000 products", "webshop-full": "1.18 million products, 5.5 GB"}
+    worlds = {
+        "webshop": "1,000 products",
+        "webshop-full": "1.18 million products, 5.5 GB",
+        "alfworld": "published games of the household",
+    }
     rows += [_data_row(name, "world", worlds[name]) for name in WORLDS]
     return rows
 
@@ -130,6 +134,10 @@ def _environment_row(env_id: str) -> EnvironmentRow:
         return EnvironmentRow(
             env_id, f"{name} (downloaded)" if here else "sample", "", "" if here else _GET + name
         )
+    if env_id.startswith("at2po/Household"):
+        here = _data_row("alfworld", "world", "").complete
+        published = ", published (downloaded)" if here else ""
+        return EnvironmentRow(env_id, f"generated{published}", "", "" if here else f"{_GET}alfworld")
     if not env_id.startswith("at2po/") or qa is None:
         generated = env_id.startswith("at2po/MiniWiki")
         return EnvironmentRow(

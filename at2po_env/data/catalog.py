@@ -44,6 +44,24 @@ class RemoteUrl(NamedTuple):
     limit: int
 
 
+class RemoteArchive(NamedTuple):
+    """A zip file to get from an address that is no hub's, and to unpack into a folder.
+
+    Attributes:
+        url: The address.
+        target: The folder to make, relative to the cache folder.
+        limit: The most bytes that the zip file may have.
+        unpacked: The most bytes that what it holds may have.
+        kept: Only files of this name are unpacked.
+    """
+
+    url: str
+    target: str
+    limit: int
+    unpacked: int
+    kept: str
+
+
 class QaSet(NamedTuple):
     """One of the seven question sets: number of questions per split (`None`: not counted here)."""
 
@@ -104,7 +122,9 @@ def _webshop(
     )
 
 
-WORLDS: Mapping[str, tuple[RemoteUrl, ...]] = {
+_ALFWORLD = "https://github.com/alfworld/alfworld/releases/download/0.4.0/json_2.1.2_tw-pddl.zip"
+
+WORLDS: Mapping[str, tuple[RemoteUrl | RemoteArchive, ...]] = {
     "webshop": _webshop(
         "small",
         "_1000",
@@ -119,6 +139,7 @@ WORLDS: Mapping[str, tuple[RemoteUrl, ...]] = {
         "1A2whVgOO0euk5O13n2iYDM0bQRkkRduB",
         (GB, 12 * GB),
     ),
+    "alfworld": (RemoteArchive(_ALFWORLD, "datasets/alfworld", GB, 4 * GB, "game.tw-pddl"),),
 }
 """Files of worlds that are played by commands."""
 
@@ -135,7 +156,7 @@ def qa_set(name: str) -> QaSet:
     raise DataError(f"There is no data set {name!r}. Fix: use one of {', '.join(QA_SETS)}.")
 
 
-def files_of(name: str) -> list[RemoteFile | RemoteFolder | RemoteUrl]:
+def files_of(name: str) -> list[RemoteFile | RemoteFolder | RemoteUrl | RemoteArchive]:
     """Return the files behind a name: a question set, a corpus, an index, a world, or "all" of them.
 
     Raises:

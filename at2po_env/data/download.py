@@ -25,13 +25,13 @@ from typing import IO, cast
 from filelock import FileLock
 
 from at2po_env.data.cache import cache_dir
-from at2po_env.data.catalog import RemoteFile, RemoteFolder, RemoteUrl, files_of
+from at2po_env.data.catalog import RemoteArchive, RemoteFile, RemoteFolder, RemoteUrl, files_of
 from at2po_env.data.corpus import CorpusRow
 from at2po_env.data.hub import Hub, Listed, recorded
 from at2po_env.data.jsonl import check_ends
 from at2po_env.data.progress import ProgressBar
 from at2po_env.data.qa import QaRow
-from at2po_env.data.web import fetch_url
+from at2po_env.data.web import fetch_url, unzip
 from at2po_env.errors import DataError
 
 HUB = "https://huggingface.co"
@@ -46,7 +46,7 @@ def get(name: str, *, base_url: str | None = None, progress: Report | None = Non
 
     Args:
         name: A question set, "wiki-18", "wiki-18-e5", "wiki-18-bm25", "webshop" (1,000 products),
-            "webshop-full", or "all".
+            "webshop-full", "alfworld", or "all".
         base_url: The hub; `HF_ENDPOINT` by default, else https://huggingface.co.
         progress: Told about the bytes of each file; the default is a bar on standard error.
 
@@ -73,6 +73,9 @@ def get(name: str, *, base_url: str | None = None, progress: Report | None = Non
                     )
             elif isinstance(wanted, RemoteUrl):
                 _get_url(wanted, target, progress)
+            elif isinstance(wanted, RemoteArchive):
+                if not target.exists():
+                    _get_archive(wanted, target, progress)
             elif not target.exists():
                 hub = Hub(endpoint, wanted.repo)
                 if isinstance(wanted, RemoteFolder):
@@ -83,7 +86,19 @@ def get(name: str, *, base_url: str | None = None, progress: Report | None = Non
     return paths
 
 
-def _get_url(wanted: RemoteUrl, target: Path, progress: Report | None) -> None:
+def _get_archive(wanted: RemoteArchive, target: Path, progress: Report | None) -> None:
+    archive = target.with_name(f"{target.name}.zip")
+    if not archive.exists():
+        _get_url(wanted, archive, progress)
+    try:
+        unzip(archive, wanted, target)
+    except OSError as error:
+        fix = "make room, or set AT2PO_CACHE to a folder with room, and run the same command again"
+        raise DataError(f"{target}: cannot write ({error.strerror}). Fix: {fix}.") from error
+    archive.unlink()
+
+
+def _get_url(wanted: RemoteUrl | RemoteArchive, target: Path, progress: Report | None) -> None:
     try:
         with ProgressBar(f"Downloading {target.name}", None) as bar:
             report = progress or (lambda _, done, total: bar.show(done, total))

@@ -1,20 +1,23 @@
 """Downloads single files from addresses that give no listing, such as shared files of Google Drive.
 
 There is no digest to compare with. A file counts as whole when the server has sent as many bytes as it
-announced and the text begins and ends as JSON does; whoever reads it checks the rest.
+announced and it begins and ends as JSON does, or is a zip file; whoever reads it checks the rest.
 """
 
 import hashlib
 import json
 import os
 import re
+import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import httpx
 
-from at2po_env.data.catalog import RemoteUrl
+from at2po_env.data.catalog import RemoteArchive, RemoteUrl
 from at2po_env.data.hub import BACKOFF_S, TRIES
 from at2po_env.errors import DataError
 
@@ -23,8 +26,10 @@ _CHUNK = 2**20
 _BRACKETS = {b"[": b"]", b"{": b"}"}
 
 
-def fetch_url(wanted: RemoteUrl, target: Path, report: Callable[[int, int | None], None]) -> None:
-    """Download a JSON file, going on where an earlier call stopped.
+def fetch_url(
+    wanted: RemoteUrl | RemoteArchive, target: Path, report: Callable[[int, int | None], None]
+) -> None:
+    """Download a JSON or a zip file, going on where an earlier call stopped.
 
     Args:
         wanted: The address and the most bytes that it may send.
@@ -51,7 +56,13 @@ def fetch_url(wanted: RemoteUrl, target: Path, report: Callable[[int, int | None
                     f"{partial.stat().st_size} bytes are kept. Fix: run the command again, to go on there."
                 ) from error
             time.sleep(min(BACKOFF_S * 2**failures, 30.0))
-    _check_ends(wanted.url, partial)
+    if isinstance(wanted, RemoteUrl):
+        _check_ends(wanted.url, partial)
+    elif not zipfile.is_zipfile(partial):
+        partial.unlink()
+        raise DataError(
+            f"{wanted.url}: what came is no zip file; it was thrown away. Fix: run the same command again."
+        )
     with partial.open("rb") as file:
         part = {
             "url": wanted.url,
@@ -62,7 +73,48 @@ def fetch_url(wanted: RemoteUrl, target: Path, report: Callable[[int, int | None
     os.replace(partial, target)
 
 
-def _append(wanted: RemoteUrl, partial: Path, report: Callable[[int, int | None], None]) -> None:
+def unzip(archive: Path, wanted: RemoteArchive, target: Path) -> None:
+    """Unpack the files of a zip archive that are wanted into a folder.
+
+    Args:
+        archive: The zip file.
+        wanted: What is kept of it, and the most bytes that it may unpack to.
+        target: The folder, which appears when it is whole.
+
+    Raises:
+        DataError: The archive is damaged, leads out of the folder, holds too much or nothing that is wanted.
+        OSError: There is no room.
+    """
+    new = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(new, ignore_errors=True)
+    fix = f"Fix: delete {archive} and {archive}.json, and run the same command again."
+    left = wanted.unpacked
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            for member in packed.infolist():
+                path = PurePosixPath(member.filename)
+                if path.name != wanted.kept or member.is_dir():
+                    continue
+                if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
+                    raise zipfile.BadZipFile(f"{member.filename!r} leads out of its folder")
+                (new / path).parent.mkdir(parents=True, exist_ok=True)
+                with packed.open(member) as source, (new / path).open("wb") as out:
+                    while chunk := source.read(_CHUNK):
+                        left -= len(chunk)
+                        if left < 0:
+                            raise zipfile.BadZipFile(f"it unpacks to more than {wanted.unpacked:,} bytes")
+                        out.write(chunk)
+        if not new.is_dir():
+            raise zipfile.BadZipFile(f"it holds no {wanted.kept}")
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise DataError(f"{archive} is damaged ({error}). {fix}") from error
+    new.rename(target)
+
+
+def _append(
+    wanted: RemoteUrl | RemoteArchive, partial: Path, report: Callable[[int, int | None], None]
+) -> None:
     """Ask for the bytes that `partial` lacks and append them; a server that sends all of them is believed."""
     have = partial.stat().st_size
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}

@@ -113,7 +113,7 @@ def test_catalog_names_the_published_files() -> None:
     assert [file.target for file in files_of("triviaqa")] == [
         f"datasets/triviaqa/{split}.jsonl" for split in ("train", "dev", "test")
     ]
-    assert len(files_of("all")) == 14 + 3 + 2 * 3
+    assert len(files_of("all")) == 14 + 3 + 2 * 3 + 1
     assert {qa.title for qa in map(qa_set, QA_SETS)} == {
         "HotpotQA", "2WikiMultihopQA", "MuSiQue", "Bamboogle", "NaturalQuestions", "TriviaQA", "PopQA"
     }  # fmt: skip

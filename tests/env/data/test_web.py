@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from helpers.fake_hub import HALF, Hub, serving
 
 from at2po_env.data import catalog, web
-from at2po_env.data.catalog import RemoteUrl
+from at2po_env.data.catalog import RemoteArchive, RemoteUrl
 from at2po_env.data.download import get
 from at2po_env.errors import DataError
 
@@ -109,6 +111,58 @@ def test_a_page_in_the_place_of_the_file_is_named(hub: Hub, monkeypatch: pytest.
     monkeypatch.setattr(hub, "send_file", send_page)
     with pytest.raises(DataError, match="sent a page and not the file"):
         get("webshop")
+
+
+@pytest.fixture
+def archive(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    wanted = RemoteArchive(f"{hub.url}/games.zip", "datasets/games", 20_000, 5_000, "game.json")
+    monkeypatch.setattr(catalog, "WORLDS", {"games": (wanted,)})
+    return hub
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+        for name, content in files.items():
+            out.writestr(name, content)
+    return packed.getvalue()
+
+
+def test_a_zip_file_becomes_a_folder_of_the_files_that_are_wanted(archive: Hub, tmp_path: Path) -> None:
+    archive.files["/games.zip"] = zipped(
+        {"v1/train/a/game.json": b"1", "v1/eval/b/game.json": b"2", "v1/train/a/photo.png": b"3"}
+    )
+    archive.faults = ["drops", "500"]
+    (folder,) = get("games")
+    assert folder == tmp_path / "datasets/games"
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
+    assert found == {"v1/train/a/game.json": b"1", "v1/eval/b/game.json": b"2"}
+    assert not (tmp_path / "datasets/games.zip").exists()
+    archive.files.clear()
+    assert get("games") == [folder]  # nothing is asked for again
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"{}", "is no zip file; it was thrown away"),
+        (zipped({"a/game.json": b"1"})[:-9], "is no zip file; it was thrown away"),
+        (zipped({"a/other.json": b"1"}), "holds no game.json"),
+        (zipped({"../game.json": b"1"}), "leads out of its folder"),
+        (zipped({"/etc/game.json": b"1"}), "leads out of its folder"),
+        (zipped({"a/game.json": b"0" * 5_001}), "unpacks to more than 5,000 bytes"),
+        (zipped({"a/game.json": b"1" * 999}).replace(b"PK\x03\x04", b"PK\x03\x05", 1), "is damaged"),
+    ],
+)
+def test_a_zip_file_that_is_none_or_hostile_leaves_no_folder(
+    archive: Hub, tmp_path: Path, content: bytes, fault: str
+) -> None:
+    archive.files["/games.zip"] = content
+    with pytest.raises(DataError, match=fault):
+        get("games")
+    assert not (tmp_path / "datasets/games").exists()
+    assert not (tmp_path / "datasets/games.partial").exists()
+    assert not list(tmp_path.parent.glob("game.json"))
 
 
 def send_page(request: object) -> None:
