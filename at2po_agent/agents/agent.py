@@ -181,7 +181,8 @@ def example_texts(config: Config) -> list[str]:
     if config.cold_start.steps:
         collector = _TextCollector()
         episodes = config.cold_start.model_copy(update={"demonstrations": _TOKENIZER_EPISODES})
-        record_demonstrations(make_cold_start_env(config), collector, episodes, rng=rng)
+        shown = in_windows(InlineTranscript(collector), config)
+        record_demonstrations(make_cold_start_env(config), collector, episodes, rng=rng, transcript=shown)
         return collector.texts
     env = make_training_env(config)
     return [env.reset(seed=int(rng.integers(2**31)))[0] for _ in range(_TOKENIZER_EPISODES)]

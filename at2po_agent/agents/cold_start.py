@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from at2po_agent.agents.expert import ExpertConfig, demonstrate
+from at2po_agent.agents.expert import CommandExpertConfig, ExpertConfig, demonstrate, follow
 from at2po_agent.config.sections import ColdStartConfig
 from at2po_agent.runs.progress import Progress
 from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
+from at2po_env import CommandEnv
 from at2po_env.data.tasks import Task
 
 PHASE = "cold start"
@@ -74,7 +75,11 @@ def record_demonstrations(
     progress = progress or Progress()
     transcript = transcript or InlineTranscript(tokenizer)
     if script is None:
-        script = partial(demonstrate, config=ExpertConfig.model_validate(config.expert))
+        world = env.unwrapped
+        if isinstance(world, CommandEnv):
+            script = partial(follow, env=world, config=CommandExpertConfig.model_validate(config.expert))
+        else:
+            script = partial(demonstrate, config=ExpertConfig.model_validate(config.expert))
     progress.start("demonstrations", config.demonstrations)
     demonstrations: list[Demonstration] = []
     for _ in range(config.demonstrations):

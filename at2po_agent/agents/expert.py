@@ -1,9 +1,13 @@
-"""A scripted expert of deliberately limited quality, for the demonstrations of a cold start.
+"""Scripted experts of deliberately limited quality, for the demonstrations of a cold start.
 
-It knows the way to the answer from a task's metadata (MiniWiki's `path` and `chain`; the supporting titles of
-the multi-hop data sets) and writes tagged actions. Its planted faults decide what reinforcement learning has
-left to discover: it stops after the first page, searches for half a name, or answers the title of the page.
-The environment knows nothing of it, and no policy ever sees metadata.
+`follow` plays worlds of commands by the world's own expert, and wanders now and then.
+
+`demonstrate` answers questions. It knows the way to the answer from a task's metadata (MiniWiki's `path` and
+`chain`; the supporting titles of the multi-hop data sets) and writes tagged actions. Its planted faults
+decide what reinforcement learning is left to find: it stops after the first page, searches for half a name,
+or answers the title of the page.
+
+The environments know nothing of these experts, and no policy ever sees metadata.
 """
 
 import re
@@ -13,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from at2po_env import CommandEnv
 from at2po_env.data.tasks import Task
 from at2po_env.errors import DataError
 
@@ -32,6 +37,48 @@ class ExpertConfig(BaseModel):
         description="Search only for the first word of a name, and answer from the page it gives.",
     )
     page_title: float = Field(0.15, ge=0, le=1, description="Answer the title of the last page instead.")
+
+
+class CommandExpertConfig(BaseModel):
+    """The expert of worlds that are played by commands (`at2po_env.CommandEnv`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    wander: float = Field(
+        0.2, ge=0, le=1, description="Share of the turns with any possible command instead."
+    )
+
+
+def follow(
+    task: Task, *, env: CommandEnv, config: CommandExpertConfig, rng: np.random.Generator
+) -> Generator[str, str, None]:
+    """Play one episode of a world: yields actions, is sent observations.
+
+    Before each turn the world's expert plans anew, so that the episode goes on sensibly after a detour. The
+    thought of a turn is the command that is planned after it.
+
+    Args:
+        task: What the episode is about; the environment knows it.
+        env: The environment that is played, reset to the task.
+        config: The faults.
+        rng: Draws the detours.
+
+    Raises:
+        DataError: The world has no expert.
+    """
+    del task
+    while True:
+        state = env.get_state()
+        assert state is not None, "the environment was reset"
+        possible = [command for command in env.commands(state.world) if not command.endswith("[...]")]
+        planned = env.expert_commands()
+        if planned is None and not possible:
+            raise DataError(f"{type(env).__name__} has no expert to demonstrate; set cold_start.steps=0")
+        if not planned or (possible and rng.random() < config.wander):
+            thought, command = "maybe", possible[int(rng.integers(len(possible)))]
+        else:
+            thought, command = ["then", *planned[1:2]][-1], planned[0]
+        yield f"<think> {thought} </think><action> {command} </action>"
 
 
 class ExpertPlan(NamedTuple):

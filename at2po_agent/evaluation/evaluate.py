@@ -7,7 +7,13 @@ import gymnasium
 
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import Env, first_tasks
-from at2po_agent.evaluation.metrics import OUTCOME_PREFIX, sampled_tokens, tree_metrics, wilson_interval
+from at2po_agent.evaluation.metrics import (
+    METRIC_PREFIX,
+    OUTCOME_PREFIX,
+    sampled_tokens,
+    tree_metrics,
+    wilson_interval,
+)
 from at2po_agent.health import PROBES, HealthWatch
 from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import Options, RolloutConfig, rollout
@@ -33,6 +39,7 @@ class Evaluation(NamedTuple):
         turns: Turns of an episode.
         tokens: Sampled tokens of an episode.
         outcomes: How many episodes ended in which way.
+        metrics: Means of the numbers that the environment reports, such as success; 0 for a skipped question.
     """
 
     questions: int
@@ -44,6 +51,7 @@ class Evaluation(NamedTuple):
     turns: float
     tokens: float
     outcomes: dict[str, int]
+    metrics: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
         """All figures as JSON values."""
@@ -183,4 +191,9 @@ def summarise(trees: Sequence[Tree]) -> Evaluation:
         turns=figures.get("turns", 0.0),
         tokens=sampled_tokens(trees) / count if count else 0.0,
         outcomes=kinds,
+        metrics={
+            key.removeprefix(METRIC_PREFIX): value * answered
+            for key, value in figures.items()
+            if key.startswith(METRIC_PREFIX)
+        },
     )

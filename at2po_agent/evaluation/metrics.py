@@ -10,16 +10,19 @@ import numpy as np
 from at2po_agent.tree import Tree
 
 OUTCOME_PREFIX = "outcome/"
+METRIC_PREFIX = "metrics/"
 
 
 def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
     """Compute means and counts over all leaves of some trees.
 
     Returns:
-        reward, em and f1 (means over leaves; em and f1 only where the environment scores them), turns,
-        response tokens per branch, entropy (mean over turns, nats), groups_without_signal (share of questions
-        whose leaves have equal rewards), the counts questions, skipped_questions, leaves, nodes, tool_calls,
-        tool_errors, and `outcome/KIND` counts; where there are any, forced_tokens and discarded_turns.
+        reward; em and f1, only where the environment scores them (means over leaves); `metrics/NAME`, the
+        numbers that it reports, such as success (means over leaves; 0 for a leaf without one); turns and
+        response tokens per branch; entropy (mean over turns, nats) and entropy_between_turns (its standard
+        deviation within a branch, mean over branches); groups_without_signal (share of questions whose leaves
+        have equal rewards); the counts questions, skipped_questions, leaves, nodes, tool_calls, tool_errors
+        and `outcome/KIND`; where there are any, forced_tokens and discarded_turns.
     """
     grown = [tree for tree in trees if tree.leaves()]
     figures: dict[str, float] = {
@@ -38,6 +41,9 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
     figures["turns"] = float(np.mean([len(tree.path(leaf)) - 1 for tree, leaf, _ in leaves]))
     figures["response_tokens"] = float(np.mean([tree.response_tokens(leaf) for tree, leaf, _ in leaves]))
     figures["entropy"] = float(np.mean(np.concatenate([tree.entropy[1:] for tree in grown])))
+    figures["entropy_between_turns"] = float(
+        np.mean([np.std(tree.entropy[tree.path(leaf)[1:]]) for tree, leaf, _ in leaves])
+    )
     figures["tool_calls"] = sum(int(outcome.get("tool_calls", 0)) for _, _, outcome in leaves)
     figures["tool_errors"] = sum(int(outcome.get("tool_errors", 0)) for _, _, outcome in leaves)
     figures.update(_interventions(grown, [outcome for _, _, outcome in leaves]))
@@ -114,9 +120,13 @@ def _interventions(trees: Sequence[Tree], outcomes: Sequence[dict[str, Any]]) ->
 
 
 def _scores(outcomes: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean em and f1 (no answer counts 0), unless the environment never scores."""
-    return {
+    """Mean em, f1 and metrics (no answer counts 0), unless the environment never scores."""
+    scores = {
         name: float(np.mean([float(outcome.get(name) or 0.0) for outcome in outcomes]))
         for name in ("em", "f1")
         if any(name in outcome for outcome in outcomes)
     }
+    reported = [outcome.get("metrics") or {} for outcome in outcomes]
+    for name in sorted({name for numbers in reported for name in numbers}):
+        scores[METRIC_PREFIX + name] = float(np.mean([float(numbers.get(name, 0.0)) for numbers in reported]))
+    return scores

@@ -130,6 +130,10 @@ class CommandEnv(ForkableEnv):
     def load_world(self, data: Any) -> Any:
         """Return the world that `dump_world` wrote; raise a `ValueError` or `TypeError` if it is none."""
 
+    def expert_commands(self) -> list[str] | None:
+        """Return commands that solve the task from here, with full knowledge; None where there are none."""
+        return None
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:

@@ -117,7 +117,7 @@ class WebShopEnv(CommandEnv):
         state = self.get_state()
         if state is None:
             raise EnvError("no episode is running. Fix: call reset first")
-        return plan(self.goals.goal(state.world.goal), self.shop, self.searcher)
+        return plan(state.world, self.goals.goal(state.world.goal), self.shop, self.searcher)
 
     def page(self, session: Session) -> list[Element]:
         """Return the texts of a page with what each one is."""

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from at2po_envs.webshop.goals import Goal
-from at2po_envs.webshop.pages import PER_PAGE
+from at2po_envs.webshop.pages import PER_PAGE, Session
 from at2po_envs.webshop.reward import ALIKE, color_or_text, token_set_ratio
 from at2po_envs.webshop.shop import Searcher, Shop
 
 
-def plan(goal: Goal, shop: Shop, searcher: Searcher) -> list[str]:
+def plan(session: Session, goal: Goal, shop: Shop, searcher: Searcher) -> list[str]:
     """Return the commands that buy the product of a goal, from any page.
 
-    The expert searches for the instruction without its clause about the price, then for what the title says,
+    On the product's page, and where it is listed on this page or a later one, the expert goes on from there.
+    Else it searches for the instruction without its clause about the price, then for what the title says,
     and takes the first search that finds the product. Some goals cannot be satisfied, because the published
     reward never accepts their options; the expert then buys the product all the same.
 
     Args:
+        session: Where the customer stands.
         goal: What is to be bought.
         shop: The products.
         searcher: Their search.
     """
     asin = goal.product.asin
     row = shop.find_row(asin)
+    values = [" ".join(value.split()) for value in chosen_options(goal)]
+    if session.page == "item" and session.asin == asin:
+        taken = {" ".join(value.split()) for _, value in session.options}
+        return [*(f"click[{value}]" for value in values if value not in taken), "click[buy now]"]
+    purchase = [f"click[{asin.lower()}]", *(f"click[{value}]" for value in values), "click[buy now]"]
+    if session.page == "results":
+        found = searcher.find(session.query)
+        ahead = found.index(row) // PER_PAGE + 1 - session.number if row in found else -1
+        if ahead >= 0:
+            return [*["click[next >]"] * ahead, *purchase]
     words = goal.text.partition(", and price lower than")[0]
     best, pages = words, 0
     for query in (words, goal.product.title, f"{goal.product.title} {words}"):
@@ -31,13 +43,7 @@ def plan(goal: Goal, shop: Shop, searcher: Searcher) -> list[str]:
         if row in found:
             best, pages = query, found.index(row) // PER_PAGE
             break
-    return [
-        f"search[{best}]",
-        *["click[next >]"] * pages,
-        f"click[{asin.lower()}]",
-        *(f"click[{' '.join(value.split())}]" for value in chosen_options(goal)),
-        "click[buy now]",
-    ]
+    return [f"search[{best}]", *["click[next >]"] * pages, *purchase]
 
 
 _NO_BRACKETS = str.maketrans("[]<>", "    ")

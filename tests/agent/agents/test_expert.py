@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from helpers.corridor import Corridor
 
-from at2po_agent.agents.expert import ExpertConfig, demonstrate, plan
+from at2po_agent.agents.expert import CommandExpertConfig, ExpertConfig, demonstrate, follow, plan
 from at2po_env.data.tasks import Task
 from at2po_env.errors import DataError
 
@@ -72,3 +73,58 @@ def test_multi_hop_data_sets_are_demonstrated_by_their_supporting_titles():
 def test_a_task_that_tells_no_way_is_refused():
     with pytest.raises(DataError, match="task 't'"):
         plan(Task("t", "q?", ("gold",), {}))
+
+
+# Worlds of commands
+
+
+class Guided(Corridor):
+    """The corridor with an expert."""
+
+    def expert_commands(self):
+        return [*["forward"] * (3 - self.get_state().world), "open door"]
+
+
+def wandering(wander, seed=0, env=None):
+    env = env or Guided()
+    _, info = env.reset(options={"task_id": "far"})
+    script = follow(
+        env.tasks.by_id(info["task_id"]),
+        env=env,
+        config=CommandExpertConfig(wander=wander),
+        rng=np.random.default_rng(seed),
+    )
+    action, ended, actions = next(script), False, []
+    while not ended:
+        actions.append(action)
+        observation, reward, terminated, truncated, _ = env.step(action)
+        ended = terminated or truncated
+        if not ended:
+            action = script.send(observation)
+    return actions, reward
+
+
+def test_the_expert_of_a_world_is_followed_with_the_next_command_in_mind():
+    actions, reward = wandering(wander=0.0)
+    assert actions == [
+        "<think> forward </think><action> forward </action>",
+        "<think> open door </think><action> forward </action>",
+        "<think> then </think><action> open door </action>",
+    ]
+    assert reward == 1.0
+
+
+def test_an_expert_that_wanders_plans_anew():
+    played = [wandering(wander=0.5, seed=seed) for seed in range(30)]
+    assert any("<think> maybe </think>" in action for actions, _ in played for action in actions)
+    assert {reward for _, reward in played} >= {1.0, -1.0}  # some detours jump, others cost a turn
+    assert len({tuple(actions) for actions, _ in played}) > 3
+
+
+def test_a_world_without_an_expert_says_so():
+    class Silent(Corridor):
+        def commands(self, state):
+            return ["search[...]"] * bool(state)
+
+    with pytest.raises(DataError, match="no expert to demonstrate"):
+        wandering(wander=0.0, env=Silent())

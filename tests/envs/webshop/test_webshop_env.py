@@ -230,3 +230,20 @@ def test_splits_hold_different_goals_in_the_shuffled_order() -> None:
 def test_wrong_arguments_say_what_is_wrong(options: dict[str, Any], fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
         make(**options)
+
+
+def test_the_expert_goes_on_from_wherever_the_customer_stands() -> None:
+    env = make()
+    for index in range(len(base(env).tasks)):
+        for detour in ([], ["search[shoes]"], ["search[tea]", "click[next >]"], ["search[tea]", "wander"]):
+            env.reset(options={"index": index})
+            for command in detour:
+                names = base(env).commands(base(env).get_state().world)
+                env.step(names[-1] if command == "wander" else command)
+            success = 0.0
+            for _ in range(12):
+                *_, terminated, truncated, info = env.step(base(env).expert_commands()[0])
+                if terminated or truncated:
+                    success = info["metrics"]["success"]
+                    break
+            assert success == 1.0, (index, detour)
