@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from at2po_env.data.corpus import Passage
 from at2po_env.retrieval.base import Retriever
@@ -76,9 +76,7 @@ class DynamicBatcher:
         self._jobs.append(job)
         self._waiting += len(queries)
         if len(self._running) < self._workers:
-            task = asyncio.create_task(self._work())
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            self._running.add(asyncio.create_task(self._work()))
         return await job.answer
 
     async def close(self) -> None:
@@ -90,8 +88,13 @@ class DynamicBatcher:
     async def _work(self) -> None:
         if self._max_wait_s:
             await asyncio.sleep(self._max_wait_s)
-        while self._jobs:
-            await self._answer(self._take())
+        try:
+            while self._jobs:
+                await self._answer(self._take())
+        finally:
+            # At once, and not in a callback of the task: a search that comes in between would take this task
+            # for a searcher at work and wait for ever.
+            self._running.discard(cast("asyncio.Task[None]", asyncio.current_task()))
 
     def _take(self) -> list[_Job]:
         """Take the first job and those after it that fit into its batch, in order."""

@@ -122,7 +122,7 @@ def _listening(config: ServerConfig) -> socket.socket:
 
 
 class _ImpatientProtocol(H11Protocol):
-    """uvicorn's HTTP, with a limit on the time in which a request must arrive.
+    """uvicorn's HTTP, with a limit on the time in which a request must arrive, and quiet about broken bodies.
 
     uvicorn bounds the size of a request's head, but waits for the rest of an incomplete request for ever: so
     many half-open connections as a process may have files would shut everyone else out.
@@ -141,6 +141,19 @@ class _ImpatientProtocol(H11Protocol):
             self._stop_timer()
         elif self._timer is None:  # its first bytes came on a connection that was kept open
             self._timer = self.loop.call_later(self.receive_s, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP; where it is the body of a request under way, close the connection.
+
+        uvicorn would send this refusal and the request's answer, and both fail with a traceback in the log.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            super().send_400_response(msg)
+            return
+        cycle.disconnected = True
+        cycle.message_event.set()
+        self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()

@@ -33,6 +33,16 @@ def test_a_search_never_holds_up_the_loop() -> None:
     assert threading.get_ident() not in threads
 
 
+def test_a_search_right_after_another_is_not_forgotten(passages: tuple[Passage, ...]) -> None:
+    async def ask() -> None:
+        batcher = DynamicBatcher(Bm25Retriever.from_passages(passages))
+        for _ in range(3):
+            assert await batcher.search(["enigma"], 1)
+        await batcher.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
+
+
 def test_requests_get_in_between_searches(passages: tuple[Passage, ...]) -> None:
     retriever, seen = Bm25Retriever.from_passages(passages), list[str]()
 

@@ -1,6 +1,7 @@
 import contextlib
 import http.client
 import json
+import logging
 import os
 import signal
 import socket
@@ -214,6 +215,26 @@ def test_half_open_connections_shut_nobody_out_for_long() -> None:
         assert connection.getresponse().status == 503
         connection.close()
         assert HttpRetriever(url=url, timeout_s=10).search(["a"], 1)[0][0].title == "a"
+
+
+@pytest.mark.parametrize("method", [b"POST", b"HEAD"])
+def test_a_broken_body_leaves_no_traceback_in_the_log(
+    method: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b" /retrieve HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with serving(Recording(), ServerConfig(port=0, token="t")) as url:
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).addHandler(caplog.handler)
+        for body in (b"no chunk\r\n", b"1\r\nxx\r\n"):
+            with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), 10) as connection:
+                connection.sendall(method + head + body)
+                with contextlib.suppress(ConnectionError):
+                    while connection.recv(1000):
+                        pass
+        assert HttpRetriever(url=url, token="t", timeout_s=10).search(["a"], 1)[0][0].title == "a"
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 @pytest.mark.parametrize("head", [b"GET /" + b"a" * 20_000, b"GET / HTTP/1.1\r\nX: " + b"a" * 20_000])
