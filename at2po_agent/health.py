@@ -132,13 +132,17 @@ class HealthWatch:
         config: Thresholds and patience.
         report: Takes a line that a person should read.
         resume: The end of the error's message: how to go on by hand.
+
+    Attributes:
+        history: Tallies of the samples so far that may still count, oldest first. A run keeps them in its
+            checkpoints, because a resumed run has to judge as one in one piece does.
     """
 
     def __init__(self, config: HealthConfig, report: Callable[[str], None], resume: str) -> None:
         self._config = config
         self._report = report
         self._resume = resume
-        self._history: list[Tallies] = []
+        self.history: list[Tallies] = []
         self._warned: set[str] = set()
 
     def sound(
@@ -172,9 +176,9 @@ class HealthWatch:
             result = sample()
             trees = trees_of(result)
             tallies = tally(trees, counters.counts())
-            verdict = self._judge([*self._history, tallies])
+            verdict = self._judge([*self.history, tallies])
             if verdict.level != "pause":
-                self._history = [*self._history[-99:], tallies]
+                self.history = [*self.history[-99:], tallies]
                 self._warn(verdict)
                 return result, {f"health/{name}": share for name, share in verdict.shares.items()}
             if down_since is None:

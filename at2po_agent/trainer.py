@@ -26,7 +26,7 @@ from at2po_agent.environments import (
 )
 from at2po_agent.evaluation.evaluate import Evaluation, evaluate_mode
 from at2po_agent.evaluation.metrics import intervention_shares, staleness_metrics, tree_metrics
-from at2po_agent.health import PROBES, HealthWatch
+from at2po_agent.health import PROBES, HealthWatch, Tally
 from at2po_agent.learning.step import TreeLearner, give_credit
 from at2po_agent.rollout import GrownTrees, rollout
 from at2po_agent.rollout.uncertainty import Thresholds, running_threshold
@@ -56,6 +56,7 @@ class TrainerState:
         metrics_lines: Lines of metrics.jsonl when the checkpoint was saved; None in those of older releases.
         epsilon: Threshold of the thinking intervention, where `rollout.thinking.share` is set.
         eta: Threshold of dynamical sampling, where `rollout.resampling.share` is set.
+        health: Failed and all calls of each service in the newest samples (`HealthWatch.history`).
     """
 
     step: int = 0
@@ -69,6 +70,7 @@ class TrainerState:
     metrics_lines: int | None = None
     epsilon: float | None = None
     eta: float | None = None
+    health: list[dict[str, tuple[int, int]]] = field(default_factory=list)
 
 
 class Trainer:
@@ -208,6 +210,9 @@ class Trainer:
             return
         self.state.version = self.agent.sampler.version
         self.state.metrics_lines = self.folder.metrics_lines()
+        self.state.health = [
+            {name: (*one,) for name, one in tallies.items()} for tallies in self._health.history
+        ]
         self.state.seconds = self.seconds
         self._started = time.monotonic()
         save_checkpoint(
@@ -238,6 +243,9 @@ class Trainer:
                 f"{restored.path}: state.json holds no state of a training run ({error.errors()[0]['msg']}); "
                 f"delete the folder {restored.path} or restore the file"
             ) from error
+        self._health.history = [
+            {name: Tally(*one) for name, one in tallies.items()} for tallies in self.state.health
+        ]
         self._saved_step = self.state.step
         self._first_step = self.state.step + 1
         self.folder.rewind_metrics(self.state.step, self.state.metrics_lines)

@@ -70,7 +70,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    for number, line in enumerate(_content(path).splitlines(keepends=True), start=1):
         try:
             records.append(_json_object(line, path, number))
         except DataError:
@@ -87,7 +87,7 @@ def read_rollout_config(run: Path) -> dict[str, Any]:
     """
     path = run / CONFIG
     try:
-        section = (yaml.safe_load(path.read_bytes()) or {}).get("rollout") if path.exists() else None
+        section = (yaml.safe_load(_content(path)) or {}).get("rollout") if path.exists() else None
     except (yaml.YAMLError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a configuration ({error}).") from error
     return section if isinstance(section, dict) else {}
@@ -96,7 +96,7 @@ def read_rollout_config(run: Path) -> dict[str, Any]:
 def read_summary(run: Path) -> dict[str, Any]:
     """Read a run's `summary.json`; empty while the run is not finished."""
     path = run / SUMMARY
-    return _json_object(path.read_bytes(), path, None) if path.exists() else {}
+    return _json_object(_content(path), path, None) if path.exists() else {}
 
 
 def read_trees(path: Path) -> list[TreeRecord]:
@@ -203,6 +203,15 @@ def _numbers(values: Any, shapes: set[tuple[int, ...]]) -> FloatArray | None:
     if array.shape not in shapes:
         raise ValueError(f"credit of shape {array.shape}, expected one of {sorted(shapes)}")
     return array
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}). Fix: restore or remove it."
+        ) from error
 
 
 def _json_object(data: bytes, path: Path, number: int | None) -> dict[str, Any]:

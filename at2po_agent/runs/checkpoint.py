@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -263,7 +264,14 @@ def _write_files(
 ) -> None:
     _save_model(model, folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
+        try:
+            tokenizer.save_pretrained(str(folder))
+        except Exception as error:
+            # The library of tokenizers tells errors of the disk in words: "No space left ... (os error 28)".
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if isinstance(error, OSError) or number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
     tensors, scalars = _split_optimizer(optimizer)
     save_file(tensors, folder / OPTIMIZER)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

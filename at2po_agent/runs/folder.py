@@ -4,6 +4,7 @@ import contextlib
 import glob
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,12 @@ def open_run(config: Config, *, resume: bool = False) -> Iterator[tuple[RunFolde
             )
         file, text = path / CONFIG_FILE, config_text(config)
         with disk_refusals(file):
-            for stray in path.glob(".*.tmp"):  # a process that was killed left it
-                stray.unlink()
+            for place in (path, path / TREES, path / CHECKPOINTS):
+                for stray in place.glob(".*.tmp"):  # a process that was killed left it
+                    if stray.is_dir():
+                        shutil.rmtree(stray)
+                    else:
+                        stray.unlink()
             if not file.is_file() or file.read_bytes() != text.encode():
                 replace_file(file, text)
         yield RunFolder(path), config

@@ -15,6 +15,7 @@ import os
 import sqlite3
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -44,6 +45,22 @@ CREATE TRIGGER IF NOT EXISTS one_less AFTER DELETE ON results
 """
 
 
+def _checksum(key: bytes, text: str) -> str:
+    return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass'), zlib.crc32(key)):08x}"
+
+
+def _read(key: bytes, row: str) -> list[Passage]:
+    """Read a row: a checksum of key and text, and the text; rows of older releases have no checksum.
+
+    Raises:
+        ValueError: The row is damaged.
+    """
+    text = row if row.startswith("[") else row[8:]
+    if text is not row and row[:8] != _checksum(key, text):
+        raise ValueError("a row of the cache does not have its checksum")
+    return [Passage(*item) for item in _kept.validate_json(text)]
+
+
 class ResultCache:
     """Lists of passages by key, in a bounded SQLite file; thread safe, shared by processes.
 
@@ -70,9 +87,7 @@ class ResultCache:
             stale = []
             for key in keys:
                 row = connection.execute("SELECT used, found FROM results WHERE key = ?", (key,)).fetchone()
-                found.append(
-                    None if row is None else [Passage(*item) for item in _kept.validate_json(row[1])]
-                )
+                found.append(None if row is None else _read(key, row[1]))
                 if row is not None and now - row[0] > _TOUCH_S:
                     stale.append((now, key))
             if stale:
@@ -88,7 +103,8 @@ class ResultCache:
             sqlite3.Error, OSError: the file cannot be written.
         """
         now = int(time.time())
-        rows = [(key, now, json.dumps(found, ensure_ascii=False)) for key, found in results]
+        texts = [(key, json.dumps(found, ensure_ascii=False)) for key, found in results]
+        rows = [(key, now, _checksum(key, text) + text) for key, text in texts]
         with self._lock:
             connection = self._open()
             with connection:

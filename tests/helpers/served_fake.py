@@ -40,7 +40,7 @@ Behaviour = Callable[[Seen], Any]
 class FakeServer:
     """Its address, and what it saw."""
 
-    def __init__(self, behaviour: Behaviour, models: list[str]) -> None:
+    def __init__(self, behaviour: Behaviour, models: list[str] | Reply) -> None:
         self.behaviour, self.models = behaviour, models
         self.seen: list[Seen] = []
         self.under_way = self.most_under_way = self.gone = 0
@@ -52,6 +52,9 @@ class FakeServer:
             disable_nagle_algorithm = True
 
             def do_GET(self) -> None:
+                if isinstance(fake.models, Reply):
+                    self.answer(fake.models)
+                    return
                 names = {"object": "list", "data": [{"id": name} for name in fake.models]}
                 self.answer(Reply(names))
 
@@ -107,7 +110,7 @@ class FakeServer:
 
 
 @contextmanager
-def serving(behaviour: Behaviour, *, models: list[str] | None = None) -> Iterator[FakeServer]:
+def serving(behaviour: Behaviour, *, models: list[str] | Reply | None = None) -> Iterator[FakeServer]:
     """A server while the block runs."""
     fake = FakeServer(behaviour, ["tiny"] if models is None else models)
     thread = threading.Thread(target=fake.server.serve_forever, args=(0.01,), daemon=True)

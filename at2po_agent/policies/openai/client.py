@@ -172,7 +172,7 @@ class Client:
         try:
             response = await self._http.get(f"{self._server.url}/models")
             return [str(entry["id"]) for entry in response.json()["data"]]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, RecursionError):
             return []
 
     async def _adapting(self, sent: dict[str, Any], max_tokens: int) -> Answer:

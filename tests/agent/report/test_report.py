@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from at2po_agent.report.run_folder import (
     most_telling,
     pick,
     read_metrics,
+    read_rollout_config,
     read_summary,
     read_trees,
 )
@@ -410,6 +412,16 @@ def test_a_run_that_has_just_started_has_no_report_yet(tmp_path: Path) -> None:
     assert write_run_report(tmp_path) == []
     with pytest.raises(NothingYetError):
         read_curves(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("metrics.jsonl", read_metrics), ("summary.json", read_summary), ("config.yaml", read_rollout_config)],
+)
+def test_a_folder_in_place_of_a_file_is_one_clear_error(tmp_path: Path, name: str, read: Any) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=rf"{name}: cannot be read \(Is a directory\)"):
+        read(tmp_path)
 
 
 def test_damaged_metrics_are_not_mistaken_for_none(tmp_path: Path) -> None:

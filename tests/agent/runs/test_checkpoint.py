@@ -223,6 +223,31 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_as_it_was(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir() if path.name != "latest"] == ["step_000001"]
 
 
+def test_a_full_disk_is_named_when_the_tokenizer_meets_it(tmp_path):
+    # A real failure: the tokenizer's file may not grow, and its library says so with a plain Exception.
+    tokenizer = train_tokenizer(["some text"], vocab_size=280).hf
+
+    class Limited:
+        def save_pretrained(self, folder: str) -> None:
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+            try:
+                tokenizer.backend_tokenizer.save(f"{folder}/tokenizer.json")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    class Buggy:
+        def save_pretrained(self, _: str) -> None:
+            raise LookupError("a bug")
+
+    model, optimizer = trained()
+    how = {"step": 1, "model": model, "optimizer": optimizer, "state": {}, "keep": 1, "config": CONFIG}
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint.*File too large"):
+        save_checkpoint(tmp_path, tokenizer=Limited(), **how)
+    with pytest.raises(LookupError, match="a bug"):
+        save_checkpoint(tmp_path, tokenizer=Buggy(), **how)
+
+
 def test_a_disk_that_refuses_in_the_middle_of_a_file_leaves_nothing_half_there(tmp_path):
     # a real failure within safetensors' own writer: files may not grow beyond 20 kB
     parts = trained()

@@ -69,6 +69,19 @@ def test_a_kill_at_any_step_of_the_write_leaves_the_old_or_the_new_configuration
     assert (folder / "config.yaml").read_text(encoding="utf-8") == new
 
 
+def test_whatever_a_killed_process_left_half_written_is_removed(tmp_path):
+    folder = tmp_path / "run"
+    start(folder)
+    (folder / "metrics.jsonl").touch()
+    strays = [folder / ".config.yaml.7.tmp", folder / "trees" / ".step_000001.jsonl.7.tmp"]
+    strays += [folder / "checkpoints" / ".latest.7.tmp", folder / "checkpoints" / ".step_000001.7.tmp" / "x"]
+    for stray in strays:
+        stray.parent.mkdir(parents=True, exist_ok=True)
+        stray.write_text("half")
+    go_on(folder)
+    assert list(folder.rglob(".*.tmp")) == []
+
+
 def test_a_full_disk_is_named_and_leaves_the_configuration_as_it_was(tmp_path):
     folder = tmp_path / "run"
     before = start(folder)

@@ -29,7 +29,13 @@ class Killed(BaseException):
 
 
 def train(
-    folder: Path, *, resume: bool = False, progress: Any = None, lr: float = 1e-2, steps: int = 2
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: Any = None,
+    lr: float = 1e-2,
+    steps: int = 2,
+    questions: int = 2,
 ) -> dict[str, Any]:
     def make_agent(config: Config) -> Agent:
         model = build_model(SHAPE, seed=config.run.seed, eos_id=SmallTokenizer.eos_id)
@@ -49,7 +55,12 @@ def train(
             },
             "optimizer": {"lr": lr},
             "train": {
-                **{"steps": steps, "questions": 2, "minibatch_questions": 1, "old_log_probs": "sampler"},
+                **{
+                    "steps": steps,
+                    "questions": questions,
+                    "minibatch_questions": 1,
+                    "old_log_probs": "sampler",
+                },
                 **{"save_every": 1, "save_trees_every": 1},
             },
         }
@@ -123,6 +134,19 @@ def test_no_evaluation_is_written_twice(whole_run, tmp_path, phase, number):
     train(folder, resume=True)  # a finished run measures again, and writes the same
     assert lines(folder) == lines(whole_run)
     assert weights(folder) == weights(whole_run)
+
+
+def test_the_shares_of_failed_calls_go_on_counting(tmp_path):
+    # One step has too few calls to say anything about a service, four together have enough.
+    shape = {"questions": 1, "steps": 4}
+    train(tmp_path / "whole", **shape)
+    with pytest.raises(Killed):
+        train(tmp_path / "broken", progress=KillAt("rollout", 4), **shape)
+    train(tmp_path / "broken", resume=True, **shape)
+    assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
+    steps = [line for line in lines(tmp_path / "whole") if line["kind"] == "train"]
+    assert "health/steps" not in steps[0]
+    assert "health/steps" in steps[3]
 
 
 def test_the_version_of_the_weights_goes_on_counting(tmp_path):

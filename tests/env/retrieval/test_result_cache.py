@@ -182,6 +182,26 @@ def test_a_damaged_row_is_survived(tmp_path: Path, found: object) -> None:
     assert retriever.search(["a"], 1) == Counting().search(["a"], 1)
 
 
+def test_another_letter_in_a_row_is_noticed(tmp_path: Path) -> None:
+    retriever = CachedRetriever(Counting(), tmp_path / "c")
+    retriever.search(["a"], 1)
+    table = retriever.cache._open()
+    table.execute(
+        "UPDATE results SET found = replace(found, 'text', 'lies')"
+    )  # valid, of the right type, and wrong
+    assert table.execute("SELECT found FROM results").fetchone()[0].count("lies") == 1
+    assert retriever.search(["a"], 1) == Counting().search(["a"], 1)
+
+
+def test_a_row_of_an_older_release_is_read(tmp_path: Path) -> None:
+    inner = Counting()
+    retriever = CachedRetriever(inner, tmp_path / "c")
+    expected = retriever.search(["a"], 1)
+    retriever.cache._open().execute("UPDATE results SET found = substr(found, 9)")  # without its checksum
+    assert retriever.search(["a"], 1) == expected
+    assert inner.asked == ["a"]
+
+
 def test_a_damaged_time_of_use_is_survived(tmp_path: Path) -> None:
     retriever = CachedRetriever(Counting(), tmp_path / "c")
     retriever.search(["a"], 1)

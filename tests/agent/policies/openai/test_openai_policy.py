@@ -322,6 +322,16 @@ def test_failures_that_are_not_in_a_row_are_data() -> None:
     assert reasons == ["abort", "abort", "eos"] * 4
 
 
+def test_a_refusal_that_is_nested_too_deeply_is_an_error_like_any_other() -> None:
+    deep = Reply(b"[" * 100_000, status=404)
+    with (
+        serving(lambda _: deep, models=Reply(b"[" * 100_000)) as fake,
+        policy_for(fake) as policy,
+        pytest.raises(PolicyError, match="or no model"),
+    ):
+        policy.generate([ask()])
+
+
 def test_a_refused_answer_is_data() -> None:
     filtered = Reply(error("Your prompt was flagged", code="content_filter"), status=400)
     cut = chat("so f", finish="content_filter")
