@@ -6,7 +6,7 @@ Interventions travel with their requests and their state comes back with the gen
 What can go wrong, and what then happens: the child dies (killed, out of memory, an error of vLLM): every
 call says so at once with a `PolicyError`, nothing hangs, and no process stays behind. The child stops making
 steps: it is killed after `stall_timeout_s`, and the same error follows. This process dies: the child ends
-itself.
+itself. Shared memory that a killed process has left is removed then, or at the next start (`shared_files`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,22 @@ import os
 import signal
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.vllm.child import Wire, serve
 from at2po_agent.policies.vllm.engine import Finished
+from at2po_agent.policies.vllm.shared_files import (
+    descendants,
+    mapped_files,
+    note_files,
+    remove_noted,
+    sweep,
+)
 from at2po_agent.policies.vllm.spec import EngineSpec, Limits
 from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_env.errors import At2poError, PolicyError
@@ -50,6 +58,8 @@ class RemoteEngine:
         self._failures: list[At2poError] = []
         self._replies: list[tuple[bool, Any]] = []
         self._dead: str | None = None
+        self._notes: list[Path] = []
+        sweep()
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
@@ -59,7 +69,7 @@ class RemoteEngine:
             self.process.start()
         theirs.close()
         self._heard = time.monotonic()
-        self._end = weakref.finalize(self, _end_process, self.process, self.connection)
+        self._end = weakref.finalize(self, _end_process, self.process, self.connection, self._notes)
 
     @property
     def tickets(self) -> set[int]:
@@ -73,6 +83,9 @@ class RemoteEngine:
             PolicyError: It cannot be started.
         """
         limits: Limits = self._reply("start", self._config.start_timeout_s)
+        pid = self.process.pid
+        note = note_files(f"engine-{self.number}", mapped_files(descendants(pid)) if pid is not None else ())
+        self._notes += [] if note is None else [note]
         return limits
 
     def add(self, ticket: int, request: Request) -> None:
@@ -230,8 +243,8 @@ def _environment(spec: EngineSpec) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _end_process(process: BaseProcess, connection: Connection) -> None:
-    """Close the connection, which ends the child; use force where that does not help. Reaps it."""
+def _end_process(process: BaseProcess, connection: Connection, notes: Sequence[Path]) -> None:
+    """Close the connection, which ends the child, or use force. Reap it, and remove what it has left."""
     connection.close()
     process.join(_PATIENCE_S)
     if process.is_alive():
@@ -240,6 +253,9 @@ def _end_process(process: BaseProcess, connection: Connection) -> None:
     if process.is_alive():
         process.kill()
         process.join()
+    deadline = time.monotonic() + _PATIENCE_S / 2  # its workers notice a moment later that it has gone
+    while not all([remove_noted(note) for note in notes]) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _signal(number: int) -> str:

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from at2po_agent.policies.vllm.shared_files import note_files
 from at2po_env.errors import PolicyError
 
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -181,6 +182,10 @@ class SharedSender:
             os.close(handle)
             self._path = Path(name)
             weakref.finalize(self, self._path.unlink, missing_ok=True)
+            if roomy:
+                note = note_files(f"weights-{self._path.name}", [self._path.name])
+                if note is not None:
+                    weakref.finalize(self, note.unlink, missing_ok=True)
         with self._path.open("r+b") as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
