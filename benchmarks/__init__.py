@@ -6,6 +6,7 @@
 | `rollout`, `policy` | the scheduler against lock-step rounds; the samplers |
 | `losses`, `packing`, `step` | the losses, packed trees against rows, a whole training step |
 | `retrieval`, `retrieval_hits` | speed, memory and recall of retrievers; titles found by BM25 |
+| `campaign` | nothing: it tries to break promises, and counts failures |
 | `algorithms` | every algorithm from one cold start at one budget (`race`, `race_report`) |
 
 Each module's docstring names its keys. `_timing` is shared by all, `random_trees` and `slow_world` make the

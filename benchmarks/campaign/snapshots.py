@@ -1,7 +1,5 @@
 """Attacks snapshots: seeded mutations of valid ones are read, restored and played on.
 
-    python -m benchmarks.hostile_snapshots --tries 100000 --seed 0
-
 A mutated snapshot is either refused with one of at2po's errors, and then nothing has changed, or it gives
 other values to the declared state, and then the episode goes on. Anything else is a failure: another
 exception, an attribute gained or lost, a changed wrapper, an imported module, or a try of more than a second.
@@ -9,15 +7,16 @@ exception, an attribute gained or lost, a changed wrapper, an imported module, o
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import copy
 import json
 import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import gymnasium
 from gymnasium import wrappers as gym
@@ -26,6 +25,7 @@ from at2po_env import Snapshot, ToolEnv, restore, snapshot
 from at2po_env.contract.testing import PigEnv
 from at2po_env.errors import At2poError
 from at2po_env.wrappers import FullTranscript, NumericView
+from benchmarks.campaign.runner import Try
 
 Env = gymnasium.Env[Any, Any]
 LIMIT_S = 1.0
@@ -78,15 +78,6 @@ STACKS: Mapping[str, Callable[[], Env]] = {
 }
 
 
-class Failure(NamedTuple):
-    """A try that went wrong: `mutate(valid[number], random.Random(seed))` gives the text again."""
-
-    stack: str
-    seed: int
-    what: str
-    text: str
-
-
 def mutate(text: str, rng: random.Random) -> str:
     """Return a snapshot's text with one to three changes, of its values or of the text itself."""
     if rng.random() < 0.1:
@@ -128,29 +119,40 @@ def mutate(text: str, rng: random.Random) -> str:
     return json.dumps(data)
 
 
-def attack(stack: str, *, tries: int, seed: int = 0) -> list[Failure]:
-    """Try so many mutated snapshots of a stack, and return those that did harm."""
-    env = STACKS[stack]()
-    play = [*env.unwrapped.example_actions(), ""]  # type: ignore[attr-defined]
-    valid = []
-    for turns in (0, 1, 3):
-        env.reset(seed=turns)
-        for turn in range(turns):
-            _, _, terminated, truncated, _ = env.step(_action(env, play, turn))
-            if terminated or truncated:
-                break
-        valid.append(snapshot(env))
-    texts = [snap.to_json() for snap in valid]
-    failures = []
-    for number in range(tries):
-        own = seed * 1_000_003 + number
-        rng = random.Random(own)
-        text = mutate(texts[number % len(texts)], rng)
-        restore(env, valid[0])
-        what = _try(env, text, texts[0], play)
-        if what:
-            failures.append(Failure(stack, own, what, text[:2_000]))
-    return failures
+@contextlib.contextmanager
+def mutated_snapshots(folder: Path) -> Iterator[Try]:
+    """The stacks of wrappers take turns."""
+    del folder
+    targets = [Target(stack) for stack in STACKS]
+    yield lambda rng, number: targets[number % len(targets)].attempt(rng, number // len(targets))
+
+
+class Target:
+    """A stack of wrappers with valid snapshots of it.
+
+    Args:
+        stack: Its name.
+    """
+
+    def __init__(self, stack: str) -> None:
+        self._stack, self._env = stack, STACKS[stack]()
+        self._play = [*self._env.unwrapped.example_actions(), ""]  # type: ignore[attr-defined]
+        self._valid = []
+        for turns in (0, 1, 3):
+            self._env.reset(seed=turns)
+            for turn in range(turns):
+                _, _, terminated, truncated, _ = self._env.step(_action(self._env, self._play, turn))
+                if terminated or truncated:
+                    break
+            self._valid.append(snapshot(self._env))
+        self._texts = [snap.to_json() for snap in self._valid]
+
+    def attempt(self, rng: random.Random, number: int) -> str:
+        """Try a mutated snapshot; returns what went wrong."""
+        text = mutate(self._texts[number % len(self._texts)], rng)
+        restore(self._env, self._valid[0])
+        what = _try(self._env, text, self._texts[0], self._play)
+        return f"{self._stack}: {what}: {text[:1_000]}" if what else ""
 
 
 def _action(env: Env, play: list[str], turn: int) -> Any:
@@ -195,24 +197,3 @@ def _play(env: Env, layers: list[Env], play: list[str]) -> None:
     except (At2poError, gymnasium.error.Error):
         pass  # the episode has ended, or was never begun
     restore(env, snapshot(env))
-
-
-def main() -> None:
-    """Attack every stack and print the failures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tries", type=int, default=10_000, help="snapshots per stack")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    failures = [
-        failure for stack in STACKS for failure in attack(stack, tries=options.tries, seed=options.seed)
-    ]
-    for failure in failures:
-        print(json.dumps(failure._asdict()))
-    print(json.dumps({"tries": options.tries * len(STACKS), "failures": len(failures)}))
-    sys.exit(bool(failures))
-
-
-if __name__ == "__main__":
-    main()
