@@ -63,13 +63,6 @@ class CorpusRow(BaseModel):
     contents: StrictStr
 
 
-class _Scan(NamedTuple):
-    """What one pass over the file found: row i spans the bytes offsets[i] to offsets[i + 1]."""
-
-    digest: str
-    offsets: Offsets
-
-
 class Corpus:
     """Random access to the passages of a corpus file, by row number; immutable and thread safe."""
 
@@ -127,16 +120,48 @@ def _passage(line: bytes, path: Path, number: int) -> Passage:
     return Passage(str(row.id), title, text)
 
 
-def _scan(path: Path) -> _Scan:
-    """Digest `path` and find its rows, or take what an earlier pass kept."""
+def _scan(path: Path) -> tuple[str, Offsets]:
+    """Return the digest of `path` and the positions of its rows: row i spans offsets[i] to offsets[i + 1].
+
+    Both are taken from what an earlier pass kept, where there is one. Else one process makes a pass while
+    others wait, and writes a new folder that then takes its place.
+    """
     stat = path.stat()
     if stat.st_size < KEEP_BYTES:
         found: list[bytes] = []
         digest = _find_rows(path, found.append)
-        return _Scan(digest, np.frombuffer(b"".join(found), np.uint64))
+        return digest, np.frombuffer(b"".join(found), np.uint64)
     stamp = {"format": 1, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     home = beside_or_cached(path, f"{path.name}.rows")
-    return _kept(home, stamp) or _keep(home, stamp, path)
+
+    def kept() -> tuple[str, Offsets] | None:
+        try:
+            meta = json.loads((home / "rows.json").read_text("utf-8"))
+            offsets = np.memmap(home / "rows.u64", np.uint64, mode="r")
+        except (OSError, ValueError):
+            return None
+        fits = (
+            isinstance(meta, dict) and meta.get("stamp") == stamp and len(offsets) == meta.get("rows", -1) + 1
+        )
+        return (meta["digest"], offsets) if fits else None
+
+    if scan := kept():
+        return scan
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{home}.lock"):
+        if scan := kept():
+            return scan
+        new = home.with_name(f"{home.name}.{os.getpid()}.tmp")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        with (new / "rows.u64").open("wb") as file:
+            digest = _find_rows(path, file.write)
+        rows = (new / "rows.u64").stat().st_size // 8 - 1
+        meta = {"stamp": stamp, "digest": digest, "rows": rows}
+        (new / "rows.json").write_text(json.dumps(meta), "utf-8")
+        shutil.rmtree(home, ignore_errors=True)
+        new.rename(home)
+    return digest, np.memmap(home / "rows.u64", np.uint64, mode="r")
 
 
 def _find_rows(path: Path, write: Callable[[bytes], object]) -> str:
@@ -155,32 +180,3 @@ def _find_rows(path: Path, write: Callable[[bytes], object]) -> str:
     if end != position:  # the last line has no line end
         write(np.array([position], np.uint64).tobytes())
     return sha.hexdigest()
-
-
-def _kept(home: Path, stamp: dict[str, int]) -> _Scan | None:
-    try:
-        meta = json.loads((home / "rows.json").read_text("utf-8"))
-        offsets = np.memmap(home / "rows.u64", np.uint64, mode="r")
-    except (OSError, ValueError):
-        return None
-    fits = isinstance(meta, dict) and meta.get("stamp") == stamp and len(offsets) == meta.get("rows", -1) + 1
-    return _Scan(meta["digest"], offsets) if fits else None
-
-
-def _keep(home: Path, stamp: dict[str, int], path: Path) -> _Scan:
-    """Scan into a new folder and move it to `home`; one process does it while others wait for its result."""
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{home}.lock"):
-        if kept := _kept(home, stamp):
-            return kept
-        new = home.with_name(f"{home.name}.{os.getpid()}.tmp")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        with (new / "rows.u64").open("wb") as file:
-            digest = _find_rows(path, file.write)
-        rows = (new / "rows.u64").stat().st_size // 8 - 1
-        meta = {"stamp": stamp, "digest": digest, "rows": rows}
-        (new / "rows.json").write_text(json.dumps(meta), "utf-8")
-        shutil.rmtree(home, ignore_errors=True)
-        new.rename(home)
-    return _Scan(digest, np.memmap(home / "rows.u64", np.uint64, mode="r"))

@@ -270,10 +270,29 @@ class MiniWikiTasks:
             raise IndexError(f"MiniWiki question {index}: need 0 <= index < {len(self)}")
         rng = np.random.default_rng([self.seed, index, self._worlds[0].seed, self.split == "test"])
         world = self._worlds[index % len(self._worlds)]
-        kind = self.hops[index // len(self._worlds) % len(self.hops)]
-        if isinstance(kind, int):
-            return self._bridge(index, world, kind, rng)
-        return self._comparison(index, world, rng)
+        hops = self.hops[index // len(self._worlds) % len(self.hops)]
+        chain: list[str] = []
+        if hops == "comparison":
+            kind = ("film", "person")[int(rng.integers(2))]
+            names = world.members[kind]
+            while True:
+                first, second = (world.entities[names[int(i)]] for i in rng.integers(len(names), size=2))
+                if first.year != second.year:
+                    break
+            path = [first.name, second.name]
+            question = f"{_COMPARISONS[kind]}, {first.name} or {second.name}?"
+            answer = min(first, second, key=lambda entity: entity.year).name
+        else:
+            options = self._chains[hops]
+            while True:
+                kind, *chain = options[int(rng.integers(len(options)))]
+                start = world.members[kind][int(rng.integers(len(world.members[kind])))]
+                path = world.follow(start, chain)
+                if len(set(path)) == len(path):  # else it returns to itself and asks for what it has told
+                    break
+            question, answer = phrase(kind, chain, start), path[-1]
+        metadata = {"world": world.seed, "hops": hops, "chain": chain, "path": path}
+        return Task(f"miniwiki-{self.split}-{self.seed}-{index}", question, (answer,), metadata)
 
     def by_id(self, task_id: str) -> Task:
         """The question with this id; ``KeyError`` for an id that this source did not make."""
@@ -287,29 +306,3 @@ class MiniWikiTasks:
     def world(self, task: Task) -> World:
         """The world that a question is about."""
         return self._worlds[int(task.metadata["world"]) - self._worlds[0].seed]
-
-    def _bridge(self, index: int, world: World, hops: int, rng: np.random.Generator) -> Task:
-        options = self._chains[hops]
-        while True:
-            kind, *chain = options[int(rng.integers(len(options)))]
-            start = world.members[kind][int(rng.integers(len(world.members[kind])))]
-            path = world.follow(start, chain)
-            if len(set(path)) == len(path):  # a path that returns to itself asks for what it has already told
-                break
-        metadata = {"world": world.seed, "hops": hops, "chain": chain, "path": path}
-        return self._task(index, phrase(kind, chain, start), path[-1], metadata)
-
-    def _comparison(self, index: int, world: World, rng: np.random.Generator) -> Task:
-        kind = ("film", "person")[int(rng.integers(2))]
-        names = world.members[kind]
-        while True:
-            first, second = (world.entities[names[int(i)]] for i in rng.integers(len(names), size=2))
-            if first.year != second.year:
-                break
-        answer = min(first, second, key=lambda entity: entity.year).name
-        metadata = {"world": world.seed, "hops": "comparison", "chain": [], "path": [first.name, second.name]}
-        return self._task(index, f"{_COMPARISONS[kind]}, {first.name} or {second.name}?", answer, metadata)
-
-    def _task(self, index: int, question: str, answer: str, metadata: Mapping[str, object]) -> Task:
-        task_id = f"miniwiki-{self.split}-{self.seed}-{index}"
-        return Task(task_id, question, (answer,), metadata)
