@@ -71,38 +71,27 @@ def get(name: str, *, base_url: str | None = None, progress: Report | None = Non
                         f"{target} has {size} bytes, {expected} were downloaded. Fix: delete the file and "
                         "get it again."
                     )
-            elif isinstance(wanted, RemoteUrl):
-                _get_url(wanted, target, progress)
-            elif isinstance(wanted, RemoteArchive):
-                if not target.exists():
-                    _get_archive(wanted, target, progress)
             elif not target.exists():
-                hub = Hub(endpoint, wanted.repo)
-                if isinstance(wanted, RemoteFolder):
-                    _get_folder(hub, wanted, target, progress)
+                if isinstance(wanted, RemoteUrl | RemoteArchive):
+                    _get_url(wanted, target, progress)
+                elif isinstance(wanted, RemoteFolder):
+                    _get_folder(Hub(endpoint, wanted.repo), wanted, target, progress)
                 else:
-                    _get_file(hub, wanted, target, progress)
+                    _get_file(Hub(endpoint, wanted.repo), wanted, target, progress)
         paths.append(target)
     return paths
 
 
-def _get_archive(wanted: RemoteArchive, target: Path, progress: Report | None) -> None:
-    archive = target.with_name(f"{target.name}.zip")
-    if not archive.exists():
-        _get_url(wanted, archive, progress)
-    try:
-        unzip(archive, wanted, target)
-    except OSError as error:
-        fix = "make room, or set AT2PO_CACHE to a folder with room, and run the same command again"
-        raise DataError(f"{target}: cannot write ({error.strerror}). Fix: {fix}.") from error
-    archive.unlink()
-
-
 def _get_url(wanted: RemoteUrl | RemoteArchive, target: Path, progress: Report | None) -> None:
+    file = target.with_name(f"{target.name}.zip") if isinstance(wanted, RemoteArchive) else target
     try:
-        with ProgressBar(f"Downloading {target.name}", None) as bar:
-            report = progress or (lambda _, done, total: bar.show(done, total))
-            fetch_url(wanted, target, lambda done, total: report(target.name, done, total))
+        if not file.exists():
+            with ProgressBar(f"Downloading {file.name}", None) as bar:
+                report = progress or (lambda _, done, total: bar.show(done, total))
+                fetch_url(wanted, file, lambda done, total: report(file.name, done, total))
+        if isinstance(wanted, RemoteArchive):
+            unzip(file, wanted, target)
+            file.unlink()
     except OSError as error:
         fix = "make room, or set AT2PO_CACHE to a folder with room, and run the same command again"
         raise DataError(f"{target}: cannot write ({error.strerror}). Fix: {fix}.") from error
