@@ -54,14 +54,9 @@ class DynamicBatcher:
         self._max_waiting, self._workers = max_waiting, workers
         self._on_batch = on_batch
         self._jobs: deque[_Job] = deque()
-        self._waiting = 0
+        self.waiting = 0  # queries that no search has taken yet
         self._running: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="at2po-search")
-
-    @property
-    def waiting(self) -> int:
-        """Number of queries that wait for a searcher."""
-        return self._waiting
 
     async def search(self, queries: list[str], topk: int) -> Found:
         """Search `queries` together with those of other callers.
@@ -70,11 +65,11 @@ class DynamicBatcher:
             OverloadedError: too many queries are waiting.
             RetrievalError: the retriever cannot answer.
         """
-        if self._waiting and self._waiting + len(queries) > self._max_waiting:
-            raise OverloadedError(f"{self._waiting} queries are waiting")
+        if self.waiting and self.waiting + len(queries) > self._max_waiting:
+            raise OverloadedError(f"{self.waiting} queries are waiting")
         job = _Job(queries, topk, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
-        self._waiting += len(queries)
+        self.waiting += len(queries)
         if len(self._running) < self._workers:
             self._running.add(asyncio.create_task(self._work()))
         return await job.answer
@@ -108,7 +103,7 @@ class DynamicBatcher:
             else:
                 left.append(job)
         self._jobs = left
-        self._waiting -= size
+        self.waiting -= size
         return taken
 
     async def _answer(self, jobs: list[_Job]) -> None:
