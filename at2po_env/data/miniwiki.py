@@ -272,7 +272,7 @@ class MiniWikiTasks:
         world = self._worlds[index % len(self._worlds)]
         hops = self.hops[index // len(self._worlds) % len(self.hops)]
         chain: list[str] = []
-        if hops == "comparison":
+        if isinstance(hops, str):  # a comparison
             kind = ("film", "person")[int(rng.integers(2))]
             names = world.members[kind]
             while True:
