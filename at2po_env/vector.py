@@ -183,7 +183,12 @@ class TextVectorEnv(VectorEnv[Texts, Sequence[str], npt.NDArray[Any]]):
         """Step one environment, or begin anew where its episode has ended."""
         if self._ended[number]:
             return self._reset_one(number)
-        outcome = self._step_one(number, action)
+        try:
+            observation, reward, terminated, truncated, info = self.envs[number].step(action)
+            ended = bool(terminated or truncated)
+            outcome = Outcome(observation, float(reward), terminated, truncated, info, ended=ended)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (the boundary between episodes)
+            outcome = _failed(error)
         if not outcome.ended or self.autoreset_mode is not AutoresetMode.SAME_STEP:
             return outcome
         begun = self._reset_one(number)
@@ -191,15 +196,6 @@ class TextVectorEnv(VectorEnv[Texts, Sequence[str], npt.NDArray[Any]]):
         return outcome._replace(
             observation=begun.observation, info={**begun.info, **final}, ended=begun.ended, error=begun.error
         )
-
-    def _step_one(self, number: int, action: str) -> Outcome:
-        try:
-            observation, reward, terminated, truncated, info = self.envs[number].step(action)
-            return Outcome(
-                observation, float(reward), terminated, truncated, info, ended=bool(terminated or truncated)
-            )
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (the boundary between episodes)
-            return _failed(error)
 
     def _reset_one(self, number: int, seed: int | None = None, options: Any = None) -> Outcome:
         try:

@@ -25,7 +25,7 @@ from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 import at2po_env
 from at2po_env.retrieval.base import Passage, Retriever
-from benchmarks._timing import Case, Timing, command_line, measure, repeat, report
+from benchmarks._timing import Case, command_line, measure, repeat, report
 
 SEARCH = "<think>The film's director should be in its article.</think>\n<search>director of the film</search>"
 ANSWER = "<think>That is the one.</think>\n<answer>\\boxed{Ada Lovelace}</answer>"
@@ -70,6 +70,12 @@ def at_turn(turn: int, build: Callable[..., gymnasium.Env[str, str]]) -> gymnasi
     return env
 
 
+MICROSECONDS = {
+    "fork_turn1": "fork_us_turn1",
+    "fork_turn100": "fork_us_turn100",
+    "snapshot": "snapshot_us",
+    "deepcopy": "deepcopy_us",
+}
 KINDS: Mapping[str, Callable[..., gymnasium.Env[str, str]]] = {"": make, "_wrapped": wrapped}
 
 
@@ -111,22 +117,17 @@ def main() -> None:
             f"snapshot{suffix}": repeat(functools.partial(at2po_env.snapshot, old), 2_000),
             f"deepcopy{suffix}": repeat(functools.partial(copy.deepcopy, old), 20),
         }
-    report(_result(measure(cases, rounds=options.rounds, clock=time.thread_time)), options)
-
-
-def _result(timings: dict[str, Timing]) -> dict[str, Any]:
+    timings = measure(cases, rounds=options.rounds, clock=time.thread_time)
     result: dict[str, Any] = {}
     for suffix in KINDS:
-        for name in ("fork_turn1", "fork_turn100", "snapshot", "deepcopy"):
-            kind, _, turn = name.partition("_")
-            result["_".join(filter(None, [kind, "us", turn])) + suffix] = timings[name + suffix].median * 1e6
-        result[f"steps_per_second{suffix}"] = 1 / timings[f"steps{suffix}"].median
-        young, old = timings[f"fork_turn1{suffix}"].median, timings[f"fork_turn100{suffix}"].median
-        result[f"fork_ratio_100_to_1{suffix}"] = old / young
-        result[f"deepcopy_to_fork{suffix}"] = timings[f"deepcopy{suffix}"].median / old
+        median = {name: timings[name + suffix].median for name in (*MICROSECONDS, "steps")}
+        result |= {key + suffix: median[name] * 1e6 for name, key in MICROSECONDS.items()}
+        result[f"steps_per_second{suffix}"] = 1 / median["steps"]
+        result[f"fork_ratio_100_to_1{suffix}"] = median["fork_turn100"] / median["fork_turn1"]
+        result[f"deepcopy_to_fork{suffix}"] = median["deepcopy"] / median["fork_turn100"]
     result["spread"] = {name: round(timing.spread, 4) for name, timing in timings.items()}
-    result["rounds"] = next(iter(timings.values())).rounds
-    return result
+    result["rounds"] = options.rounds
+    report(result, options)
 
 
 if __name__ == "__main__":
