@@ -7,7 +7,18 @@ state is), `random_state` (generators as values) and `frozen` (immutable JSON va
 """
 
 from at2po_env.forking.base import ForkableEnv, fork, restore, snapshot
-from at2po_env.forking.frozen import EMPTY, FrozenDict, freeze, thaw
+from at2po_env.forking.frozen import EMPTY, FrozenDict, Shared, freeze, thaw
 from at2po_env.forking.snapshots import Snapshot
 
-__all__ = ["EMPTY", "ForkableEnv", "FrozenDict", "Snapshot", "fork", "freeze", "restore", "snapshot", "thaw"]
+__all__ = [
+    "EMPTY",
+    "ForkableEnv",
+    "FrozenDict",
+    "Shared",
+    "Snapshot",
+    "fork",
+    "freeze",
+    "restore",
+    "snapshot",
+    "thaw",
+]

@@ -10,7 +10,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Self
 
 
-class FrozenDict(dict[str, Any]):
+class Shared:
+    """A value that copies share: `copy.copy` and `copy.deepcopy` return the same object."""
+
+    __slots__ = ()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self
+
+
+class FrozenDict(Shared, dict[str, Any]):
     """A dict that refuses to change; still a dict, so `json` and equality work.
 
     Example:
@@ -28,12 +40,6 @@ class FrozenDict(dict[str, Any]):
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
 
     def __reduce__(self) -> tuple[Callable[..., FrozenDict], tuple[dict[str, Any]]]:
         return FrozenDict, (dict(self),)

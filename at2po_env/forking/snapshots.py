@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, Self
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
 from at2po_env.errors import At2poError, SnapshotError
+from at2po_env.forking.frozen import Shared
 from at2po_env.forking.layers import name_of
 from at2po_env.forking.random_state import RngState, build_rng, capture_rng, read_rng, write_rng
 
@@ -75,7 +76,7 @@ def _read_wrapper_half(value: Any) -> LazyJson:
 _AS_JSON = PlainSerializer(lambda half: half.json)
 
 
-class Snapshot(BaseModel):
+class Snapshot(Shared, BaseModel):
     """The state of an environment and its wrappers.
 
     Attributes:
@@ -168,12 +169,6 @@ class Snapshot(BaseModel):
 
     def __hash__(self) -> int:
         return hash(self.digest)
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).from_json, (self.to_json(),)

@@ -1,11 +1,12 @@
 """Declares what every retriever offers: it takes text queries and gives ranked passages."""
 
 from collections.abc import Sequence
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from at2po_env.data.corpus import Corpus
 from at2po_env.data.corpus import Passage as Passage
 from at2po_env.errors import RetrievalError
+from at2po_env.forking.frozen import Shared
 
 
 @runtime_checkable
@@ -26,14 +27,7 @@ class Retriever(Protocol):
         ...
 
 
-class SharedRetriever:
-    """A retriever that all copies of an environment share: `copy.deepcopy` returns the same object."""
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
-
-
-class CorpusRetriever(SharedRetriever):
+class CorpusRetriever(Shared):
     """A retriever that ranks the passages of a corpus in this process; `len` is their number."""
 
     _corpus: Corpus | Sequence[Passage]

@@ -23,7 +23,8 @@ from typing import TypeVar
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter
 
 from at2po_env.data.corpus import Passage
-from at2po_env.retrieval.base import Retriever, SharedRetriever
+from at2po_env.forking.frozen import Shared
+from at2po_env.retrieval.base import Retriever
 from at2po_env.retrieval.counters import count
 
 _Result = TypeVar("_Result")
@@ -150,7 +151,7 @@ class ResultCache:
         return self._connection
 
 
-class CachedRetriever(SharedRetriever):
+class CachedRetriever(Shared):
     """A retriever whose results are kept on disk.
 
     Args:

@@ -22,7 +22,8 @@ import tenacity
 
 from at2po_env.data.corpus import Passage
 from at2po_env.errors import ConfigError, RetrievalError
-from at2po_env.retrieval.base import SharedRetriever, check_search
+from at2po_env.forking.frozen import Shared
+from at2po_env.retrieval.base import check_search
 from at2po_env.retrieval.counters import count
 from at2po_env.retrieval.messages import (
     DIGEST_HEADER,
@@ -51,7 +52,7 @@ class _PassingError(Exception):
         self.pause_s = pause_s
 
 
-class HttpRetriever(SharedRetriever):
+class HttpRetriever(Shared):
     """A retriever behind HTTP; thread safe, and safe after a fork of the process.
 
     Args:

@@ -14,11 +14,12 @@ from typing import Any
 
 from at2po_env.data.corpus import Passage
 from at2po_env.errors import ConfigError
-from at2po_env.retrieval.base import Retriever, SharedRetriever
+from at2po_env.forking.frozen import Shared
+from at2po_env.retrieval.base import Retriever
 from at2po_env.retrieval.opening import open_retriever
 
 
-class HybridRetriever(SharedRetriever):
+class HybridRetriever(Shared):
     """Fuses what two (or more) retrievers find.
 
     A passage is known by its id and title. Equal scores rank by the better single rank, then by the order of
