@@ -69,7 +69,7 @@ class WebShopEnv(CommandEnv):
         self.shop, self.goals, self.searcher = shop, goals, searcher
         self.nouns, self._nouns = find_nouns(nouns)
         self._write = MODES[observation_mode]
-        self._page = lru_cache(maxsize=1024)(self._make_page)
+        self._page = lru_cache(maxsize=128)(self._make_page)
 
     def begin(self, task: Task) -> tuple[Session, str]:
         """Show the search page."""
