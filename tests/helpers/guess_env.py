@@ -30,7 +30,7 @@ class GuessEnv(at2po_env.ForkableEnv):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
-        digit = int(self.np_random.integers(10)) if options is None else options["index"]
+        digit = int(self.np_random.integers(len(self.tasks))) if options is None else options["index"]
         self._state = (digit, 0)
         return "Guess a digit:\n", {"task_id": str(digit), "stop": ("!",)}
 

@@ -11,7 +11,7 @@ import at2po_env
 from at2po_agent.agents.model import ModelShape, build_model
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_env.data.tasks import Task
-from at2po_env.spaces import Text
+from helpers.guess_env import CharTokenizer, GuessEnv
 
 TURNS = 5
 Wait = Callable[[str], None]
@@ -21,7 +21,7 @@ def no_wait(action: str) -> None:
     del action
 
 
-class SlowEnv(at2po_env.ForkableEnv):
+class SlowEnv(GuessEnv):
     """Answers any action with a digest of the episode so far; every fourth digest ends the episode.
 
     Args:
@@ -29,21 +29,15 @@ class SlowEnv(at2po_env.ForkableEnv):
     """
 
     def __init__(self, wait: Wait = no_wait) -> None:
-        self.action_space = Text()
-        self.observation_space = Text()
-        self.tasks = at2po_env.TaskList(
-            [Task(str(number), f"Task {number}?", (), {}) for number in range(20)]
-        )
+        super().__init__()
+        self.tasks = at2po_env.TaskList([Task(str(n), f"Task {n}?", (), {}) for n in range(20)])
         self.wait = wait
-        self._state: tuple[int, int] = (0, 0)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
-        super().reset(seed=seed)
-        index = int(self.np_random.integers(20)) if options is None else options["index"]
-        self._state = (index, 0)
-        return f"Task {index}?\n", {"task_id": str(index), "stop": ("!",)}
+        _, info = super().reset(seed=seed, options=options)
+        return f"Task {info['task_id']}?\n", info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         before = self._state
@@ -58,32 +52,12 @@ class SlowEnv(at2po_env.ForkableEnv):
             return "", reward, False, True, {"outcome": "limit"}
         return f" {digest % 1000}\n", 0.0, False, False, {"outcome": "tool"}
 
-    def get_state(self) -> tuple[int, int]:
-        return self._state
 
-    def set_state(self, state: tuple[int, int]) -> None:
-        self._state = state
-
-    def dump_state(self, state: tuple[int, int]) -> Any:
-        return list(state)
-
-    def load_state(self, data: Any) -> tuple[int, int]:
-        return (data[0], data[1])
-
-
-class AsciiTokenizer:
+class AsciiTokenizer(CharTokenizer):
     """One id for each of the 128 characters; id 0 ends a sequence."""
-
-    eos_id = 0
 
     def __len__(self) -> int:
         return 128
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("ascii"))
-
-    def decode(self, ids: Any) -> str:
-        return bytes(ids).decode("ascii")
 
 
 def small_policy(slots: int = 64) -> HFPolicy:
