@@ -103,7 +103,12 @@ def draw_run(run: Path, path: Path) -> Path:
     _training(top, curves, COLOURS[0], "steps", label="sampled, training questions (moving mean ± std)")
     _points(top, curves.sampled, COLOURS[0], "steps", label="sampled, held-out questions", look="s")
     _points(top, curves.greedy, COLOURS[1], "steps", label="greedy, held-out questions", look="o-")
-    _name_ends(top, curves.greedy, COLOURS[1])
+    for index in sorted({0, len(curves.greedy.step) - 1} if len(curves.greedy.step) else ()):
+        at = curves.greedy.step[index], curves.greedy.value[index]  # write the first and the last value there
+        above = at[1] < 0.9
+        offset, side = (-6 if index == 0 else 0, 8 if above else -9), "bottom" if above else "top"
+        style = {"textcoords": "offset points", "ha": "center", "va": side, "fontweight": "bold"}
+        top.annotate(f"{at[1]:.3f}", at, xytext=offset, color=COLOURS[1], zorder=5, **style)
     _finish_em(top, f"Exact match · {curves.name}")
     top.tick_params(labelbottom=False)
     tokens = curves.training if len(curves.training.step) else curves.greedy
@@ -191,16 +196,6 @@ def _points(axes: Any, series: Series, colour: str, axis: Axis, *, label: str, l
         axes.plot(
             series.x(axis), series.value, look, color=colour, label=label, clip_on=False, zorder=4, **style
         )
-
-
-def _name_ends(axes: Any, series: Series, colour: str) -> None:
-    """Write the first and the last value beside their points."""
-    for index in sorted({0, len(series.step) - 1} if len(series.step) else ()):
-        text, at = f"{series.value[index]:.3f}", (series.step[index], series.value[index])
-        above = series.value[index] < 0.9
-        offset, side = (-6 if index == 0 else 0, 8 if above else -9), "bottom" if above else "top"
-        style = {"textcoords": "offset points", "ha": "center", "va": side, "fontweight": "bold"}
-        axes.annotate(text, at, xytext=offset, color=colour, zorder=5, **style)
 
 
 def _finish_em(axes: Any, title: str) -> None:

@@ -179,6 +179,15 @@ def _entries(path: Path) -> Iterator[tuple[int | None, Any]]:
 def _tree_record(entry: Any, path: Path, number: int | None) -> TreeRecord:
     beside = entry if isinstance(entry, Mapping) and "tree" in entry else {"tree": entry}
     body = beside["tree"]
+
+    def numbers(values: Any, *shapes: tuple[int, ...]) -> FloatArray | None:
+        if values is None:
+            return None
+        array = np.asarray(values, dtype=np.float64)
+        if array.shape not in shapes:
+            raise ValueError(f"credit of shape {array.shape}, expected one of {sorted(shapes)}")
+        return array
+
     try:
         tree = Tree.from_json(body if isinstance(body, str) else json.dumps(body))
         leaves = len(tree.leaves())
@@ -189,20 +198,11 @@ def _tree_record(entry: Any, path: Path, number: int | None) -> TreeRecord:
             tuple(str(answer) for answer in beside.get("golden_answers") or ()),
             None if step is None else int(step),
             None if rounds is None or len(rounds) != len(tree) else tuple(int(r) for r in rounds),
-            _numbers(beside.get("values"), {(len(tree),)}),
-            _numbers(beside.get("advantages"), {(len(tree),), (leaves,), (leaves, len(tree))}),
+            numbers(beside.get("values"), (len(tree),)),
+            numbers(beside.get("advantages"), (len(tree),), (leaves,), (leaves, len(tree))),
         )
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{_at(path, number)}: not a tree ({error}).") from error
-
-
-def _numbers(values: Any, shapes: set[tuple[int, ...]]) -> FloatArray | None:
-    if values is None:
-        return None
-    array = np.asarray(values, dtype=np.float64)
-    if array.shape not in shapes:
-        raise ValueError(f"credit of shape {array.shape}, expected one of {sorted(shapes)}")
-    return array
 
 
 def _content(path: Path) -> bytes:

@@ -8,7 +8,7 @@ as JSON whose `<`, `>` and `&` are escaped, and the script only ever sets it as 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,10 +82,12 @@ def tree_page(record: TreeRecord, options: PageOptions | None = None) -> str:
     facts = list(options.facts) + ([] if record.step is None else [f"step {record.step}"])
     facts += [f"question {record.tree.task_id}"] if record.tree.task_id else []
     tree = record.tree
+    asked = [line.strip() for line in tree.prompt.splitlines() if line.strip().endswith("?")]
+    question = asked[-1].removeprefix("Question:").strip()[:500] if asked else ""
     best_leaf = max(tree.leaves(), key=lambda leaf: (tree.leaf_reward[leaf], -leaf), default=ROOT)
     payload = {"prompt": record.tree.prompt, "start": best_leaf, "nodes": nodes}
     html = environment.get_template("tree.html.j2").render(
-        title=record.question or _question_in(tree.prompt) or tree.task_id or "Tree",
+        title=record.question or question or tree.task_id or "Tree",
         facts=facts,
         golden_answers=record.golden_answers,
         stats=tree_stats(record.tree),
@@ -158,19 +160,29 @@ def _nodes(record: TreeRecord, options: PageOptions) -> list[dict[str, Any]]:
     tree = record.tree
     rounds, opens = node_origins(record, options.chains, options.forks)
     depth, out = [0], []
+
+    def finite(array: FloatArray | None, node: int) -> float | None:
+        return None if array is None or not np.isfinite(array[node]) else round(float(array[node]), 4)
+
     for node, parent in enumerate(tree.parent.tolist()):
         if node != ROOT:
             depth.append(depth[parent] + 1)
+        outcome = tree.outcomes[node]
+        if outcome is not None:  # JSON holds no infinite or undefined number: it becomes text
+            outcome = {
+                key: str(value) if isinstance(value, float) and not np.isfinite(value) else value
+                for key, value in outcome.items()
+            }
         out.append(
             {
                 "parent": parent,
                 "turn": depth[node],
                 "round": rounds[node],
                 "forked": opens[node],
-                "value": _finite(options.values, node),
-                "advantage": _finite(options.advantages, node),
-                "reward": _finite(tree.leaf_reward, node),
-                "outcome": _plain(tree.outcomes[node]),
+                "value": finite(options.values, node),
+                "advantage": finite(options.advantages, node),
+                "reward": finite(tree.leaf_reward, node),
+                "outcome": outcome,
                 **_turn(tree.turns[node], options.decode, len(tree.prompt_ids)),
             }
         )
@@ -198,20 +210,3 @@ def _turn(turn: Turn | None, decode: Decode | None, prompt_tokens: int) -> dict[
         if not turn.sampled_mask.all():
             seen["forced"] = (~turn.sampled_mask).tolist()
     return seen
-
-
-def _finite(array: FloatArray | None, node: int) -> float | None:
-    return None if array is None or not np.isfinite(array[node]) else round(float(array[node]), 4)
-
-
-def _plain(outcome: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """An outcome as JSON can hold it: an infinite or undefined number becomes text."""
-    if outcome is None:
-        return None
-    return {k: str(v) if isinstance(v, float) and not np.isfinite(v) else v for k, v in outcome.items()}
-
-
-def _question_in(prompt: str) -> str:
-    """The last line of a prompt that asks something."""
-    lines = [line.strip() for line in prompt.splitlines() if line.strip().endswith("?")]
-    return lines[-1].removeprefix("Question:").strip()[:500] if lines else ""

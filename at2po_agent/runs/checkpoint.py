@@ -141,8 +141,13 @@ def load_newest(
         except CheckpointError as error:
             report(f"{error}; going on from the checkpoint before it")
             continue
-        if config is not None:
-            _check_config(path, config)
+        saved = None if config is None else _read_state(path, "")["config"]
+        if config is not None and saved is not None and saved["sha256"] != config_digest(config):
+            differences = "\n".join(changes(saved["values"], config))
+            raise CheckpointError(
+                f"{path}: belongs to another configuration than this run; move the folder away, or undo:\n"
+                f"{differences}"
+            )
         return load_checkpoint(path, model=model, optimizer=optimizer)
     what = "all of its checkpoints are broken" if found else "it holds no checkpoint"
     raise CheckpointError(f"cannot resume from {folder}: {what}; start a new run in another run.dir")
@@ -240,17 +245,6 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
-
-
-def _check_config(path: Path, config: Mapping[str, str]) -> None:
-    saved = _read_state(path, "")["config"]
-    if saved is None or saved["sha256"] == config_digest(config):
-        return
-    differences = "\n".join(changes(saved["values"], config))
-    raise CheckpointError(
-        f"{path}: belongs to another configuration than this run; move the folder away, or undo:\n"
-        f"{differences}"
-    )
 
 
 def _write_files(

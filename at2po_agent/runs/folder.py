@@ -155,8 +155,18 @@ def open_run(config: Config, *, resume: bool = False) -> Iterator[tuple[RunFolde
 
 def newest_run(name: str) -> Path | None:
     """The folder of runs/NAME, runs/NAME-2 ... with the highest number; None when there is none."""
-    number = _highest_number(name)
-    return _numbered(name, number) if number else None
+    runs = _numbered_runs(name)
+    return runs[max(runs)] if runs else None
+
+
+def _numbered_runs(name: str) -> dict[int, Path]:
+    """The folders runs/NAME (1), runs/NAME-2 ... by number."""
+    runs = {}
+    for path in RUNS.glob(f"{glob.escape(name)}*"):
+        rest = path.name.removeprefix(name)
+        if path.is_dir() and re.fullmatch(r"(-\d+)?", rest):
+            runs[int(rest[1:] or 1)] = path
+    return runs
 
 
 def _choose_folder(config: Config, *, resume: bool) -> Path:
@@ -168,22 +178,12 @@ def _choose_folder(config: Config, *, resume: bool) -> Path:
             )
         return path
     if not resume:
-        return _numbered(config.run.name, _highest_number(config.run.name) + 1)
+        number = max(_numbered_runs(config.run.name), default=0) + 1
+        return RUNS / (config.run.name if number == 1 else f"{config.run.name}-{number}")
     newest = newest_run(config.run.name)
     if newest is None:
         raise ConfigError(f"runs/{config.run.name}: no run to resume; leave --resume out, or name its folder")
     return newest
-
-
-def _numbered(name: str, number: int) -> Path:
-    return RUNS / (name if number == 1 else f"{name}-{number}")
-
-
-def _highest_number(name: str) -> int:
-    """0 when there is no run of this name."""
-    rests = [path.name.removeprefix(name) for path in RUNS.glob(f"{glob.escape(name)}*") if path.is_dir()]
-    numbers = [1 if not rest else int(rest[1:]) for rest in rests if not rest or re.fullmatch(r"-\d+", rest)]
-    return max(numbers, default=0)
 
 
 def fixed_settings(config: Config) -> dict[str, str]:
