@@ -14,14 +14,13 @@ from at2po_agent.policies.base import Policy, TrainablePolicy, as_trainable
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.policies.vllm import VLLMPolicy
 from at2po_agent.policies.vllm.config import VLLMConfig
-from at2po_agent.policies.vllm.spec import check_installed
 from at2po_agent.runs.seeding import RunPurpose, run_generator, run_seed
 from at2po_agent.transcripts.chat import ChatTranscript
 from at2po_agent.transcripts.chat_templates import OWN, template_marks
 from at2po_agent.transcripts.inline import GrowingTranscript, InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import HFTokenizer, Tokenizer
 from at2po_agent.transcripts.window import WindowTranscript
-from at2po_env.errors import ConfigError
+from at2po_env.errors import ConfigError, require
 
 _TOKENIZER_EPISODES = 300
 _ROLES = "user\nassistant\n"
@@ -60,7 +59,7 @@ def build_agent(config: Config) -> Agent:
     """
     own = config.model
     if own.sampler == "vllm":
-        check_installed()  # before anything is loaded
+        require("vllm.v1", "vllm")  # before anything is loaded
     tokenizer = build_tokenizer(config)
     written: GrowingTranscript = InlineTranscript(tokenizer)
     if _writes_chats(own):

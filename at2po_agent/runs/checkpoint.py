@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from at2po_agent.policies.weights import named_weights
 from at2po_agent.runs.disk import replace_file, sync
 from at2po_env.errors import At2poError
 
@@ -256,7 +257,11 @@ def _write_files(
     state: Mapping[str, Any],
     config: Mapping[str, str],
 ) -> None:
-    _save_model(model, folder)
+    weights = {name: tensor.contiguous() for name, tensor in named_weights(model).items()}
+    save_file(weights, folder / MODEL, metadata={"format": "pt"})
+    settings = getattr(model, "config", None)
+    if isinstance(settings, Savable):
+        settings.save_pretrained(str(folder))
     if tokenizer is not None:
         try:
             tokenizer.save_pretrained(str(folder))
@@ -281,21 +286,6 @@ def _write_files(
     for name in [*names, STATE]:
         sync(folder / name)
     sync(folder)
-
-
-def _save_model(model: nn.Module, folder: Path) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    seen: set[tuple[int, torch.Size]] = set()
-    for name, tensor in model.state_dict().items():
-        storage = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and storage in seen:  # tied weights are saved once
-            continue
-        seen.add(storage)
-        tensors[name] = tensor.detach().contiguous()
-    save_file(tensors, folder / MODEL, metadata={"format": "pt"})
-    config = getattr(model, "config", None)
-    if isinstance(config, Savable):
-        config.save_pretrained(str(folder))
 
 
 def _fill_model(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: Path) -> None:

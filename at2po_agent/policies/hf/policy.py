@@ -28,6 +28,7 @@ from at2po_agent.policies.hf.prefix_cache import PrefixCache
 from at2po_agent.policies.hf.slots import Slots
 from at2po_agent.policies.sampling import choose
 from at2po_agent.policies.stops import StopTable
+from at2po_agent.policies.weights import check_weights
 from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_agent.types import Generation
@@ -148,13 +149,8 @@ class HFPolicy(SteppingPolicy):
         Raises:
             PolicyError: A name is unknown or a shape does not fit; nothing is copied then.
         """
-        own = self.model.state_dict()
-        new = dict(weights)
-        wrong = [name for name, value in new.items() if name not in own or own[name].shape != value.shape]
-        if wrong:
-            raise PolicyError(
-                f"the model has no such weights, or of another shape: {', '.join(sorted(wrong))}"
-            )
+        new, own = dict(weights), self.model.state_dict()
+        check_weights(self.model, new)
         with torch.no_grad():
             for name, value in new.items():
                 own[name].copy_(value)

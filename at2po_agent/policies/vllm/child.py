@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
@@ -85,7 +85,7 @@ def serve(connection: Connection, spec: EngineSpec, tokenizer: Tokenizer) -> Non
         tell("reply", (True, engine.limits))
         inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
-        _Loop(engine, inbox, wire, tell).run()
+        _work(engine, inbox, wire, tell)
     except _ParentIsGone:
         pass
     except Exception as error:  # noqa: BLE001  the process's boundary: the parent raises it
@@ -118,63 +118,50 @@ def _leave(code: int, engine: Engine | None) -> NoReturn:
     os._exit(code)
 
 
-class _Loop:
-    """Steps while there are requests, and takes messages between steps."""
-
-    def __init__(self, engine: Engine, inbox: queue.SimpleQueue[bytes], wire: Wire, tell: Any) -> None:
-        self._engine = engine
-        self._inbox = inbox
-        self._wire = wire
-        self._tell = tell
-        self._told = 0.0
-
-    def run(self) -> None:
-        """Until the parent goes."""
-        while True:
-            for message in self._messages():
-                if not message:
-                    return
-                self._obey(*self._wire.loads(message))
-            if not self._engine.idle:
-                self._step()
-
-    def _messages(self) -> Iterator[bytes]:
-        if self._engine.idle:
-            yield self._inbox.get()
+def _work(
+    engine: Engine, inbox: queue.SimpleQueue[bytes], wire: Wire, tell: Callable[[str, Any], None]
+) -> None:
+    """Step while there are requests, and take messages between steps, until the parent goes."""
+    told = 0.0
+    while True:
+        messages = [inbox.get()] if engine.idle else []
         with contextlib.suppress(queue.Empty):
             while True:
-                yield self._inbox.get_nowait()
-
-    def _obey(self, kind: str, what: Any, content: Any) -> None:
-        if kind == "discard":
-            self._engine.discard(what)
-            return
-        if kind == "add":
-            try:
-                self._engine.add(what, content)
-            except Exception as error:  # noqa: BLE001  raised where the owner polls
-                traceback.print_exc()
-                self._tell("failed", (what, PolicyError(f"vLLM refuses the request: {error}")))
-            return
+                messages.append(inbox.get_nowait())
+        for message in messages:
+            if not message:
+                return
+            _obey(engine, tell, *wire.loads(message))
+        if engine.idle:
+            continue
+        before = engine.tickets
         try:
-            value = getattr(self._engine, what)(*content)
-        except Exception as error:  # noqa: BLE001  the caller raises it
-            traceback.print_exc()
-            self._tell(
-                "reply", (False, error if isinstance(error, At2poError) else f"{what} failed: {error!r}")
-            )
-        else:
-            self._tell("reply", (True, value))
-
-    def _step(self) -> None:
-        before = self._engine.tickets
-        try:
-            finished = self._engine.collect()
+            finished = engine.collect()
         except PolicyError as error:
-            for ticket in sorted(before - self._engine.tickets):
-                self._tell("failed", (ticket, error))
+            for ticket in sorted(before - engine.tickets):
+                tell("failed", (ticket, error))
+            continue
+        if finished or time.monotonic() - told > _BEAT_S:
+            tell("finished", finished)
+            told = time.monotonic()
+
+
+def _obey(engine: Engine, tell: Callable[[str, Any], None], kind: str, what: Any, content: Any) -> None:
+    """Do what a message says: add a request, discard one, or call a method and reply."""
+    if kind == "discard":
+        engine.discard(what)
+        return
+    try:
+        if kind == "add":
+            engine.add(what, content)
             return
-        now = time.monotonic()
-        if finished or now - self._told > _BEAT_S:
-            self._tell("finished", finished)
-            self._told = now
+        value = getattr(engine, what)(*content)
+    except Exception as error:  # noqa: BLE001  raised where the owner polls, or waits for the reply
+        traceback.print_exc()
+        if kind == "add":
+            tell("failed", (what, PolicyError(f"vLLM refuses the request: {error}")))
+        else:
+            known = isinstance(error, At2poError)
+            tell("reply", (False, error if known else f"{what} failed: {error!r}"))
+    else:
+        tell("reply", (True, value))

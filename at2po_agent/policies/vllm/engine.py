@@ -8,6 +8,7 @@ Names of vLLM's interface were read in 0.32. Nothing of it is imported before an
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -99,11 +100,11 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        from at2po_agent.policies.vllm.logits_processor import ARGUMENT, Order
+        from at2po_agent.policies.vllm.logits_processor import ARGUMENT
 
         stop = self._stops.number(request.stop)
         one = _Open(ticket=ticket, key=next(_keys), request=request, stop=stop, version=-1)
-        order = Order(one.key, replace(request, prefix_ids=(0,)))
+        order = (one.key, replace(request, prefix_ids=(0,)))  # the processor needs no prefix
         parameters = SamplingParams(
             temperature=0.0,
             max_tokens=request.max_tokens,
@@ -130,7 +131,11 @@ class Engine:
         """
         ended: list[tuple[_Open, StopReason]] = []
         surplus: list[str] = []
-        for output in self._run():
+        # Where the model is not compiled, neither is anything else in a step.
+        eager = self._engine.model_config.enforce_eager
+        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            outputs = list(self._engine.step())
+        for output in outputs:
             one = self._open.get(output.request_id)
             if one is None:
                 continue
@@ -141,7 +146,11 @@ class Engine:
                     surplus.append(output.request_id)
         self._engine.abort_request(surplus)
         self._ready += self._finish(ended)
-        self._raise_failed()
+        if self._failed:
+            error = self._failed.pop(0)
+            if isinstance(error, PolicyError):
+                raise error
+            raise PolicyError(f"an intervention raised {error!r}; its request is dropped") from error
         finished, self._ready = self._ready, []
         return finished
 
@@ -157,17 +166,6 @@ class Engine:
     def discard(self, ticket: int) -> None:
         """Forget a request."""
         self.remove(ticket)
-
-    def abort(self, ticket: int) -> Finished:
-        """Stop a request; what it generated so far.
-
-        Raises:
-            PolicyError: No such request is under way.
-        """
-        finished = self.remove(ticket)
-        if finished is None:
-            raise PolicyError(f"no request with ticket {ticket} is under way")
-        return finished
 
     def drop_all(self) -> None:
         """Forget every request."""
@@ -233,13 +231,6 @@ class Engine:
 
     # Parts of a step -------------------------------------------------------------------------------------
 
-    def _run(self) -> list[Any]:
-        """A step of the engine; without compiling, where the model is not compiled either."""
-        if not self._engine.model_config.enforce_eager:
-            return list(self._engine.step())
-        with torch.compiler.set_stance("force_eager"):
-            return list(self._engine.step())
-
     def _accept(self, one: _Open, completion: Any) -> StopReason | None:
         """Append what the engine gave; how it ends the request."""
         if one.version < 0:
@@ -290,10 +281,3 @@ class Engine:
     def _forget(self, key: int) -> None:
         one = self._open.pop(str(key), None)
         self._watched -= one is not None and one.request.intervention is not None
-
-    def _raise_failed(self) -> None:
-        if self._failed:
-            error = self._failed.pop(0)
-            if isinstance(error, PolicyError):
-                raise error
-            raise PolicyError(f"an intervention raised {error!r}; its request is dropped") from error

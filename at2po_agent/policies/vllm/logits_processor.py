@@ -26,20 +26,7 @@ from at2po_agent.policies.sampling import ActiveRequest, draw_tokens
 from at2po_env.errors import PolicyError
 
 ARGUMENT = "at2po"
-"""Key of the request's `extra_args` that holds an `Order`."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """Tells the processor about a request.
-
-    Attributes:
-        key: Unique within the engine's process.
-        request: The request; its prefix is not needed here.
-    """
-
-    key: int
-    request: Request
+"""Key of the request's `extra_args` that holds its key, unique within the process, and the request."""
 
 
 @dataclass
@@ -90,7 +77,7 @@ _watched: dict[int, ActiveRequest] = {}
 
 
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there when types are checked
-    """Draws the token of every row that carries an `Order`."""
+    """Draws the token of every row whose request is ours."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         del device, is_pin_memory
@@ -131,36 +118,27 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ther
     def _row(self, params: Any, prompt_ids: list[int] | None, output_ids: list[int]) -> ActiveRequest | None:
         """The row of a request that enters the batch, perhaps again after it was put back."""
         del prompt_ids
-        order: Order | None = (params.extra_args or {}).get(ARGUMENT)
+        order: tuple[int, Request] | None = (params.extra_args or {}).get(ARGUMENT)
         if order is None:
             return None
-        row = _watched.get(order.key) or self._new_row(order)
+        key, request = order
+        row = _watched.get(key)
+        if row is None and request.intervention is not None:
+            guard = Guard(request.intervention, self._vocabulary)
+            row = _watched[key] = ActiveRequest(request=replace(request, intervention=guard))
+        row = row or ActiveRequest(request=request)
         row.ids = output_ids  # the engine's own list: it grows as tokens are accepted
-        return row
-
-    def _new_row(self, order: Order) -> ActiveRequest:
-        request = order.request
-        watched = request.intervention is not None
-        if request.intervention is not None:
-            request = replace(request, intervention=Guard(request.intervention, self._vocabulary))
-        row = ActiveRequest(request=request)
-        if watched:
-            _watched[order.key] = row
         return row
 
 
 def take_reports(worker: Any, ended: Sequence[int]) -> dict[int, Report]:
     """Report on rules of ended and of failed requests, and forget them; the engine runs it in its workers."""
     del worker
-    failed = [key for key, row in _watched.items() if _guard(row).error is not None]
     reports = {}
-    for key in {*ended, *failed} & _watched.keys():
-        row = _watched.pop(key)
-        reports[key] = Report(row.forced, _guard(row).rule, _guard(row).error)
+    for key, row in list(_watched.items()):
+        guard = row.request.intervention
+        assert isinstance(guard, Guard)
+        if key in ended or guard.error is not None:
+            reports[key] = Report(row.forced, guard.rule, guard.error)
+            del _watched[key]
     return reports
-
-
-def _guard(row: ActiveRequest) -> Guard:
-    guard = row.request.intervention
-    assert isinstance(guard, Guard)
-    return guard

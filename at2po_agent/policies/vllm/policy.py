@@ -1,9 +1,8 @@
 """Engines of vLLM as a policy, with the contract of `HFPolicy`.
 
 Log-probs are those of the model at the request's temperature (a greedy request: at temperature 1) before
-top-p, in nats. Token t is drawn with uniform t of Philox(seed) by a logits processor of ours
-(`vllm.sampling`), whatever the platform, so in exact arithmetic the tokens are those of `HFPolicy`; what
-differs is rounding, which depends on the batch.
+top-p, in nats. Token t is drawn with uniform t of Philox(seed) by `logits_processor`, whatever the platform,
+so in exact arithmetic the tokens are those of `HFPolicy`; rounding differs, as it depends on the batch.
 
 A fork's prefix is found to its last token (`exact_prefixes`), so each request computes what is new in it, one
 token at least.
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -27,22 +26,13 @@ from at2po_agent.policies.vllm.config import VLLMConfig
 from at2po_agent.policies.vllm.engine import Engine, Finished
 from at2po_agent.policies.vllm.process import RemoteEngine
 from at2po_agent.policies.vllm.routing import Router
-from at2po_agent.policies.vllm.spec import EngineSpec, Limits, check_installed, place_engines
-from at2po_agent.policies.vllm.weights import (
-    DirectSender,
-    Sender,
-    SharedSender,
-    TransferSender,
-    call_all,
-    check_weights,
-    is_adapted,
-    named_weights,
-    save_model,
-)
+from at2po_agent.policies.vllm.spec import EngineSpec, Limits, place_engines
+from at2po_agent.policies.vllm.weights import SharedSender, TransferSender, call_all, is_adapted, save_model
+from at2po_agent.policies.weights import check_weights, named_weights
 from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_agent.types import Generation
-from at2po_env.errors import PolicyError
+from at2po_env.errors import PolicyError, require
 
 _POLL_S = 0.01
 
@@ -76,15 +66,25 @@ class VLLMPolicy(SteppingPolicy):
         eos_ids: Collection[int] | None = None,
         transcript: Transcript | None = None,
     ) -> None:
-        check_installed()
+        require("vllm.v1", "vllm")
         super().__init__()
         self.tokenizer = tokenizer
         self.transcript = transcript or InlineTranscript(tokenizer)
         self.model = model if isinstance(model, nn.Module) else None
         self._saved: tempfile.TemporaryDirectory[str] | None = None
-        self.config = config = _resolved(config or VLLMConfig(), self.model)
-        folder = path or (model if not isinstance(model, nn.Module) else self._save(model))
-        device = None if self.model is None else next(self.model.parameters()).device
+        config, device = config or VLLMConfig(), None
+        folder = path or model
+        if isinstance(model, nn.Module):
+            example = next(model.parameters())
+            device = example.device
+            if config.dtype == "auto":
+                dtype = str(example.dtype).removeprefix("torch.")
+                config = config.model_copy(update={"dtype": dtype})
+            if path is None:
+                self._saved = tempfile.TemporaryDirectory(prefix="at2po-model-")
+                folder = self._saved.name
+                save_model(model, folder)
+        self.config = config
         self.specs = [
             EngineSpec(
                 model=str(folder),
@@ -108,7 +108,6 @@ class VLLMPolicy(SteppingPolicy):
         except BaseException:
             self.close()
             raise
-        self._sender = self._make_sender()
 
     @property
     def version(self) -> int:
@@ -147,7 +146,9 @@ class VLLMPolicy(SteppingPolicy):
             PolicyError: No such request is under way, or the engine has died.
         """
         if ticket in self._where:
-            self._settle(self._engines[self._where[ticket]].abort(ticket))
+            finished = self._engines[self._where[ticket]].remove(ticket)
+            if finished is not None:
+                self._settle(finished)
         if ticket not in self._finished:
             raise PolicyError(f"no request with ticket {ticket} is under way")
         return self._finished.pop(ticket)
@@ -165,7 +166,7 @@ class VLLMPolicy(SteppingPolicy):
         if self.model is not None:
             check_weights(self.model, new)
         self.wake()
-        self._sender.send(new)
+        self._send_weights(new)
         self._renew()
 
     def weights_changed(self) -> None:
@@ -228,24 +229,27 @@ class VLLMPolicy(SteppingPolicy):
     # Parts -----------------------------------------------------------------------------------------------
 
     def _start(self) -> Limits:
-        if not self.config.asynchronous:
+        """Start the engines, and choose the way of new weights."""
+        config = self.config
+        self._send_weights: Callable[[Mapping[str, Tensor]], object]
+        if config.asynchronous:
+            remote = [RemoteEngine(spec, self.tokenizer, number=n) for n, spec in enumerate(self.specs)]
+            self._engines = [*remote]
+            limits, *_ = [engine.wait_ready() for engine in remote]
+        else:
             engine = Engine(self.specs[0], self.tokenizer)
-            self._engines = [engine]
-            return engine.limits
-        remote = [RemoteEngine(spec, self.tokenizer, number=number) for number, spec in enumerate(self.specs)]
-        self._engines = [*remote]
-        limits = [engine.wait_ready() for engine in remote]
-        return limits[0]
-
-    def _make_sender(self) -> Sender:
-        dtype = None if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
-        first, transfer = self._engines[0], self.config.transfer
-        if transfer in ("ipc", "nccl"):
-            workers = self.config.tensor_parallel
-            return TransferSender(self._engines, transfer, workers=workers, dtype=dtype)
-        if isinstance(first, Engine) and self.config.tensor_parallel == 1:
-            return DirectSender(first)
-        return SharedSender(self._engines, dtype)
+            self._engines, limits = [engine], engine.limits
+        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        if config.transfer in ("ipc", "nccl"):
+            workers = config.tensor_parallel
+            self._send_weights = TransferSender(
+                self._engines, config.transfer, workers=workers, dtype=dtype
+            ).send
+        elif config.asynchronous or config.tensor_parallel > 1:
+            self._send_weights = SharedSender(self._engines, dtype).send
+        else:
+            self._send_weights = lambda weights: call_all(self._engines, "load", weights.items())
+        return limits
 
     def _send(self) -> None:
         if self.model is None:
@@ -255,7 +259,7 @@ class VLLMPolicy(SteppingPolicy):
                 self.model.save_pretrained(folder)  # type: ignore[operator]  # peft's
                 self._send_adapter(folder)
         else:
-            self._sender.send(named_weights(self.model))
+            self._send_weights(named_weights(self.model))
 
     def _send_adapter(self, path: str | Path | None) -> None:
         self._adapters += 1
@@ -328,19 +332,6 @@ class VLLMPolicy(SteppingPolicy):
         except BaseException:
             self._forget(ticket)
             raise
-
-    def _save(self, model: nn.Module) -> str:
-        self._saved = tempfile.TemporaryDirectory(prefix="at2po-model-")
-        save_model(model, self._saved.name)
-        return self._saved.name
-
-
-def _resolved(config: VLLMConfig, model: nn.Module | None) -> VLLMConfig:
-    """With the learner's number format in place of "auto", where there is a learner."""
-    if config.dtype != "auto" or model is None:
-        return config
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return config.model_copy(update={"dtype": dtype})
 
 
 def _copy_state(source: object, target: object) -> None:

@@ -104,10 +104,11 @@ class RemoteEngine:
         self._read()
         if self._failures:
             raise self._failures.pop(0)
-        if self._dead is None and self.open and self._silence() > self._config.stall_timeout_s:
+        silence = time.monotonic() - self._heard
+        if self._dead is None and self.open and silence > self._config.stall_timeout_s:
             self._kill(f"made no step for {self._config.stall_timeout_s:g} s")
         if self._dead is not None and self.open:
-            raise PolicyError(self._obituary())
+            raise self._obituary()
         finished = [one for one in self._finished if one.ticket in self.open]
         self._finished.clear()
         self.open.difference_update(one.ticket for one in finished)
@@ -132,15 +133,14 @@ class RemoteEngine:
             with contextlib.suppress(PolicyError):
                 self._send(("discard", ticket, None))
 
-    def abort(self, ticket: int) -> Finished:
-        """Stop a request; what it generated so far, or all of it where it has just ended."""
+    def remove(self, ticket: int) -> Finished | None:
+        """Take a request out; what it generated so far, or all of it where it has just ended."""
         self.begin("remove", ticket)
-        finished: Finished | None = self.end()
-        for one in [finished] if finished is not None else self._finished:
-            if one.ticket == ticket:
-                self.open.discard(ticket)
-                return one
-        raise PolicyError(f"no request with ticket {ticket} is under way")
+        done: Finished | None = self.end()
+        done = done or next((one for one in self._finished if one.ticket == ticket), None)
+        if done is not None:
+            self.open.discard(ticket)
+        return done
 
     def close(self) -> None:
         """End the process."""
@@ -152,12 +152,12 @@ class RemoteEngine:
 
     def _send(self, message: Any) -> None:
         if self._dead is not None:
-            raise PolicyError(self._obituary())
+            raise self._obituary()
         try:
             self.connection.send_bytes(self._wire.dumps(message))
         except OSError:
             self._bury()
-            raise PolicyError(self._obituary()) from None
+            raise self._obituary() from None
 
     def _read(self, timeout: float = 0.0) -> None:
         """Take all messages that are there; waits for the first."""
@@ -189,14 +189,11 @@ class RemoteEngine:
             if time.monotonic() > deadline:
                 self._kill(f"did not {what} for {timeout:g} s")
         if not self._replies:
-            raise PolicyError(self._obituary())
+            raise self._obituary()
         succeeded, value = self._replies.pop(0)
         if succeeded:
             return value
         raise value if isinstance(value, At2poError) else PolicyError(str(value))
-
-    def _silence(self) -> float:
-        return time.monotonic() - self._heard
 
     # Ends ------------------------------------------------------------------------------------------------
 
@@ -210,13 +207,13 @@ class RemoteEngine:
         self._end()
         if self._dead is None:
             code = self.process.exitcode
+            self._dead = f"ended with exit code {code}"
             if code is not None and code < 0:
-                self._dead = f"was killed by {_signal(-code)}"
-            else:
-                self._dead = f"ended with exit code {code}"
+                name = next((one.name for one in signal.Signals if one == -code), f"signal {-code}")
+                self._dead = f"was killed by {name}"
 
-    def _obituary(self) -> str:
-        return (
+    def _obituary(self) -> PolicyError:
+        return PolicyError(
             f"vLLM engine {self.number} (process {self.process.pid}) {self._dead} with {len(self.open)} "
             "requests open; they are lost. Fix: see its output above, make the policy anew, or go on with "
             "at2po train RUN --resume"
@@ -256,10 +253,3 @@ def _end_process(process: BaseProcess, connection: Connection, notes: Sequence[P
     deadline = time.monotonic() + _PATIENCE_S / 2  # its workers notice a moment later that it has gone
     while not all([remove_noted(note) for note in notes]) and time.monotonic() < deadline:
         time.sleep(0.1)
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

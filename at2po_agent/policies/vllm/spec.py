@@ -6,8 +6,7 @@ Nothing of vLLM is imported before an engine is made.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,15 +71,6 @@ class EngineGPUs(NamedTuple):
 
     devices: tuple[str, ...] | None
     shared: bool
-
-
-def check_installed() -> None:
-    """Make sure that vLLM is there.
-
-    Raises:
-        MissingExtraError: It is not.
-    """
-    require("vllm.v1", "vllm")
 
 
 def place_engines(config: VLLMConfig, learner: torch.device | None) -> list[EngineGPUs]:
@@ -162,21 +152,22 @@ def make_engine(spec: EngineSpec) -> tuple[Any, Counters]:
         MissingExtraError: vLLM is not installed.
         PolicyError: This process runs one already whose prefixes are exact: vLLM has room for one connector.
     """
-    check_installed()
-    counters = Counters()
+    require("vllm.v1", "vllm")
     prepare_environment()
-    with _keeping_torch():
+    set_num_threads = torch.set_num_threads  # vLLM's CPU worker forbids to call it, for good
+    try:
         import vllm
         from vllm import EngineArgs, LLMEngine
         from vllm.config import KVTransferConfig
         from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, has_kv_transfer_group
+        from vllm.platforms import current_platform
 
         if has_kv_transfer_group():
             raise PolicyError(
                 "this process runs an engine of vLLM already, and can hold one. Fix: close() that policy "
                 "first, or set model.vllm.asynchronous=true, which gives each engine a process of its own"
             )
-        arguments = EngineArgs(**engine_arguments(spec, on_cpu=_on_cpu()))
+        arguments = EngineArgs(**engine_arguments(spec, on_cpu=bool(current_platform.is_cpu())))
         if shares_to_the_token(
             spec.config.exact_prefixes,
             version=vllm.__version__,
@@ -190,6 +181,9 @@ def make_engine(spec: EngineSpec) -> tuple[Any, Counters]:
         except BaseException:
             ensure_kv_transfer_shutdown()
             raise
+    finally:
+        torch.set_num_threads = set_num_threads
+    counters = Counters()
     engine.logger_manager = counters  # in place of Prometheus, which costs more than a step of a small model
     return engine, counters
 
@@ -240,24 +234,8 @@ def attends_to_all(model: Any) -> bool:
     return not special and set(kinds) == {"full_attention"} and not model.get_sliding_window()
 
 
-def _on_cpu() -> bool:
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
-
-
 def prepare_environment() -> None:
     """Options that vLLM reads from the environment: requirements, and defaults for those that are not set."""
     os.environ.update(_NEEDED)
     for name, value in _WISHED.items():
         os.environ.setdefault(name, value)
-
-
-@contextmanager
-def _keeping_torch() -> Iterator[None]:
-    """Undo what vLLM's CPU worker does to torch for good: it forbids to set the number of threads."""
-    set_num_threads = torch.set_num_threads
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads

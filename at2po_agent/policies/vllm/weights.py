@@ -1,6 +1,6 @@
 """Sends new weights to engines: in place, by the name of each weight.
 
-- direct: the engine runs in this process and takes the learner's tensors.
+- direct: the engine runs in this process and takes the learner's tensors (`Engine.load`).
 - shared: the engines read one file in shared memory, in the sampler's number format. Works wherever learner
   and engines are on one machine, whatever their devices; the way that tests run.
 - ipc, nccl: vLLM's own weight transfer, for an engine on the learner's GPU, and for engines on other GPUs.
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from at2po_agent.policies.vllm.shared_files import note_files
+from at2po_agent.policies.weights import named_weights
 from at2po_env.errors import PolicyError
 
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -56,52 +57,11 @@ class EngineCalls(Protocol):
         ...
 
 
-class Loads(Protocol):
-    """An engine of this process."""
-
-    def load(self, weights: NamedTensors) -> None:
-        """Load weights."""
-        ...
-
-
-class Sender(Protocol):
-    """One way to send weights."""
-
-    def send(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace the weights of all engines; returns when they have them."""
-        ...
-
-
 def call_all(engines: Sequence[EngineCalls], method: str, *arguments: Any) -> list[Any]:
     """Call a method of all engines at the same time."""
     for engine in engines:
         engine.begin(method, *arguments)
     return [engine.end() for engine in engines]
-
-
-def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights by name, as a checkpoint has them; tied ones once."""
-    weights: dict[str, Tensor] = {}
-    seen: set[tuple[int, int, torch.Size]] = set()
-    for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        identity = (whole.data_ptr(), whole.storage_offset(), whole.shape)
-        if identity not in seen or not whole.numel():
-            seen.add(identity)
-            weights[name] = whole.detach()
-    return weights
-
-
-def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Make sure that weights are those of a model.
-
-    Raises:
-        PolicyError: A name is unknown or a shape does not fit.
-    """
-    own = model.state_dict()
-    wrong = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
-    if wrong:
-        raise PolicyError(f"the model has no such weights, or of another shape: {', '.join(sorted(wrong))}")
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -129,17 +89,6 @@ def save_model(model: nn.Module, folder: str) -> None:
         if ".lora_" not in name
     }
     save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-
-
-class DirectSender:
-    """Hands the learner's tensors to the engine of this process."""
-
-    def __init__(self, engine: Loads) -> None:
-        self._engine = engine
-
-    def send(self, weights: Mapping[str, Tensor]) -> None:
-        """Load all weights."""
-        self._engine.load(weights.items())
 
 
 class SharedSender:
@@ -236,11 +185,11 @@ class TransferSender:
     def __init__(
         self, engines: Sequence[EngineCalls], backend: str, *, workers: int, dtype: torch.dtype | None
     ) -> None:
-        self._client = _TransferClient(engines, workers)
-        self._world = 1 + len(engines) * workers
+        self._engines = engines
+        self._workers = workers
         self._backend = backend
         self._dtype = dtype
-        self._engine: Any = None
+        self._connection: Any = None
         self._weights: Mapping[str, Tensor] = {}
 
     def send(self, weights: Mapping[str, Tensor]) -> None:
@@ -255,16 +204,16 @@ class TransferSender:
                 f"model.vllm.transfer = {self._backend} sends from a GPU, but the learner's weights are not "
                 "on one. Fix: model.vllm.transfer=shared"
             )
-        if self._engine is None:
-            self._engine = self._connect()
-        self._engine.send_weights()
+        if self._connection is None:
+            self._connection = self._connect()
+        self._connection.send_weights()
         self._weights = {}
 
     def _connect(self) -> Any:
         from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-        sender = self
+        sender, info = self, None
 
         class Source(WeightSource):  # type: ignore[misc]  # vLLM is not there when types are checked
             def metadata(self) -> list[Any]:
@@ -273,29 +222,21 @@ class TransferSender:
             def __iter__(self) -> Iterator[tuple[str, Tensor]]:
                 return iter(sender._weights.items())
 
-        return WeightTransferTrainerFactory.trainer_init(
-            self._rendezvous(), client=self._client, source=Source()
-        )
-
-    def _rendezvous(self) -> Any:
         if self._backend == "ipc":
             from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-            return IPCTrainerInitInfo(rank=0)
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+            info = IPCTrainerInitInfo(rank=0)
+        else:
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        return NCCLTrainerInitInfo("127.0.0.1", port, self._world, rank=0)
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            world = 1 + len(self._engines) * self._workers
+            info = NCCLTrainerInitInfo("127.0.0.1", port, world, rank=0)
+        return WeightTransferTrainerFactory.trainer_init(info, client=self, source=Source())
 
-
-class _TransferClient:
-    """Drives the receiving side on behalf of vLLM's trainer side."""
-
-    def __init__(self, engines: Sequence[EngineCalls], workers: int) -> None:
-        self._engines = engines
-        self._workers = workers
+    # What vLLM's trainer side calls, on behalf of the receiving side: each of its steps, in every worker.
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Let every worker join; each engine's ranks follow those of the engines before it."""

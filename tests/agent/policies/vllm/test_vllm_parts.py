@@ -27,7 +27,8 @@ from at2po_agent.policies.vllm.spec import (
     prepare_environment,
     share_out,
 )
-from at2po_agent.policies.vllm.weights import SharedSender, named_weights, save_model, view
+from at2po_agent.policies.vllm.weights import SharedSender, save_model, view
+from at2po_agent.policies.weights import named_weights
 from at2po_env.errors import ConfigError, MissingExtraError, PolicyError
 
 
