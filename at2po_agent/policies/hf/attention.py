@@ -14,7 +14,8 @@ every matrix is a multiple of four, at least sixteen (fewer rows take other code
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -221,26 +222,26 @@ class PackedAttention:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Added to scores: float[seats, 1, 1, reach] per span, float[P, 1, repeats * Q, reach] per group."""
         key = (window, repeats)
-        if key not in self._biases:
-            spans = [(self._last[span.first : span.last, None], span.reach) for span in self._spans]
-            groups = [(group.positions.repeat(1, repeats), group.reach) for group in self._groups]
-            self._biases[key] = (
-                [_bias(positions, reach, window, dtype)[:, None] for positions, reach in spans],
-                [_bias(positions, reach, window, dtype)[:, None] for positions, reach in groups],
-            )
+        if key in self._biases:
+            return self._biases[key]
+
+        def bias(positions: Tensor, reach: int) -> Tensor:
+            """0 for keys that a query at its position sees, minus infinity for others."""
+            keys = torch.arange(reach, device=positions.device)
+            hidden = keys > positions.unsqueeze(-1)
+            if window is not None:
+                hidden |= keys <= positions.unsqueeze(-1) - window
+            zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            return zeros.masked_fill_(hidden, _NEVER)[:, None]
+
+        self._biases[key] = (
+            [bias(self._last[span.first : span.last, None], span.reach) for span in self._spans],
+            [bias(group.positions.repeat(1, repeats), group.reach) for group in self._groups],
+        )
         return self._biases[key]
 
     def _tensor(self, values: IntArray) -> Tensor:
         return torch.from_numpy(values).to(self._device)
-
-
-def _bias(positions: Tensor, reach: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """float[..., reach]: 0 for keys that a query at its position sees, minus infinity for others."""
-    keys = torch.arange(reach, device=positions.device)
-    hidden = keys > positions.unsqueeze(-1)
-    if window is not None:
-        hidden |= keys <= positions.unsqueeze(-1) - window
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, _NEVER)
 
 
 def rows_for(rows: int) -> int:
@@ -250,61 +251,58 @@ def rows_for(rows: int) -> int:
 
 def _spans(order: Sequence[Seat], slots: Slots) -> list[_Span]:
     spans, first = [], 0
-    while first < len(order):
-        last, arena = first, order[first].arena
-        while last < len(order) and order[last].arena == arena:
-            last += 1
+    for arena, seats in itertools.groupby(order, key=lambda seat: seat.arena):
+        last = first + len(list(seats))
         spans.append(_Span(arena, first, last, slots.arenas[arena].room))
         first = last
     return spans
 
 
 def _groups(runs: Sequence[PromptRun], slots: Slots) -> list[_Group]:
-    """Group runs that sit in one arena, read equally far, and are of like length (within a factor of 2)."""
-    cuts = sorted(
-        ((cut.seat.arena, slots.room_for(cut.position + 1), -cut.length, cut.seat.index, cut.position), cut)
-        for run in runs
-        for cut in _cut(run, slots)
-    )
-    groups, first = [], 0
-    while first < len(cuts):
-        last = first
-        (arena, reach, longest, *_), _ = cuts[first]
-        while last < len(cuts) and cuts[last][0][:2] == (arena, reach) and 2 * cuts[last][0][2] <= longest:
-            last += 1
-        together = sorted((cut for _, cut in cuts[first:last]), key=lambda cut: cut.seat.index)
-        groups.append(_group(together, reach, slots.device))
-        first = last
-    return groups
+    """Group runs that sit in one arena, read equally far, and are of like length (within a factor of 2).
 
-
-def _cut(run: PromptRun, slots: Slots) -> Iterator[PromptRun]:
-    """Cut a run where its queries begin to read further, and where it is long.
-
-    How far a query reads then depends on its own position alone, never on what it was fed with: equal
-    sequences get equal numbers in any batch.
+    A run is cut where its queries begin to read further, and where it is long. How far a query reads then
+    depends on its own position alone, never on what it was fed with: equal sequences get equal numbers in any
+    batch.
     """
-    seat, position, first, length = run
-    while length:
-        size = min(length, slots.room_for(position + 1) - position, _LONGEST_PIECE)
-        yield PromptRun(seat, position, first, size)
-        position, first, length = position + size, first + size, length - size
 
+    def tensor(values: IntArray) -> Tensor:
+        return torch.from_numpy(values).to(slots.device)
 
-def _group(cuts: Sequence[PromptRun], reach: int, device: torch.device) -> _Group:
-    count, longest = len(cuts), max(cut.length for cut in cuts)
-    steps = np.arange(-(-longest // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
-    sizes = np.array([cut.length for cut in cuts])[:, None]
-    queries = np.where(steps < sizes, np.array([cut.first for cut in cuts])[:, None] + steps, 0)
-    real = (steps < sizes).flatten()
-    places = [cut.seat.index for cut in cuts]
-    consecutive = places == list(range(places[0], places[0] + count))
-    return _Group(
-        arena=cuts[0].seat.arena,
-        places=slice(places[0], places[0] + count) if consecutive else torch.tensor(places, device=device),
-        queries=torch.from_numpy(queries).to(device),
-        positions=torch.from_numpy(np.array([cut.position for cut in cuts])[:, None] + steps).to(device),
-        source=torch.from_numpy(np.flatnonzero(real)).to(device),
-        target=torch.from_numpy(queries.flatten()[real]).to(device),
-        reach=reach,
-    )
+    cuts = []
+    for seat, position, first, length in runs:
+        while length:
+            reach = slots.room_for(position + 1)
+            size = min(length, reach - position, _LONGEST_PIECE)
+            piece = PromptRun(seat, position, first, size)
+            cuts.append(((seat.arena, reach, -size, seat.index, position), piece))
+            position, first, length = position + size, first + size, length - size
+    cuts.sort()
+    groups, start = [], 0
+    while start < len(cuts):
+        (arena, reach, longest, *_), _ = cuts[start]
+        end = start
+        while end < len(cuts) and cuts[end][0][:2] == (arena, reach) and 2 * cuts[end][0][2] <= longest:
+            end += 1
+        together = sorted((cut for _, cut in cuts[start:end]), key=lambda cut: cut.seat.index)
+        start = end
+        # Pad the queries of the group to one length; `real` are those that stand for a token.
+        steps = np.arange(-(longest // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)  # `longest` is negative
+        sizes = np.array([cut.length for cut in together])[:, None]
+        queries = np.where(steps < sizes, np.array([cut.first for cut in together])[:, None] + steps, 0)
+        positions = np.array([cut.position for cut in together])[:, None] + steps
+        real = (steps < sizes).flatten()
+        places = [cut.seat.index for cut in together]
+        consecutive = places == list(range(places[0], places[0] + len(places)))
+        groups.append(
+            _Group(
+                arena=arena,
+                places=slice(places[0], places[-1] + 1) if consecutive else tensor(np.array(places)),
+                queries=tensor(queries),
+                positions=tensor(positions),
+                source=tensor(np.flatnonzero(real)),
+                target=tensor(queries.flatten()[real]),
+                reach=reach,
+            )
+        )
+    return groups
