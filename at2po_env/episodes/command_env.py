@@ -134,6 +134,13 @@ class CommandEnv(ForkableEnv):
         """Return commands that solve the task from here, with full knowledge; None where there are none."""
         return None
 
+    @property
+    def admissible_commands(self) -> tuple[str, ...]:
+        """The commands that are possible now; none before the first reset and after the end."""
+        if self._state is None or self._state.episode.ended:
+            return ()
+        return tuple(self.commands(self._state.world))
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:

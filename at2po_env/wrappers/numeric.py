@@ -33,6 +33,8 @@ class NumericView(gymnasium.Wrapper[Any, Any, str, str]):
     `FullTranscript` to show the whole episode. Actions are indices into `choices`, or without choices arrays
     of `action_length` ids, of which the first 0 ends the text.
 
+    Over a world of commands, `action_masks` says which of the choices are possible.
+
     Args:
         env: A text environment.
         length: Ids per observation.
@@ -123,6 +125,23 @@ class NumericView(gymnasium.Wrapper[Any, Any, str, str]):
             return self._decode(ids[: ids.index(0)] if 0 in ids else ids)
         choice = self.choices[int(action)]
         return choice if isinstance(choice, str) else choice(self._text)
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """Return which of the choices are possible now, as sb3-contrib's MaskablePPO asks for it.
+
+        The environment says what is possible (`CommandEnv.admissible_commands`). Where it says nothing, or
+        nothing that is among the choices, all of them are.
+
+        Raises:
+            EnvError: The view has no choices.
+        """
+        if self.choices is None:
+            raise EnvError("action_masks needs choices: actions that are written freely cannot be masked")
+        possible: tuple[str, ...] = ()
+        if self.env.has_wrapper_attr("admissible_commands"):
+            possible = self.env.get_wrapper_attr("admissible_commands")
+        masks = np.array([self.write(number) in possible for number in range(len(self.choices))])
+        return masks if masks.any() else np.ones_like(masks)
 
     def get_state(self) -> str:
         """The newest observation as text."""

@@ -10,7 +10,7 @@ from typing import Any
 from at2po_env import CommandEnv, CommandResult, Task, TextVectorEnv, vector
 from at2po_env.data import cache_dir
 from at2po_env.episodes.command_env import FORMAT
-from at2po_env.errors import ConfigError
+from at2po_env.errors import ConfigError, EnvError
 from at2po_envs.household import world
 from at2po_envs.household.expert import plan
 from at2po_envs.household.game import Household
@@ -61,6 +61,16 @@ class HouseholdEnv(CommandEnv):
     def expert_commands(self) -> list[str] | None:
         """Return commands that solve the game from here, with full knowledge; None where none do."""
         return None if self._state is None else plan(self._state.world)
+
+    def conceivable_commands(self) -> tuple[str, ...]:
+        """Return every command that may become possible in the present game: choices of a `NumericView`.
+
+        Raises:
+            EnvError: No episode is running.
+        """
+        if self._state is None:
+            raise EnvError("no episode is running. Fix: call reset first")
+        return world.conceivable_commands(self._state.world.game)
 
     def dump_world(self, state: Household) -> Any:
         """Return a moment as JSON; the game goes in by name."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from at2po_envs.household.game import NOWHERE, SERVERS, Household
+from at2po_envs.household.game import NOWHERE, SERVERS, Game, Household
 from at2po_envs.household.published import HELP, Words
 
 NOTHING = "Nothing happens."
@@ -77,6 +77,36 @@ def possible_commands(state: Household) -> tuple[str, ...]:
                 if place == state.at and game.sliceable >> thing & 1
             ]
     return tuple(sorted(set(found)))
+
+
+def conceivable_commands(game: Game) -> tuple[str, ...]:
+    """Return every command that may be possible at some moment of a game, sorted."""
+    found = {"inventory", "look", *(["help"] if game.words.helps else [])}
+    carried = [n for n in range(len(game.objects)) if game.pickupable >> n & 1]
+    for receptacle, there in enumerate(game.receptacle_names):
+        if game.place_of[receptacle] == NOWHERE:
+            continue
+        found |= {f"go to {there}", f"examine {there}"}
+        if game.openable >> receptacle & 1:
+            found |= {f"open {there}", f"close {there}"}
+        for thing in carried:
+            name, starts_here = game.object_names[thing], thing in game.start.contents[receptacle]
+            if starts_here or game.accepts[receptacle] >> thing & 1:
+                found.add(f"take {name} from {there}")
+            if game.accepts[receptacle] >> thing & 1:
+                found.add(_put_command(game.words, name, there))
+            found |= {
+                f"{verb} {name} with {there}"
+                for verb, serves in game.serves.items()
+                if serves[receptacle] and game.fit_for[verb] >> thing & 1
+            }
+    found |= {f"use {name}" for n, name in enumerate(game.object_names) if game.toggleable >> n & 1}
+    for thing in carried:
+        found.add(f"examine {game.object_names[thing]}")
+        if game.slices[thing]:
+            cut = [name for n, name in enumerate(game.object_names) if game.sliceable >> n & 1]
+            found |= {f"slice {name} with {game.object_names[thing]}" for name in cut}
+    return tuple(sorted(found))
 
 
 def _put_command(words: Words, thing: str, there: str) -> str:

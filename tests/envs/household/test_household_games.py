@@ -25,7 +25,7 @@ from at2po_envs.household.games import (
 from at2po_envs.household.pddl import FAMILIES, Goal, Problem, read_problem, write_problem
 from at2po_envs.household.published import Words
 from at2po_envs.household.rooms import FITS, PROPERTIES
-from at2po_envs.household.world import first_words, is_won, obey, possible_commands
+from at2po_envs.household.world import conceivable_commands, first_words, is_won, obey, possible_commands
 from helpers.fake_hub import serving
 
 from at2po_env.data import catalog
@@ -240,6 +240,7 @@ def test_every_possible_command_is_possible_and_no_other_is() -> None:
                 possible
             )
             seen |= set(possible)
+            assert set(possible) <= set(conceivable_commands(state.game))
             quiet = [command for command in possible if not command.startswith("go")]
             state = obey(state, rng.choice(quiet if rng.random() < 0.6 else possible)).state
 
