@@ -55,7 +55,17 @@ def test_every_field_is_read_somewhere():
     assert "no_such_field" not in read
 
 
-@pytest.mark.parametrize("name", ["quickstart", "hotpotqa-tiny", "qwen3-4b-multihop", "qwen3-4b-singlehop"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quickstart",
+        "hotpotqa-tiny",
+        "qwen3-4b-multihop",
+        "qwen3-4b-singlehop",
+        "qwen3-4b-webshop",
+        "qwen3-4b-household",
+    ],
+)
 def test_shipped_configurations_are_valid(name):
     assert name in shipped_configs()
     assert load_config(name).run.name == name
@@ -184,3 +194,14 @@ def test_the_folder_of_a_run_is_a_configuration(tmp_path):
 
 def test_flatten_names_every_leaf():
     assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [2]})) == {"a.b": 1, "a.c": {}, "d": [2]}
+
+
+@pytest.mark.parametrize(("name", "turns", "tokens"), [("webshop", 15, 300), ("household", 50, 500)])
+def test_t2po_has_its_published_settings_on_its_worlds(name, turns, tokens):
+    config = load_config(f"qwen3-4b-{name}")
+    assert (config.train.questions, config.rollout.leaves, config.optimizer.lr) == (16, 8, 1e-6)
+    assert (config.env.kwargs["max_turns"], config.rollout.max_turn_tokens) == (turns, tokens)
+    assert config.rollout.max_response_tokens == turns * tokens
+    assert (config.model.transcript, config.model.window.turns) == ("window", 2)
+    assert config.rollout.thinking.enabled
+    assert config.rollout.resampling.enabled
