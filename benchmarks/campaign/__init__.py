@@ -7,7 +7,7 @@
 | kind | a try | module |
 |---|---|---|
 | `kill` | SIGKILL at a moment of a file or a random one, SIGTERM, SIGSTOP; then a resume | `runs` |
-| `disk` | a disk that is full, read-only or broken in the middle of a run; then a resume | `runs` |
+| `disk` | a disk that is full, read-only or broken in the middle of a run; then a resume | `disks` |
 | `data` | a damaged file of a run, of questions, a corpus, an index or a result cache | `damage` |
 | `server` | a lying or dying server behind `HttpRetriever` and behind a served model | `network` |
 | `client` | hostile bytes to our retrieval server | `network` |

@@ -9,10 +9,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import campaign
 from benchmarks.campaign.damage import damaged_files
+from benchmarks.campaign.disks import broken_disks
 from benchmarks.campaign.network import hostile_clients, lying_servers
 from benchmarks.campaign.runner import Campaign, Kind
-from benchmarks.campaign.runs import broken_disks, kills
+from benchmarks.campaign.runs import kills
 from benchmarks.campaign.snapshots import mutated_snapshots
 from benchmarks.campaign.soak import soak
 from benchmarks.campaign.text import hostile_code, hostile_texts
@@ -33,7 +35,7 @@ def main() -> None:
     """Run a campaign and print tries, failures and a command for each failure."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.campaign",
-        description=__import__("benchmarks.campaign").campaign.__doc__,
+        description=campaign.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -61,11 +63,11 @@ def main() -> None:
         else:
             kinds = {name: KINDS[name] for name in names}
             say = (lambda line: print(line, file=sys.stderr)) if options.json else print
-            campaign = Campaign(folder, seed=options.seed, report=say)
+            work = Campaign(folder, seed=options.seed, report=say)
             goals = None if options.tries is None else dict.fromkeys(kinds, options.tries)
             seconds = None if options.minutes is None else 60 * options.minutes
-            campaign.run(kinds, goals=goals, seconds=seconds)
-            result = campaign.result(kinds)
+            work.run(kinds, goals=goals, seconds=seconds)
+            result = work.result(kinds)
     print(json.dumps(result, indent=2) if options.json else _table(result))
     sys.exit(bool(result["failures"]))
 

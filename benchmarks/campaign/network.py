@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -28,14 +29,14 @@ from pydantic import SecretStr
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.openai import OpenAIPolicy
 from at2po_agent.policies.openai.client import Server
-from at2po_agent.policies.openai.messages import Dialect
+from at2po_agent.policies.openai.messages import Dialect, Endpoint
 from at2po_env.data.corpus import Passage
 from at2po_env.errors import PolicyError, RetrievalError
 from at2po_env.retrieval.bm25.retriever import Bm25Retriever
 from at2po_env.retrieval.client import HttpRetriever
 from at2po_env.retrieval.server.app import ServerConfig
 from at2po_env.retrieval.server.running import serving
-from benchmarks.campaign.runner import Try
+from benchmarks.campaign.runner import Try, words
 from benchmarks.campaign.snapshots import mutate
 
 DEADLINE_S, MARGIN_S = 0.5, 1.5
@@ -64,25 +65,11 @@ _SPOKEN = {
     "usage": {"prompt_tokens": 10, "completion_tokens": 5},
 }
 _STATUSES = (*[200] * 15, 100, 204, 206, 301, 400, 401, 404, 408, 413, 418, 429, 500, 503, 999)
-_HEADERS = (
-    "Retry-After: 999999999",
-    "Retry-After: -1",
-    "Retry-After: nan",
-    "Retry-After: Wed, 21 Oct 2099 07:28:00 GMT",
-    "Content-Encoding: gzip",
-    "Content-Encoding: br",
-    "Transfer-Encoding: chunked",
-    "Transfer-Encoding: chunked, chunked",
-    "Content-Type: text/html; charset=utf-99",
-    "Location: /retrieve",
-    "Connection: keep-alive",
-    "X: " + "y" * 70_000,
-    "no colon",
-    "\0: \0",
-    "Content-Length: 3",
-    "Content-Length: -3",
-    "Content-Length: 99999999999999999999",
-)
+_HEADERS = words("""Retry-After: 999999999|Retry-After: -1|Retry-After: nan|Content-Length: 3
+Retry-After: Wed, 21 Oct 2099 07:28:00 GMT|Content-Type: text/html; charset=utf-99|Content-Encoding: gzip
+Content-Encoding: br|Transfer-Encoding: chunked|Transfer-Encoding: chunked, chunked|Location: /retrieve
+Connection: keep-alive|no colon|\0: \0|Content-Length: -3|Content-Length: 99999999999999999999""")
+_HEADERS.append("X: " + "y" * 70_000)
 
 
 def lie(truth: object, rng: random.Random) -> tuple[bytes, str]:
@@ -94,15 +81,13 @@ def lie(truth: object, rng: random.Random) -> tuple[bytes, str]:
     if kind == 0:
         body = gzip.compress(body if rng.random() < 0.5 else b"[" * 10_000_000)
     elif kind == 1:
-        body = b"%x\r\n%s\r\n" % (len(body) + rng.choice((0, 0, -1, 5, 1 << 40)), body) + rng.choice(
-            (b"0\r\n\r\n", b"")
-        )
+        size = len(body) + rng.choice((0, 0, -1, 5, 1 << 40))
+        body = b"%x\r\n%s\r\n" % (size, body) + rng.choice((b"0\r\n\r\n", b""))
     elif kind == 2:
         body = rng.choice((b"", b"<html>please log in</html>", b"null", b"[" * 100_000, rng.randbytes(500)))
     status, length = rng.choice(_STATUSES), len(body) + rng.choice((0, 0, 0, -1, 1, 100))
-    headers = [f"Content-Length: {length}"] * rng.choice((0, 1, 1, 1, 1, 2)) + rng.sample(
-        _HEADERS, rng.choice((0, 0, 1, 2))
-    )
+    headers = [f"Content-Length: {length}"] * rng.choice((0, 1, 1, 1, 1, 2))
+    headers += rng.sample(_HEADERS, rng.choice((0, 0, 1, 2)))
     if kind == 1:
         headers = ["Transfer-Encoding: chunked"]
     head = "\r\n".join([f"HTTP/1.{rng.choice('1110')} {status} Well", *headers, "", ""]).encode()
@@ -110,9 +95,8 @@ def lie(truth: object, rng: random.Random) -> tuple[bytes, str]:
     if rng.random() < 0.15:
         data = data[: rng.randrange(len(data) + 1)]
     if rng.random() < 0.05:
-        data = rng.choice(
-            (b"", b"\0" * 99, b"SSH-2.0-x\r\n", b"HTTP/1.1 100 Continue\r\n\r\n" * 3_000, rng.randbytes(300))
-        )
+        continued = b"HTTP/1.1 100 Continue\r\n\r\n" * 3_000
+        data = rng.choice((b"", b"\0" * 99, b"SSH-2.0-x\r\n", continued, rng.randbytes(300)))
     return data, rng.choices(("whole", "slowly", "reset", "open"), (12, 1, 2, 2))[0]
 
 
@@ -140,11 +124,8 @@ class Liar:
             connection.settimeout(2.0)
             request = connection.recv(1 << 16)
             head, _, rest = request.partition(b"\r\n\r\n")
-            sizes = [
-                line.split(b":")[1]
-                for line in head.lower().split(b"\r\n")
-                if line.startswith(b"content-length")
-            ]
+            lines = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")]
+            sizes = [line.split(b":")[1] for line in lines]
             while sizes and len(rest) < int(sizes[0]):
                 rest += connection.recv(1 << 16)
             if how == "slowly":
@@ -164,18 +145,12 @@ def lying_servers(folder: Path) -> Iterator[Try]:
     """By turns an `HttpRetriever` and an `OpenAIPolicy` that ask a liar."""
     del folder
     liar = Liar()
-    retriever = HttpRetriever(
-        url=liar.url,
-        timeout_s=DEADLINE_S,
-        attempt_s=0.3,
-        retries=1,
-        backoff_s=0.005,
-        breaker_failures=1 << 40,
-    )
-    patience = Server(f"{liar.url}/v1", timeout_s=DEADLINE_S, attempt_s=0.3, retries=1, backoff_s=0.005)
+    limits = {"timeout_s": DEADLINE_S, "attempt_s": 0.3, "retries": 1, "backoff_s": 0.005}
+    retriever = HttpRetriever(url=liar.url, breaker_failures=1 << 40, **limits)  # type: ignore[arg-type]
+    patience = Server(f"{liar.url}/v1", **limits)  # type: ignore[arg-type]
     policies = [
-        OpenAIPolicy(patience, "tiny", dialect=Dialect("chat", logprobs=True), max_failures=None),
-        OpenAIPolicy(patience, "tiny", dialect=Dialect("completions", logprobs=True), max_failures=None),
+        OpenAIPolicy(patience, "tiny", dialect=Dialect(endpoint, logprobs=True), max_failures=None)
+        for endpoint in get_args(Endpoint)
     ]
 
     def attempt(rng: random.Random, number: int) -> str:
@@ -214,9 +189,8 @@ def _search(retriever: HttpRetriever) -> str:
 def _generate(policy: OpenAIPolicy) -> str:
     """Ask for a generation, and say what is wrong with it."""
     try:
-        (answer,) = policy.generate(
-            [Request(tuple(policy.tokenizer.encode("Say x.")), 50, stop=("</answer>",))]
-        )
+        request = Request(tuple(policy.tokenizer.encode("Say x.")), 50, stop=("</answer>",))
+        (answer,) = policy.generate([request])
     except PolicyError:
         return ""
     except Exception as error:  # noqa: BLE001  this is what is looked for
@@ -226,9 +200,8 @@ def _generate(policy: OpenAIPolicy) -> str:
         return f"{len(answer.ids)} ids and {len(answer.log_probs)} log-probs"
     if any(not math.isfinite(value) or value > 1e-3 for value in answer.log_probs.tolist()):
         return f"log-probs {answer.log_probs.tolist()!r:.200}"
-    if any(
-        not math.isfinite(value) for value in vars(policy.stats).values() if isinstance(value, int | float)
-    ):
+    counted = [value for value in vars(policy.stats).values() if isinstance(value, int | float)]
+    if not all(map(math.isfinite, counted)):
         return f"the statistics are {policy.stats}"
     return ""
 
@@ -236,15 +209,21 @@ def _generate(policy: OpenAIPolicy) -> str:
 # Hostile clients ------------------------------------------------------------------------------------------
 
 _GOOD = json.dumps({"queries": ["first program"], "topk": 2, "return_scores": True})
+_ASKED_HEADERS = words("""Authorization: Bearer \xff|Authorization:|Host: y|Transfer-Encoding: chunked
+Expect: 100-continue|Connection: Upgrade|no colon| folded|A\0: b|Content-Length: 5|Connection: close""")
+_ASKED_HEADERS += ["Authorization: Basic " + "x" * 9_000, "X: " + "y" * 20_000]
+_PATHS = words("""/retrieve|/retrieve|/retrieve|/retrieve|/health|/metrics|/docs|/|*|//retrieve|/retrieve?x=y
+/../../etc/passwd|/retrieve/%00|http://other/retrieve|/\xff|""")
+_PATHS.append("/" + "z" * 20_000)
+_METHODS = ("POST", "POST", "POST", "GET", "PUT", "HEAD", "OPTIONS", "CONNECT", "x" * 300, "\0")
 
 
 @contextlib.contextmanager
 def hostile_clients(folder: Path) -> Iterator[Try]:
     """Hostile bytes for a retrieval server with a token; every tenth try also asks it something sound."""
     del folder
-    config = ServerConfig(
-        port=0, token=SecretStr(TOKEN), receive_s=RECEIVE_S, timeout_s=5.0, max_body_bytes=1 << 20
-    )
+    limits = {"receive_s": RECEIVE_S, "timeout_s": 5.0, "max_body_bytes": 1 << 20}
+    config = ServerConfig(port=0, token=SecretStr(TOKEN), **limits)  # type: ignore[arg-type]
     with serving(Bm25Retriever.from_passages(PASSAGES), config) as url:
         expected, errors = _sound(url), _Errors()
         for name in ("uvicorn.error", "asyncio"):
@@ -293,55 +272,14 @@ def _hostile_request(rng: random.Random) -> bytes:
     body = _GOOD if rng.random() < 0.3 else mutate(_GOOD, rng)
     data = body.encode("utf-8", "surrogatepass")
     if rng.random() < 0.1:
-        data = rng.choice(
-            (b"[" * 200_000, b'{"queries": [' + b'"x",' * 50_000 + b'"x"]}', rng.randbytes(5_000), b"")
-        )
+        many = b'{"queries": [' + b'"x",' * 50_000 + b'"x"]}'
+        data = rng.choice((b"[" * 200_000, many, rng.randbytes(5_000), b""))
     length = rng.choice((len(data), len(data), len(data), len(data) + 9, max(0, len(data) - 9), -1, 1 << 50))
     headers = [f"Content-Length: {length}", "Host: x", "Content-Type: application/json"]
     if rng.random() < 0.6:
         headers.append(f"Authorization: Bearer {TOKEN}")
-    headers += rng.sample(
-        (
-            *(
-                "Authorization: Bearer \xff",
-                "Authorization: Basic " + "x" * 9_000,
-                "Authorization:",
-                "Host: y",
-            ),
-            *(
-                "Transfer-Encoding: chunked",
-                "Expect: 100-continue",
-                "Connection: Upgrade\r\nUpgrade: websocket",
-            ),
-            *(
-                "X: " + "y" * 20_000,
-                "no colon",
-                " folded",
-                "A\0: b",
-                "Content-Length: 5",
-                "Connection: close",
-            ),
-        ),
-        rng.choice((0, 0, 0, 1, 2)),
-    )
-    method = rng.choice(("POST", "POST", "POST", "GET", "PUT", "HEAD", "OPTIONS", "CONNECT", "x" * 300, "\0"))
-    path = rng.choice(
-        (
-            *(
-                "/retrieve",
-                "/retrieve",
-                "/retrieve",
-                "/health",
-                "/metrics",
-                "/docs",
-                "/",
-                "*",
-                "//retrieve",
-                "/retrieve?x=" + "y" * 9,
-            ),
-            *("/../../etc/passwd", "/retrieve/%00", "http://other/retrieve", "/" + "z" * 20_000, "/\xff", ""),
-        )
-    )
+    headers += rng.sample(_ASKED_HEADERS, rng.choice((0, 0, 0, 1, 2)))
+    method, path = rng.choice(_METHODS), rng.choice(_PATHS)
     version = rng.choice(("HTTP/1.1", "HTTP/1.1", "HTTP/1.1", "HTTP/1.0", "HTTP/2.0", "HTTP/9", ""))
     request = "\r\n".join([f"{method} {path} {version}", *headers, "", ""]).encode("latin-1") + data
     if rng.random() < 0.2:
@@ -357,10 +295,9 @@ def _hostile_request(rng: random.Random) -> bytes:
 def _converse(url: str, data: bytes, rng: random.Random) -> str:
     """Send bytes, read what comes, and say what is wrong with it."""
     parts = urlsplit(url)
+    address = str(parts.hostname), int(parts.port or 0)
     manner, answer, started = rng.random(), b"", time.monotonic()
-    with socket.create_connection(
-        (str(parts.hostname), int(parts.port or 0)), timeout=RECEIVE_S + 6.0
-    ) as connection:
+    with socket.create_connection(address, timeout=RECEIVE_S + 6.0) as connection:
         try:
             connection.sendall(data)
             if manner < 0.2:

@@ -190,6 +190,11 @@ class Campaign:
         }
 
 
+def words(text: str) -> list[str]:
+    """Split a table of words at its bars and the ends of its lines."""
+    return text.replace("\n", "|").split("|")
+
+
 def generator(name: str, seed: int, number: int) -> random.Random:
     """The generator of one try."""
     return random.Random(f"{name}/{seed}/{number}")

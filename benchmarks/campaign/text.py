@@ -25,22 +25,12 @@ from at2po_env.data.tasks import Task
 from at2po_env.retrieval.base import Passage
 from at2po_env.tools import CalculatorTool, PythonTool, SearchTool
 from at2po_env.tools.base import ToolContext, call_tool
-from benchmarks.campaign.runner import Try
+from benchmarks.campaign.runner import Try, words
 
 LIMIT_S = 1.0
 GOLD = "zyxwv 7731"
 TURNS = 4
-_TAGS = (
-    "think",
-    "search",
-    "answer",
-    "result",
-    "information",
-    "calculator",
-    "tool_call",
-    "tool_response",
-    "note",
-)
+_TAGS = words("think|search|answer|result|information|calculator|tool_call|tool_response|note")
 _CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_start|>assistant\n", "</s>")
 _PIECES = (
     *(f"<{tag}>" for tag in _TAGS),
@@ -48,31 +38,10 @@ _PIECES = (
     *("<", ">", "</", "<answer", "</answer", "&lt;answer>", "<<answer>>", "<ANSWER>", "<answer >"),
     *_CONTROL,
     *("\\boxed{", "\\boxed{x}", "}", "{", "{{question}}", "%s", "\\", "$"),
-    *(
-        '{"name": "search", "arguments": {"query": "x"}}',
-        '{"name": "calculator", "arguments": {"expression": "1"}}',
-    ),
-    *(
-        '{"name": ["search"], "arguments": null}',
-        '{"query": NaN}',
-        '{"query": 1e999}',
-        '{"a": ' * 50,
-        "[" * 300,
-    ),
-    *(
-        "x",
-        "two words",
-        "\n",
-        "\0",
-        "\ud800",
-        "\u202e",
-        "é",
-        "1/0",
-        "9**9**9",
-        "\U0001f600",
-        " " * 40,
-        "a\r\nb",
-    ),
+    *('{"name": "search", "arguments": {"query": "x"}}', '{"name": ["search"], "arguments": null}'),
+    *('{"name": "calculator", "arguments": {"expression": "1"}}', '{"query": 1e999}', '{"query": NaN}'),
+    *('{"a": ' * 50, "[" * 300, "x", "two words", "\n", "\0", "\ud800", "\u202e", "é", "1/0", "9**9**9"),
+    *("\U0001f600", " " * 40, "a\r\nb"),
 )
 
 
@@ -136,12 +105,8 @@ def hostile_texts(folder: Path) -> Iterator[Try]:
     def attempt(rng: random.Random, number: int) -> str:
         env = envs[number % len(envs)]
         hostile = number // len(envs) % 2 == 1
-        gold = (
-            GOLD,
-            f"\\boxed{{{GOLD}}}",
-            f"<answer>{GOLD}</answer>",
-            f"<answer>\\boxed{{ {GOLD} }}</answer>",
-        )
+        answer = f"<answer>\\boxed{{ {GOLD} }}</answer>"
+        gold = (GOLD, f"\\boxed{{{GOLD}}}", f"<answer>{GOLD}</answer>", answer)
         shelf.pages = [hostile_text(rng, gold) if hostile else "nothing" for _ in range(3)]
         env.reset(seed=number)
         for _ in range(TURNS):
@@ -205,97 +170,36 @@ def _control_tokens(transcript: Any, tokenizer: Any, observation: str) -> str:
 
 # Code -----------------------------------------------------------------------------------------------------
 
-_NUMBERS = (
-    "0",
-    "1",
-    "-1",
-    "2",
-    "0.5",
-    "1e308",
-    "9" * 40,
-    "10**8",
-    "-10**8",
-    "4096",
-    "1j",
-    "True",
-    "''",
-    "[]",
-    "x",
-)
+_NUMBERS = words("0|1|-1|2|0.5|1e308|10**8|-10**8|4096|1j|True|''|[]|x|" + "9" * 40)
 _OPERATORS = ("+", "-", "*", "/", "//", "%", "**", "<<", "@", ",", "if 1 else", "and", "==")
-_CALLS = (
-    "round",
-    "abs",
-    "sqrt",
-    "log",
-    "exp",
-    "factorial",
-    "comb",
-    "pow",
-    "max",
-    "min",
-    "sum",
-    "floor",
-    "__import__",
-    "().__class__",
-)
+_CALLS = words("round|abs|sqrt|log|exp|factorial|comb|pow|max|min|sum|floor|__import__|().__class__")
 _PROGRAMS = r"""
 while True: pass
----
 print('x' * 10**7)
----
 while True: print('x' * 1000)
----
 x = 'x' * 10**10
----
-x = []
-while True: x.append(bytearray(10**7))
----
+x = []\nwhile True: x.append(bytearray(10**7))
 import os; os.fork(); os.fork(); print('child')
----
-import os, time
-if os.fork() == 0: time.sleep(60)
----
-import os; os.close(1); os.close(2)
-while True: pass
----
+import os, time\nif os.fork() == 0: time.sleep(60)
+import os; os.close(1); os.close(2)\nwhile True: pass
 import os; os.kill(os.getpid(), 9)
----
 import os; os.abort()
----
 import sys; sys.exit(7)
----
 import os; os._exit(0)
----
-import sys; sys.setrecursionlimit(10**9)
-def f(): f()
-f()
----
+import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()
 open('big', 'wb').write(b'x' * 10**8)
----
-import signal, time
-for n in {*range(1, 32)} - {9, 19}: signal.signal(n, signal.SIG_IGN)
-time.sleep(60)
----
+import signal, time\nfor n in {*range(1, 32)} - {9, 19}: signal.signal(n, signal.SIG_IGN)\ntime.sleep(60)
 import sys; sys.stdout.buffer.write(bytes(range(256)) * 99)
----
 print('\ud800')
----
-import threading, time
-[threading.Thread(target=time.sleep, args=(60,)).start() for _ in range(20)]
----
+import threading, time\n[threading.Thread(target=time.sleep, args=(60,)).start() for _ in range(20)]
 10 ** 10 ** 8
----
 files = [open('/dev/null') for _ in range(10**4)]
----
 input()
----
 raise SystemExit('\0')
----
 1 +
----
 print(1)
-""".strip().split("\n---\n")
+""".strip().splitlines()
+"""Programs; a line that ends within one is written as \\n."""
 
 
 @contextlib.contextmanager
@@ -308,7 +212,7 @@ def hostile_code(folder: Path) -> Iterator[Try]:
     def attempt(rng: random.Random, number: int) -> str:
         program = number % 20 == 19
         if program:
-            code = "\n".join(rng.sample(_PROGRAMS, rng.choice((1, 1, 2))))
+            code = "\n".join(rng.sample(_PROGRAMS, rng.choice((1, 1, 2)))).replace(r"\n", "\n")
             tool, arguments, limit = python, {"code": code}, 4.0
         else:
             code = _expression(rng, rng.choice((1, 3, 6)))
