@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,36 +65,27 @@ class Preset:
 def algorithms_table() -> str:
     """Write a table in Markdown: a row per preset, a column per part."""
     titles = ("algorithm", "rollout", "leaves", "interventions", "credit", "loss", "filter, shaping", "KL")
-    lines = [_row(titles), _row(["---"] * len(titles))]
+    table = [titles, ("---",) * len(titles)]
     for name, preset in PRESETS.items():
         rollout = preset.rollout
-        leaves = rollout["chains"] + rollout["rounds"] * rollout["forks"]
+        chains, rounds, forks = (rollout[key] for key in ("chains", "rounds", "forks"))
+        shape = f"{chains} + {rounds} x {forks}" if rounds else f"{chains} chains"
         on = [part for part in ("thinking", "resampling") if part in rollout]
         extra = ["dynamic sampling"] if preset.keep == "informative" else []
         if "overlong_share" in rollout:
             extra.append(f"overlong over the last {rollout['overlong_share']:.0%}")
         cells = (
             f"[`{name}`]({preset.reference})",
-            f"`{rollout['expansion']}`, {_shape(rollout)}",
-            str(leaves),
+            f"`{rollout['expansion']}`, {shape}",
+            str(chains + rounds * forks),
             ", ".join(on) or "-",
             _part(preset.credit, preset.credit_options),
             _part(preset.loss, preset.loss_options),
             ", ".join(extra) or "-",
             f"{preset.kl_weight:g}, loss" if preset.kl_weight else "-",
         )
-        lines.append(_row(cells))
-    return "\n".join(lines) + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _shape(rollout: Mapping[str, Any]) -> str:
-    if not rollout["rounds"]:
-        return f"{rollout['chains']} chains"
-    return f"{rollout['chains']} + {rollout['rounds']} x {rollout['forks']}"
+        table.append(cells)
+    return "".join(f"| {' | '.join(row)} |\n" for row in table)
 
 
 def _part(name: str, options: Mapping[str, Any]) -> str:

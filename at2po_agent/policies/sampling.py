@@ -227,7 +227,10 @@ def draw(
     tokens = _inverse_cdf(log_probs.exp(), uniforms)
     if top_p is not None:
         rows = (top_p < 1).nonzero().squeeze(-1)
-        tokens[rows] = _draw_top_p(log_probs[rows].exp(), uniforms[rows], top_p[rows])
+        likely, order = log_probs[rows].exp().sort(dim=-1, descending=True, stable=True)
+        before = likely.cumsum(dim=-1) - likely
+        kept = torch.where(before < top_p[rows].unsqueeze(-1), likely, 0.0)
+        tokens[rows] = order.gather(-1, _inverse_cdf(kept, uniforms[rows]).unsqueeze(-1)).squeeze(-1)
     if greedy is not None:
         tokens = torch.where(greedy, log_probs.argmax(dim=-1), tokens)
     if forced is not None:
@@ -262,10 +265,3 @@ def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
 def _search(cdf: Tensor, uniforms: Tensor) -> Tensor:
     found = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
     return found.clamp(max=cdf.shape[-1] - 1)  # only a row of NaN exceeds it
-
-
-def _draw_top_p(probs: Tensor, uniforms: Tensor, top_p: Tensor) -> Tensor:
-    sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
-    before = sorted_probs.cumsum(dim=-1) - sorted_probs
-    kept = torch.where(before < top_p.unsqueeze(-1), sorted_probs, 0.0)
-    return order.gather(-1, _inverse_cdf(kept, uniforms).unsqueeze(-1)).squeeze(-1)

@@ -10,7 +10,7 @@ import numpy as np
 from at2po_agent.policies.base import Request
 from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
-from at2po_agent.types import Float32Array, Generation, StopReason
+from at2po_agent.types import Generation, StopReason
 from at2po_env.errors import PolicyError
 
 Script: TypeAlias = Callable[[str], str]
@@ -57,15 +57,11 @@ class ScriptedPolicy:
             ids, reason = [*ids, self.tokenizer.eos_id], "eos"
         if len(ids) > request.max_tokens:
             ids, reason = ids[: request.max_tokens], "length"
-        return Generation(tuple(ids), self._score(ids), reason)
-
-    def _score(self, ids: Sequence[int]) -> Float32Array:
-        if not callable(self._log_probs):
-            return np.full(len(ids), self._log_probs, dtype=np.float32)
-        scores = np.asarray(self._log_probs(ids), dtype=np.float32)
-        if scores.shape != (len(ids),):
-            raise PolicyError(f"log_probs returned shape {scores.shape} for {len(ids)} ids")
-        return scores
+        given = self._log_probs
+        log_probs = np.asarray(given(ids) if callable(given) else [given] * len(ids), dtype=np.float32)
+        if log_probs.shape != (len(ids),):
+            raise PolicyError(f"log_probs returned shape {log_probs.shape} for {len(ids)} ids")
+        return Generation(tuple(ids), log_probs, reason)
 
 
 def _from_list(turns: tuple[str, ...]) -> Script:

@@ -11,7 +11,7 @@ A step works in this order:
 5. Seat the requests whose whole prefix was known (or became known in 4); the stored logits serve them.
 
 The policy then draws one token for each live request. What a step does depends on the requests and their
-order, never on the clock. This module knows seats and the tree; no text, no model class.
+order, never on the clock. This module knows seats, the tree and who runs the model; no text.
 """
 
 from __future__ import annotations
