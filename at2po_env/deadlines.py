@@ -5,7 +5,7 @@ its result is dropped, and it cannot keep the process from exiting. Each call ha
 environment. At most `MAX_ABANDONED` calls of one owner may linger, so that calls which hang for good cannot
 fill the process with threads. While they do, further calls of that owner are given up at once; other owners
 are not affected. Code that holds the interpreter lock the whole time (a C extension that never yields)
-defeats every deadline here: run it in a process, as `tools.python` does.
+defeats every deadline here: run it in a process, as `tools.programs` does.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 | `python -m benchmarks.` | measures |
 |---|---|
 | `env` | a fork and a step of an environment |
+| `sandbox` | a call of the python and the shell tool, with and without bubblewrap |
 | `rollout`, `policy` | the scheduler against lock-step rounds; the samplers |
 | `losses`, `packing`, `step` | the losses, packed trees against rows, a whole training step |
 | `retrieval`, `retrieval_hits` | speed, memory and recall of retrievers; titles found by BM25 |

@@ -12,6 +12,7 @@ configuration, shared by its forks.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -127,6 +128,7 @@ class ToolEnv(ForkableEnv):
         self._blank_result = self.protocol.format_result("") if isinstance(reward, str) else None
         self._parse = getattr(self.protocol, "parse_call", self.protocol.parse)
         self._with_state = any(type(tool).start is not Tool.start for tool in self.tools.values())
+        self._tool_infos = {name: dict(tool.info) for name, tool in self.tools.items() if tool.info}
         self._episode: Episode | None = None
 
     def reset(
@@ -140,7 +142,7 @@ class ToolEnv(ForkableEnv):
 
         Returns:
             The prompt, and an info with task_id, question, stop (strings that end one turn), max_turns
-            and turn.
+            and turn; and with tools, where a tool has an info of its own.
 
         Raises:
             EnvError: No such task, or another option.
@@ -160,13 +162,16 @@ class ToolEnv(ForkableEnv):
                 raise EnvError(f"a tool's start called sys.exit({error.code!r})") from error
             states = FrozenDict({name: state for name, state in started.items() if state is not None})
         self._episode = Episode(task, prompt, None, 0, 0, states, drawn)
-        return prompt, {
+        info = {
             "task_id": task.id,
             "question": task.question,
             "stop": self.protocol.stop,
             "max_turns": self.max_turns,
             "turn": 0,
         }
+        if self._tool_infos:
+            info["tools"] = copy.deepcopy(self._tool_infos)
+        return prompt, info
 
     def step(self, action: str) -> StepResult:
         """Take one turn.

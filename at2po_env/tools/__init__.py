@@ -1,13 +1,13 @@
 """Tools that an agent can call.
 
 Read `base` first (a tool and how it is called), then `function` (tools from typed functions), `search`,
-`calculator` and `python`.
+`calculator`, and `programs` with its `sandbox`.
 """
 
 from at2po_env.tools.base import UNCHANGED, Tool, ToolContext, ToolResult, call_tool
 from at2po_env.tools.calculator import CalculatorTool
 from at2po_env.tools.function import FunctionTool, as_tool, tool
-from at2po_env.tools.python import PythonTool
+from at2po_env.tools.programs import PythonTool, ShellTool
 from at2po_env.tools.search import SearchTool
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "FunctionTool",
     "PythonTool",
     "SearchTool",
+    "ShellTool",
     "Tool",
     "ToolContext",
     "ToolResult",

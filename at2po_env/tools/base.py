@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 from at2po_env.data.tasks import Task
 from at2po_env.deadlines import DeadlineError, run_with_deadline
 from at2po_env.errors import RetrievalError, ToolError
-from at2po_env.forking.frozen import freeze
+from at2po_env.forking.frozen import EMPTY, freeze
 from at2po_env.retrieval.counters import count
 
 MAX_BACKOFF_S = 5.0
@@ -97,6 +97,8 @@ class Tool(ABC):
         retries: Further attempts after a failed one. Arguments that do not fit are never tried again.
         backoff_s: Pause before the first retry; doubles each time, at most `MAX_BACKOFF_S`.
         max_chars: Longest text shown; the rest is cut, with a note.
+        info: What users should know of this tool (in which sandbox it runs): `ToolEnv.reset` shows it in
+            `info["tools"]` under the tool's name.
         failures: Exceptions of `run` that are failures of the tool; any other is a bug and raises. A time-out
             and `SystemExit` are always failures.
     """
@@ -108,6 +110,7 @@ class Tool(ABC):
     retries: int = 0
     backoff_s: float = 0.1
     max_chars: int = 20_000
+    info: Mapping[str, Any] = EMPTY
     failures: ClassVar[tuple[type[BaseException], ...]] = (Exception,)
 
     def __init_subclass__(cls, **options: Any) -> None:
