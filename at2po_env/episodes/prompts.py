@@ -108,10 +108,12 @@ def argument_lines(model: type[BaseModel]) -> dict[str, str]:
     return lines
 
 
-def _type_name(field: Mapping[str, Any]) -> str:
+def _type_name(field: Any) -> str:
+    if not isinstance(field, Mapping):  # JSON Schema also knows true, which allows everything
+        return "object"
     if "enum" in field:
         return " | ".join(json.dumps(value, ensure_ascii=False) for value in field["enum"])
-    if "anyOf" in field:
+    if isinstance(field.get("anyOf"), list):
         return " | ".join(_type_name(option) for option in field["anyOf"])
     if field.get("type") == "array" and "items" in field:
         return f"list of {_type_name(field['items'])}"

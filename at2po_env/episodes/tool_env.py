@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from at2po_env.data.qa import Tasks, as_tasks
 from at2po_env.data.tasks import Task, TaskSource
@@ -129,6 +129,21 @@ class ToolEnv(ForkableEnv):
         self._parse = getattr(self.protocol, "parse_call", self.protocol.parse)
         self._with_state = any(type(tool).start is not Tool.start for tool in self.tools.values())
         self._tool_infos = {name: dict(tool.info) for name, tool in self.tools.items() if tool.info}
+        # Tools with a common backend keep one state, under its key.
+        self._state_keys = {
+            name: tool.backend.key if tool.backend is not None else name for name, tool in self.tools.items()
+        }
+        self._backends = list(
+            dict.fromkeys(tool.backend for tool in self.tools.values() if tool.backend is not None)
+        )
+        keys = [backend.key for backend in self._backends]
+        if len({*keys, *self.tools}) < len(keys) + len(self.tools):
+            raise ConfigError(
+                f"backends of tools are called {', '.join(keys)}: each needs a name that no tool and no "
+                "other backend has"
+            )
+        for backend in self._backends:
+            backend.attach(self)
         self._episode: Episode | None = None
 
     def reset(
@@ -157,7 +172,8 @@ class ToolEnv(ForkableEnv):
         states = EMPTY
         if self._with_state:
             try:
-                started = {name: freeze(tool.start(task)) for name, tool in self.tools.items()}
+                keys = self._state_keys
+                started = {keys[name]: freeze(tool.start(task)) for name, tool in self.tools.items()}
             except SystemExit as error:
                 raise EnvError(f"a tool's start called sys.exit({error.code!r})") from error
             states = FrozenDict({name: state for name, state in started.items() if state is not None})
@@ -225,11 +241,12 @@ class ToolEnv(ForkableEnv):
         if tool is None:
             result = ToolResult(f"there is no tool {name[:80]!r}; tools: {', '.join(self.tools)}", ok=False)
         else:
-            context = ToolContext(episode.task, states.get(name), episode.seed, episode.turn)
+            key = self._state_keys[name]
+            context = ToolContext(episode.task, states.get(key), episode.seed, episode.turn)
             result = call_tool(tool, call.arguments, context)
         text, state, ok, ends = result
         if state is not UNCHANGED:
-            states = FrozenDict({**states, name: state})
+            states = FrozenDict({**states, self._state_keys[name]: state})
         shown = text if ok else f"Error: {text}"
         if episode.turn + 1 == self.max_turns - 1 and not ends:
             shown += LIMIT_NOTICE
@@ -288,6 +305,17 @@ class ToolEnv(ForkableEnv):
                 is_open = action.rfind("<answer>") > action.rfind("</answer>")
             parts += [written, blank if outcome in ("tool", "tool_error") else observation]
         return "".join(parts)
+
+    def close(self) -> None:
+        """Close what the tools share, such as the session of a server, once no fork uses it any more."""
+        for backend in self._backends:
+            backend.detach(self)
+
+    def _fork(self) -> Self:
+        twin = super()._fork()
+        for backend in self._backends:
+            backend.attach(twin)
+        return twin
 
     def render(self) -> str | None:
         """Return the transcript so far in mode "ansi", else None."""

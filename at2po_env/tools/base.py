@@ -85,6 +85,24 @@ class ToolContext:
         return self._rng
 
 
+class Backend(ABC):
+    """What several tools call into, such as a server: in an episode they share one state.
+
+    Attributes:
+        key: Name under which an episode keeps the state.
+    """
+
+    key: str
+
+    @abstractmethod
+    def attach(self, user: object) -> None:
+        """Note that an environment uses the tools; a fork is an environment of its own."""
+
+    @abstractmethod
+    def detach(self, user: object) -> None:
+        """Note that an environment was closed; called again for the same one, this does nothing."""
+
+
 class Tool(ABC):
     """A tool: a name, a description, a pydantic model of its arguments, and `run`.
 
@@ -99,6 +117,7 @@ class Tool(ABC):
         max_chars: Longest text shown; the rest is cut, with a note.
         info: What users should know of this tool (in which sandbox it runs): `ToolEnv.reset` shows it in
             `info["tools"]` under the tool's name.
+        backend: What the tool shares with others, their state included; None: the tool stands for itself.
         failures: Exceptions of `run` that are failures of the tool; any other is a bug and raises. A time-out
             and `SystemExit` are always failures.
     """
@@ -111,6 +130,7 @@ class Tool(ABC):
     backoff_s: float = 0.1
     max_chars: int = 20_000
     info: Mapping[str, Any] = EMPTY
+    backend: Backend | None = None
     failures: ClassVar[tuple[type[BaseException], ...]] = (Exception,)
 
     def __init_subclass__(cls, **options: Any) -> None:
