@@ -1,7 +1,8 @@
 """Attacks environments with texts: hostile actions, hostile passages, and code for the tools that run it.
 
-The golden answer stands in the hostile passages and never in an action. So no episode may be scored as right,
-whatever the policy writes and whatever a page says.
+In an environment of tools the golden answer stands in the hostile passages and never in an action. So no
+episode may be scored as right, whatever the policy writes and whatever a page says. The shipped worlds take
+the same actions; there a reward only has to be one.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import os
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import gymnasium
 
 from at2po_agent.agents.model import train_tokenizer
 from at2po_agent.transcripts.chat import ChatTranscript
@@ -86,7 +90,7 @@ def hostile_texts(folder: Path) -> Iterator[Try]:
     """Episodes of hostile actions, every other one with hostile passages."""
     del folder
     shelf, task = HostilePages(), {"question": "What is it?", "golden_answers": [GOLD]}
-    envs = [
+    envs: list[gymnasium.Env[str, str]] = [
         ToolEnv(
             tools=[SearchTool(shelf), CalculatorTool(), _note],
             tasks=[task],
@@ -99,11 +103,17 @@ def hostile_texts(folder: Path) -> Iterator[Try]:
         for protocol in ("tagged", "search_r1", "hermes")
         for malformed in ("end", "notice")
     ]
+    tools = len(envs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # shipped samples are what is wanted here
+        for name, options in (("MiniWiki", {}), ("Household", {"size": "small"}), ("WebShop", {})):
+            world = gymnasium.make(f"at2po/{name}-v0", max_turns=TURNS, disable_env_checker=True, **options)
+            envs.append(world)
     tokenizer = train_tokenizer(["a text"], vocab_size=300, special_tokens=("<|im_start|>", "<|im_end|>"))
     transcripts = [InlineTranscript(tokenizer), ChatTranscript(tokenizer, template="chatml")]
 
     def attempt(rng: random.Random, number: int) -> str:
-        env = envs[number % len(envs)]
+        env, most = envs[number % len(envs)], 0.2 if number % len(envs) < tools else 1.0
         hostile = number // len(envs) % 2 == 1
         answer = f"<answer>\\boxed{{ {GOLD} }}</answer>"
         gold = (GOLD, f"\\boxed{{{GOLD}}}", f"<answer>{GOLD}</answer>", answer)
@@ -114,7 +124,7 @@ def hostile_texts(folder: Path) -> Iterator[Try]:
             started = time.thread_time()
             observation, reward, terminated, truncated, info = env.step(action)
             took = time.thread_time() - started
-            what = _judge(observation, reward, info, took) or _same_fork(env, number)
+            what = _judge(observation, float(reward), info, took, most) or _same_fork(env, number)
             for transcript in transcripts if hostile and not what else ():
                 what = what or _control_tokens(transcript, tokenizer, observation)
             if what:
@@ -126,29 +136,30 @@ def hostile_texts(folder: Path) -> Iterator[Try]:
     yield attempt
 
 
-def _action(rng: random.Random, env: ToolEnv) -> str:
+def _action(rng: random.Random, env: gymnasium.Env[str, str]) -> str:
     """A hostile text, often within or around a call or an answer that would be valid."""
     text = hostile_text(rng)
     if rng.random() < 0.5:
         return text
-    valid = rng.choice([*env.example_actions(), "<answer>", "</answer>", "<think>t</think><answer>\\boxed{"])
+    examples = env.unwrapped.example_actions()  # type: ignore[attr-defined]
+    valid = rng.choice([*examples, "<answer>", "</answer>", "<think>t</think><answer>\\boxed{"])
     place = rng.randrange(len(valid) + 1)
     return valid[:place] + text + valid[place:]
 
 
-def _judge(observation: Any, reward: Any, info: Any, took: float) -> str:
+def _judge(observation: Any, reward: float, info: Any, took: float, most: float) -> str:
     if took > LIMIT_S:
         return f"a step took {took:.1f} s"
     if not isinstance(observation, str) or not isinstance(info, dict):
         return f"a step returned {type(observation).__name__} and {type(info).__name__}"
-    if not math.isfinite(reward) or not -1.0 <= reward <= 0.2:
-        return f"the reward is {reward}, but nothing right was written"
-    if info.get("em"):
+    if not math.isfinite(reward) or not -1.0 <= reward <= most:
+        return f"the reward is {reward}, but at most {most} can be earned"
+    if info.get("em") and most < 1.0:
         return f"{info['answer']!r} was scored as right"
     return ""
 
 
-def _same_fork(env: ToolEnv, number: int) -> str:
+def _same_fork(env: gymnasium.Env[str, str], number: int) -> str:
     """Every eighth episode: a fork and a copy through JSON are the same episode."""
     if number % 8:
         return ""
