@@ -33,12 +33,16 @@ class HouseholdEnv(CommandEnv):
     Args:
         games: Where games come from.
         max_turns: Turns of an episode; the original has 50.
+        instructions: A template with `{question}`. Default: the commands, and how to write a turn.
         **options: `show_commands` and `render_mode` of `CommandEnv`.
     """
 
-    def __init__(self, games: Games, *, max_turns: int = 50, **options: Any) -> None:
-        put = "put" if isinstance(games, GeneratedGames) and games.words.puts else "move"
-        instructions = INSTRUCTIONS.replace("{put}", put)
+    def __init__(
+        self, games: Games, *, max_turns: int = 50, instructions: str | None = None, **options: Any
+    ) -> None:
+        if instructions is None:
+            put = "put" if isinstance(games, GeneratedGames) and games.words.puts else "move"
+            instructions = INSTRUCTIONS.replace("{put}", put)
         super().__init__(tasks=games, instructions=instructions, max_turns=max_turns, **options)
         self.games = games
 
@@ -144,7 +148,7 @@ def make(
         size: "full" or "small" rooms of generated games.
         wording: Generated games say "move X to Y" (version 2.1.2) or "put X in/on Y" (2.1.1). Published games
             have their own words.
-        **options: max_turns, show_commands and render_mode of `HouseholdEnv`.
+        **options: max_turns, instructions, show_commands and render_mode of `HouseholdEnv`.
 
     Raises:
         ConfigError, DataError: There are no such games.

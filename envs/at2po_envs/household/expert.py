@@ -173,7 +173,9 @@ def _each_fetched(cleared: Errand, wanted: Iterable[int]) -> Iterator[Errand]:
 
 
 def _homes(state: Household, thing: int) -> list[int]:
-    return [number for number, inside in enumerate(state.contents) if thing in inside]
+    """Return the receptacles that an object is in, as far as one can go there."""
+    places = zip(state.contents, state.game.place_of, strict=True)
+    return [number for number, (inside, place) in enumerate(places) if thing in inside and place != NOWHERE]
 
 
 def _again(errand: Errand) -> Errand:

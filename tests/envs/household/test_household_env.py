@@ -181,6 +181,12 @@ def test_published_games_that_are_not_there_name_the_command_that_gets_them(
         make(games="published")
 
 
+def test_instructions_can_be_ones_own() -> None:
+    env = make(size="small", instructions="Do this: {question}\n", show_commands=False)
+    prompt, info = env.reset(options={"task_id": TASK})
+    assert prompt.startswith(f"Do this: {info['question']}\n\n<observation>\n-= Welcome")
+
+
 def test_wording_changes_command_and_sentence() -> None:
     for wording, command, said in (("move", "move", "You move the "), ("put", "put", "You put the ")):
         shown, *_ = play_expert(make(size="small", wording=wording), options={"task_id": TASK})

@@ -274,6 +274,19 @@ def test_the_expert_finds_the_shortest_plan_of_a_small_game() -> None:
     assert plan(Game(tiny(CUP_TO_BOX._replace(target_type="sofatype")), Words(), "t", "x").start) is None
 
 
+def test_the_expert_leaves_alone_what_stands_nowhere() -> None:
+    two = CUP_TO_BOX._replace(family="pick_two_obj_and_place")
+    cups = [
+        *[(fact, "cup_bar_2", *more) for fact, *more in [("objecttype", "cuptype"), ("pickupable",)]],
+        *[("inreceptacle", cup, "attic_bar_1") for cup in ("cup_bar_1", "cup_bar_2")],
+    ]
+    problem = tiny(two, *cups, ("inreceptacle", "cup_bar_2", "table_bar_1"))
+    problem = problem._replace(types={**problem.types, "cup_bar_2": "object", "attic_bar_1": "receptacle"})
+    commands = plan(Game(problem, Words(), "t", "x").start)
+    assert commands is not None
+    assert not [command for command in commands if "attic" in command]
+
+
 def test_generated_rooms_obey_the_lists() -> None:
     games = GeneratedGames()
     for index in range(120):
