@@ -21,6 +21,7 @@ from at2po_agent.runs.interrupts import InterruptibleProgress, Interrupts, StopR
 from at2po_agent.runs.progress import Progress
 from at2po_agent.runs.seeding import RunPurpose, run_generator
 from at2po_agent.trainer import Trainer
+from at2po_env.errors import EnvError
 
 MODES = ("greedy", "sampled")
 AgentFactory = Callable[[Config], Agent]
@@ -53,6 +54,7 @@ def run_training(
             otherwise.
         ConfigError: The folder is taken, or the configuration does not fit it.
         CheckpointError: A checkpoint cannot be written or read.
+        EnvError: Foreign code called `sys.exit`.
     """
     progress = progress or Progress()
     if config.run.dry_run:
@@ -73,6 +75,11 @@ def run_training(
                 )
                 with contextlib.closing(trainer):
                     return _run(config, trainer, folder, listener, resume=resume)
+        except SystemExit as error:  # of foreign code; the run would end as if all were well
+            raise EnvError(
+                f"an environment, an expert or other code of the run called sys.exit({error.code!r}). "
+                "Fix: let it raise an error instead"
+            ) from error
         except StopRequested as stop:
             command = folder.resume_command
             saved = f"stopped; everything is saved. Go on with: {command}"

@@ -49,7 +49,7 @@ def damage(path: Path, others: list[Path], rng: random.Random) -> str:
             changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
         path.write_bytes(changed)
     elif kind == "swapped":
-        other = rng.choice(others)
+        other = rng.choice([other for other in others if other.is_file()])
         path.write_bytes(other.read_bytes())
         kind = f"swapped with {other.name}"
     elif kind == "appended":

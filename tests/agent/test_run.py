@@ -11,7 +11,8 @@ from at2po_agent.config.loading import load_config
 from at2po_agent.config.sections import Config, Section, ServedConfig
 from at2po_agent.rollout import RolloutConfig
 from at2po_agent.run import run_training
-from at2po_env.errors import ConfigError
+from at2po_env import ToolEnv
+from at2po_env.errors import ConfigError, EnvError
 
 TINY = [
     "env.kwargs.worlds=2",
@@ -125,3 +126,14 @@ def test_an_environment_that_cannot_be_made_is_one_clear_error(tmp_path, overrid
             load_config("quickstart", [*TINY, "cold_start.steps=0", f"run.dir={tmp_path / 'r'}", *overrides])
         )
     assert type(caught.value).__module__ == "at2po_env.errors"
+
+
+def test_foreign_code_that_exits_is_an_error_and_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(*_: object, **__: object) -> None:
+        raise SystemExit(0)
+
+    monkeypatch.setattr(ToolEnv, "reset", leave)  # it is met first where demonstrations are recorded
+    with pytest.raises(EnvError, match=r"called sys\.exit\(0\)"):
+        run_training(load_config("quickstart", [*TINY, f"run.dir={tmp_path / 'run'}"]))
