@@ -8,21 +8,18 @@ for a while: calls then fail at once. Searching twice changes nothing on a serve
 
 import hashlib
 import os
-import ssl
 import threading
 import time
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
-from urllib.parse import urlsplit
+from typing import cast, get_args
 
-import httpcore
 import tenacity
 
 from at2po_env.data.corpus import Passage
 from at2po_env.errors import ConfigError, RetrievalError
 from at2po_env.forking.frozen import Shared
+from at2po_env.http.client import Connections, OversizeError, TransferError
 from at2po_env.retrieval.base import check_search
 from at2po_env.retrieval.counters import count
 from at2po_env.retrieval.messages import (
@@ -38,8 +35,6 @@ MAX_QUERY_CHARS = 8192
 MAX_ANSWER_BYTES = 64 * 2**20
 MAX_PAUSE_S = 2.0
 MAX_ASKED_PAUSE_S = 10.0  # the longest pause that a server may ask for
-KEPT_CONNECTIONS = 32
-KEPT_S = 30.0  # less than servers keep an idle connection, so that it is rarely closed just when it is used
 TOKEN_VARIABLE = "AT2PO_RETRIEVER_TOKEN"
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -89,7 +84,7 @@ class HttpRetriever(Shared):
         if timeout_s <= 0 or attempt_s <= 0 or retries < 0 or batch < 1:
             raise ConfigError("timeout_s and attempt_s must be positive, retries >= 0 and batch >= 1.")
         self.url = url.rstrip("/").removesuffix("/retrieve")
-        self._target = _target(self.url)
+        self._connections = Connections(self.url, token or os.environ.get(TOKEN_VARIABLE))
         self._timeout_s, self._attempt_s, self._retries = timeout_s, attempt_s, retries
         self._backoff = tenacity.wait_combine(  # half of a pause, and a random part of its other half
             tenacity.wait_exponential(backoff_s / 2, MAX_PAUSE_S / 2),
@@ -98,16 +93,6 @@ class HttpRetriever(Shared):
         self._form = cast(Form, form)
         self._batch = 1 if form == "query" else batch
         self._breaker = CircuitBreaker(breaker_failures, breaker_rest_s)
-        self._headers = [("Content-Type", "application/json"), ("Accept", "application/json")]
-        token = token or os.environ.get(TOKEN_VARIABLE)
-        if token:
-            if not (token.isascii() and token.isprintable()):
-                raise ConfigError("a token consists of printable ASCII characters; this one does not.")
-            self._headers.append(("Authorization", f"Bearer {token}"))
-        # By process: after a fork the child opens connections of its own. It does not even close its copies
-        # of the parent's, because a lock of that pool may have been held by another thread during the fork.
-        self._pools: dict[int, httpcore.ConnectionPool] = {}
-        weakref.finalize(self, _close_pool, self._pools)
         # Of the address, until the server tells the digest of its own retriever.
         self.digest = hashlib.sha256(f"http {self.url}".encode()).hexdigest()
 
@@ -170,7 +155,15 @@ class HttpRetriever(Shared):
         return found
 
     def _try(self, body: bytes, queries: int, topk: int, deadline: float) -> list[list[Passage]]:
-        status, headers, content = self._exchange(body, min(deadline, time.monotonic() + self._attempt_s))
+        until = min(deadline, time.monotonic() + self._attempt_s)
+        try:
+            status, headers, content = self._connections.post(
+                "/retrieve", body, deadline=until, max_bytes=MAX_ANSWER_BYTES
+            )
+        except TransferError as error:
+            raise _PassingError(str(error)) from error
+        except OversizeError as error:
+            raise RetrievalError(f"{self.url}: {error}.") from error
         detail = content[:200].decode("utf-8", "replace")
         if status in _PASSING:
             asked = headers.get("retry-after", "")
@@ -186,34 +179,6 @@ class HttpRetriever(Shared):
             raise RetrievalError(f"{self.url}/retrieve: {error}.") from error
         self.digest = headers.get(DIGEST_HEADER.lower()) or self.digest
         return found
-
-    def _exchange(self, body: bytes, deadline: float) -> tuple[int, dict[str, str], bytes]:
-        """Send a request; return the status, headers and body of its answer."""
-        pool = self._pools.get(os.getpid()) or self._pools.setdefault(os.getpid(), _new_pool(self.url))
-        timeouts = dict.fromkeys(("connect", "read", "write"), deadline)  # of `_TimedStream`
-        content = bytearray()
-        try:
-            with pool.stream(
-                "POST",
-                self._target,
-                headers=self._headers,
-                content=body,
-                extensions={"timeout": timeouts},
-            ) as response:
-                for piece in response.iter_stream():
-                    content += piece
-                    if len(content) > MAX_ANSWER_BYTES:
-                        raise RetrievalError(
-                            f"{self.url}: the answer is larger than {MAX_ANSWER_BYTES} bytes."
-                        )
-        except httpcore.TimeoutException as error:
-            raise _PassingError("no whole answer in time") from error
-        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise _PassingError(f"{type(error).__name__}: {error}") from error
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers
-        }
-        return response.status, headers, bytes(content)
 
 
 class CircuitBreaker:
@@ -243,85 +208,3 @@ class CircuitBreaker:
         with self._lock:
             self._failed = 0 if ok else self._failed + 1
             self._next_try = time.monotonic() + self._rest_s
-
-
-def _target(url: str) -> httpcore.URL:
-    try:
-        parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return httpcore.URL(f"{url}/retrieve")
-    except ValueError:  # a port beyond 65535, or a name that is not ASCII
-        pass
-    raise ConfigError(f"{url!r} is no address of a server. Fix: write http://HOST:PORT")
-
-
-def _new_pool(url: str) -> httpcore.ConnectionPool:
-    return httpcore.ConnectionPool(
-        ssl_context=ssl.create_default_context() if url.startswith("https:") else None,
-        max_connections=None,
-        max_keepalive_connections=KEPT_CONNECTIONS,
-        keepalive_expiry=KEPT_S,
-        network_backend=_TimedBackend(),
-    )
-
-
-def _close_pool(pools: dict[int, httpcore.ConnectionPool]) -> None:
-    if own := pools.pop(os.getpid(), None):
-        own.close()
-
-
-class _TimedBackend(httpcore.SyncBackend):
-    """Opens connections that keep a deadline."""
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        """Connect until the deadline; looking up the host's name is not covered by it."""
-        return _TimedStream(super().connect_tcp(host, port, _left(timeout), local_address, socket_options))
-
-
-class _TimedStream(httpcore.NetworkStream):
-    """A connection whose reads and writes all end at one deadline.
-
-    The time-outs of HTTP libraries hold for one read at a time, so that a server that sends a byte now and
-    then is waited for without end. httpcore hands the time-outs of a request on to each read and write as
-    they are. Here they are not durations but the time (of `time.monotonic`) by which all must be over.
-    """
-
-    def __init__(self, stream: httpcore.NetworkStream) -> None:
-        self._stream = stream
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, _left(timeout))
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        for start in range(0, len(buffer), 1 << 16):
-            self._stream.write(buffer[start : start + (1 << 16)], _left(timeout))
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        return _TimedStream(self._stream.start_tls(ssl_context, server_hostname, _left(timeout)))
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
-
-
-def _left(deadline: float | None) -> float | None:
-    """Return the seconds until the deadline.
-
-    Raises:
-        httpcore.TimeoutException: it is over.
-    """
-    left = None if deadline is None else deadline - time.monotonic()
-    if left is not None and left <= 0:
-        raise httpcore.ReadTimeout("timed out")
-    return left

@@ -5,17 +5,17 @@ together. The application does not know what it serves: any `Retriever` will do.
 """
 
 import asyncio
-import hmac
-import ipaddress
 import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import Field, ValidationError
 
-from at2po_env.errors import ConfigError, MissingExtraError, RetrievalError
+from at2po_env.errors import MissingExtraError, RetrievalError
+from at2po_env.http.server import ListenConfig, NeedsToken, read_body, refusal
 from at2po_env.retrieval.base import Retriever
+from at2po_env.retrieval.client import TOKEN_VARIABLE
 from at2po_env.retrieval.counters import counted
 from at2po_env.retrieval.messages import DEFAULT_TOPK, DIGEST_HEADER, RetrieveRequest, response_body
 from at2po_env.retrieval.server.batching import DynamicBatcher, OverloadedError
@@ -24,12 +24,10 @@ try:
     import prometheus_client as prometheus
     from prometheus_client.multiprocess import MultiProcessCollector
     from starlette.applications import Starlette
-    from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect, Request
+    from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
-    from starlette.types import ASGIApp, Receive, Scope, Send
 except ModuleNotFoundError as _error:
     raise MissingExtraError(f"{_error}. Fix: pip install 'at2po[serve]'") from _error
 
@@ -39,15 +37,11 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-class ServerConfig(BaseModel):
+class ServerConfig(ListenConfig):
     """Limits and addresses; every request beyond a limit is refused with the limit in the message."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    token_variable = TOKEN_VARIABLE
 
-    host: str = Field("127.0.0.1", description="address to listen on; others than loopback need a token")
-    port: int = Field(8000, ge=0, le=65535, description="0 takes any free port")
-    token: SecretStr | None = Field(None, description="bearer token that requests must carry")
-    max_body_bytes: int = Field(4 * 2**20, ge=1, description="largest request body")
     max_queries: int = Field(512, ge=1, description="queries of one request")
     max_query_chars: int = Field(8192, ge=1, description="characters of one query")
     max_topk: int = Field(100, ge=1, description="passages of one query")
@@ -56,30 +50,6 @@ class ServerConfig(BaseModel):
     max_waiting: int = Field(8192, ge=1, description="queries that may wait before new ones are refused")
     workers: int = Field(1, ge=1, description="searches at the same time, in each process")
     processes: int = Field(1, ge=1, description="processes that answer; `serve_processes` starts them")
-    max_connections: int = Field(
-        900, ge=1, description="open connections of a process; more are answered 503"
-    )
-    receive_s: float = Field(20.0, gt=0, description="seconds within which a request must arrive whole")
-    timeout_s: float = Field(60.0, gt=0, description="seconds from a request to its answer")
-    drain_s: float = Field(30.0, gt=0, description="seconds that a stop waits for requests already taken")
-
-    def check_address(self) -> None:
-        """Refuse to listen beyond this machine without a token.
-
-        Raises:
-            ConfigError: the host is not loopback and there is no token.
-        """
-        try:
-            loopback = ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            loopback = self.host == "localhost"
-        if self.token is None and not loopback:
-            raise ConfigError(
-                f"host {self.host!r} can be reached from other machines, and there is no token. Fix: give "
-                "--token-file (or AT2PO_RETRIEVER_TOKEN), or listen on 127.0.0.1."
-            )
-        if self.token is not None and not self.token.get_secret_value():
-            raise ConfigError("the token is empty. Fix: give one of some length, or none.")
 
 
 class ServerMetrics:
@@ -168,7 +138,7 @@ def create_app(retriever: Retriever, config: ServerConfig | None = None) -> Star
             response = await _retrieve(request, config, batcher)
             response.headers[DIGEST_HEADER] = retriever.digest
         except HTTPException as refused:
-            response = await _refusal(request, refused)
+            response = await refusal(request, refused)
         finally:
             status = response.status_code if response else 500
             metrics.answered(status, time.perf_counter() - start)
@@ -187,34 +157,10 @@ def create_app(retriever: Retriever, config: ServerConfig | None = None) -> Star
         Route("/health", health),
         Route("/metrics", show_metrics),
     ]
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _refusal})
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refusal})
     if config.token:
-        app.add_middleware(_NeedsToken, token=config.token.get_secret_value(), metrics=metrics)
+        app.add_middleware(NeedsToken, token=config.token.get_secret_value(), answered=metrics.answered)
     return app
-
-
-class _NeedsToken:
-    """Refuses every request without the token, whatever its path, before any of its body is read."""
-
-    def __init__(self, app: ASGIApp, token: str, metrics: ServerMetrics) -> None:
-        self._app, self._token, self._metrics = app, token.encode(), metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            # Compared in a time that does not depend on where the two differ.
-            right = hmac.compare_digest(given.strip().encode(), self._token)
-            if scheme.lower() != "bearer" or not right:
-                self._metrics.answered(401, 0.0)
-                said = {"detail": "this server needs its token: Authorization: Bearer TOKEN"}
-                await JSONResponse(said, 401)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-async def _refusal(request: Request, refused: Exception) -> Response:  # noqa: ARG001
-    assert isinstance(refused, HTTPException)
-    return JSONResponse({"detail": refused.detail}, refused.status_code, refused.headers)
 
 
 async def _retrieve(request: Request, config: ServerConfig, batcher: DynamicBatcher) -> Response:
@@ -223,22 +169,17 @@ async def _retrieve(request: Request, config: ServerConfig, batcher: DynamicBatc
     Raises:
         HTTPException: the request is malformed or beyond a limit, or the server cannot answer it.
     """
-    body, whole = bytearray(), False
+    whole = False
     try:
         async with asyncio.timeout(config.timeout_s):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > config.max_body_bytes:
-                    raise HTTPException(413, f"the body is larger than {config.max_body_bytes} bytes")
+            body = await read_body(request, config)
             whole = True
-            asked = _parse(bytes(body), config)
+            asked = _parse(body, config)
             found = await batcher.search(asked.texts, asked.topk or DEFAULT_TOPK)
     except TimeoutError as error:
         if not whole:
             raise HTTPException(408, f"the body did not arrive within {config.timeout_s:g} s") from error
         raise HTTPException(504, f"no result within {config.timeout_s:g} s") from error
-    except ClientDisconnect as error:
-        raise HTTPException(400, "the client went away") from error
     except OverloadedError as error:
         raise HTTPException(503, f"overloaded: {error}", {"Retry-After": "1"}) from error
     except RetrievalError as error:

@@ -3,7 +3,6 @@
 A stop refuses new connections and answers every request that was taken.
 """
 
-import asyncio
 import multiprocessing
 import os
 import signal
@@ -11,26 +10,19 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING
 
-from at2po_env.errors import At2poError, MissingExtraError, RetrievalError
+from at2po_env.errors import At2poError, RetrievalError
+from at2po_env.http.server import listen, make_server, running_in_thread
 from at2po_env.retrieval.base import Retriever
 from at2po_env.retrieval.server.app import SHARED_FOLDER, ServerConfig, create_app
 
-try:
-    import h11
+if TYPE_CHECKING:
     import uvicorn
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-except ModuleNotFoundError as _error:
-    raise MissingExtraError(f"{_error}. Fix: pip install 'at2po[serve]'") from _error
-
-BACKLOG = 2048
-START_S = 30.0
-MAX_HEAD_BYTES = 16 * 2**10  # of a request's first line and headers
 
 
 def serve(retriever: Retriever, config: ServerConfig | None = None) -> None:
@@ -41,7 +33,7 @@ def serve(retriever: Retriever, config: ServerConfig | None = None) -> None:
         RetrievalError: the address cannot be used.
     """
     config = config or ServerConfig()
-    with _listening(config) as listener:
+    with listen(config, RetrievalError) as listener:
         _server(retriever, config).run([listener])
 
 
@@ -59,21 +51,11 @@ def serving(retriever: Retriever, config: ServerConfig | None = None) -> Iterato
         ConfigError, RetrievalError: as `serve`, or the server does not start.
     """
     config = config or ServerConfig(port=0)
-    with _listening(config) as listener:
-        port = listener.getsockname()[1]
-        server = _server(retriever, config)
-        thread = threading.Thread(target=server.run, args=([listener],), name="at2po-server", daemon=True)
-        thread.start()
-        try:
-            deadline = time.monotonic() + START_S
-            while not server.started:
-                if not thread.is_alive() or time.monotonic() > deadline:
-                    raise RetrievalError(f"the retrieval server did not start on {config.host}:{port}")
-                time.sleep(0.005)
-            yield f"http://{config.host}:{port}"
-        finally:
-            server.should_exit = True
-            thread.join(config.drain_s + 5)
+    with (
+        listen(config, RetrievalError) as listener,
+        running_in_thread(_server(retriever, config), listener, config, RetrievalError) as url,
+    ):
+        yield url
 
 
 def serve_processes(opener: Callable[[], Retriever], config: ServerConfig) -> None:
@@ -92,7 +74,10 @@ def serve_processes(opener: Callable[[], Retriever], config: ServerConfig) -> No
     """
     context = multiprocessing.get_context("spawn")
     own = config.model_copy(update={"max_waiting": max(1, config.max_waiting // config.processes)})
-    with _listening(config) as listener, tempfile.TemporaryDirectory(prefix="at2po-serve-") as folder:
+    with (
+        listen(config, RetrievalError) as listener,
+        tempfile.TemporaryDirectory(prefix="at2po-serve-") as folder,
+    ):
         children = [
             context.Process(target=_serve_child, args=(opener, own, listener))
             for _ in range(config.processes)
@@ -107,84 +92,8 @@ def serve_processes(opener: Callable[[], Retriever], config: ServerConfig) -> No
         _watch(children, config.drain_s + 5)
 
 
-def _listening(config: ServerConfig) -> socket.socket:
-    """Listen on the address of `config`, of which another server cannot take a share."""
-    config.check_address()
-    try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
-        family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise RetrievalError(
-            f"cannot listen on {config.host}:{config.port} ({error.strerror}). Fix: give another --port, or "
-            "stop what listens there."
-        ) from error
-
-
-class _ImpatientProtocol(H11Protocol):
-    """uvicorn's HTTP, with a limit on the time in which a request must arrive, and quiet about broken bodies.
-
-    uvicorn bounds the size of a request's head, but waits for the rest of an incomplete request for ever: so
-    many half-open connections as a process may have files would shut everyone else out.
-    """
-
-    receive_s: float
-    _timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._timer = self.loop.call_later(self.receive_s, transport.abort)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # the request has arrived whole
-            self._stop_timer()
-        elif self._timer is None:  # its first bytes came on a connection that was kept open
-            self._timer = self.loop.call_later(self.receive_s, self.transport.abort)
-
-    def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP; where it is the body of a request under way, close the connection.
-
-        uvicorn would send this refusal and the request's answer, and both fail with a traceback in the log.
-        """
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete:
-            super().send_400_response(msg)
-            return
-        cycle.disconnected = True
-        cycle.message_event.set()
-        self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        super().connection_lost(exc)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-def _server(retriever: Retriever, config: ServerConfig) -> uvicorn.Server:
-    class Protocol(_ImpatientProtocol):
-        receive_s = config.receive_s
-
-    return uvicorn.Server(
-        uvicorn.Config(
-            create_app(retriever, config),
-            http=Protocol,
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-            limit_concurrency=config.max_connections,
-            ws="none",
-            log_level="warning",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=60,
-            timeout_graceful_shutdown=int(max(config.drain_s, 1)),
-            backlog=BACKLOG,
-        )
-    )
+def _server(retriever: Retriever, config: ServerConfig) -> "uvicorn.Server":
+    return make_server(create_app(retriever, config), config)
 
 
 def _serve_child(opener: Callable[[], Retriever], config: ServerConfig, listener: socket.socket) -> None:
