@@ -295,15 +295,18 @@ class ToolEnv(ForkableEnv):
         blank = self._blank_result
         if blank is None:
             return "".join([link.action + link.observation for link in episode.turns])
+        turns, shown = episode.turns, ("tool", "tool_error")
+        if not any("<answer>" in link[1] for link in turns[:-1]):  # nearly always, and then quickly
+            return "".join([link[1] + (blank if link[4] in shown else link[2]) for link in turns])
         parts, is_open = [], False  # whether an earlier turn has left an <answer> open
-        for _, action, observation, _, outcome in episode.turns:
+        for _, action, observation, _, outcome in turns:
             written, start = action, action.find("<answer>")
             if is_open:
                 own = start if start >= 0 else len(action)
                 written = action[:own].replace("</answer>", "") + action[own:]
             if start >= 0:
                 is_open = action.rfind("<answer>") > action.rfind("</answer>")
-            parts += [written, blank if outcome in ("tool", "tool_error") else observation]
+            parts += [written, blank if outcome in shown else observation]
         return "".join(parts)
 
     def close(self) -> None:
