@@ -14,6 +14,7 @@ from at2po_agent.agents.agent import Agent, build_agent, build_weights
 from at2po_agent.agents.cold_start import cold_start, record_demonstrations
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import Env, make_cold_start_env
+from at2po_agent.evaluation.metrics import wilson_interval
 from at2po_agent.policies.base import transcript_of
 from at2po_agent.runs.checkpoint import list_checkpoints
 from at2po_agent.runs.folder import RunFolder, open_run
@@ -121,6 +122,12 @@ def _run(
             prefix = "" if mode == "greedy" else f"{mode}_"
             for name in ("em", "em_low", "em_high", "f1"):
                 summary[f"{prefix}{name}_{moment}"] = figures[name]
+            for name, value in figures["metrics"].items():
+                summary[f"{prefix}{name}_{moment}"] = value
+            if "success" in figures["metrics"]:
+                low, high = wilson_interval(figures["metrics"]["success"], figures["questions"])
+                summary[f"{prefix}success_low_{moment}"] = low
+                summary[f"{prefix}success_high_{moment}"] = high
     folder.write_summary(summary)
     return summary
 

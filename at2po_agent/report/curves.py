@@ -42,12 +42,14 @@ class RunCurves:
         training: Sampled exact match of each step's leaves, on training questions.
         greedy: Greedy exact match on held-out questions.
         sampled: Sampled exact match on held-out questions.
+        score: "Exact match", or "Success" where the environment reports that: then the curves show it.
     """
 
     name: str
     training: Series
     greedy: Series
     sampled: Series
+    score: str = "Exact match"
 
 
 def read_curves(run: Path) -> RunCurves:
@@ -63,6 +65,7 @@ def read_curves(run: Path) -> RunCurves:
             _series(records, {"kind": "train"}),
             _series(records, {"kind": "eval", "mode": "greedy"}),
             _series(records, {"kind": "eval", "mode": "sampled"}),
+            "Success" if any(_success(record) is not None for record in records) else "Exact match",
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
@@ -109,7 +112,7 @@ def draw_run(run: Path, path: Path) -> Path:
         offset, side = (-6 if index == 0 else 0, 8 if above else -9), "bottom" if above else "top"
         style = {"textcoords": "offset points", "ha": "center", "va": side, "fontweight": "bold"}
         top.annotate(f"{at[1]:.3f}", at, xytext=offset, color=COLOURS[1], zorder=5, **style)
-    _finish_em(top, f"Exact match · {curves.name}")
+    _finish_scores(top, f"{curves.score} · {curves.name}")
     top.tick_params(labelbottom=False)
     tokens = curves.training if len(curves.training.step) else curves.greedy
     bottom.fill_between(tokens.step, tokens.tokens, color="#9aa5b1", alpha=0.35, linewidth=0)
@@ -139,7 +142,8 @@ def draw_runs(runs: Sequence[Path], path: Path, *, axis: Axis = "steps") -> Path
         _points(axes, one.greedy, colour, axis, label=name, look="os^DvPX"[index % 7] + "-")
         if not len(one.greedy.step):
             axes.plot([], [], color=colour, label=name)
-    _finish_em(axes, "Exact match: points greedy on held-out questions, bands sampled in training")
+    score = " and ".join(sorted({one.score for one in curves}))
+    _finish_scores(axes, f"{score}: points greedy on held-out questions, bands sampled in training")
     axes.set_xlabel("training step" if axis == "steps" else "sampled tokens")
     if axis == "tokens":
         _in_thousands(axes.xaxis)
@@ -147,16 +151,23 @@ def draw_runs(runs: Sequence[Path], path: Path, *, axis: Axis = "steps") -> Path
 
 
 def _series(records: Sequence[Mapping[str, Any]], kind: Mapping[str, str]) -> Series:
-    """Records of one kind that measured exact match; a step done again after a resume counts once."""
+    """Records of one kind that measured a score; a step done again after a resume counts once."""
     latest: dict[float, tuple[float, float, float]] = {}
     tokens = 0.0
     for record in records:
         tokens = float(record.get("sampled_tokens") or tokens) if record.get("kind") == "train" else tokens
-        if all(record.get(key) == value for key, value in kind.items()) and record.get("em") is not None:
+        success = _success(record)
+        score = record.get("em") if success is None else success
+        if all(record.get(key) == value for key, value in kind.items()) and score is not None:
             step = float(record["step"])
-            latest[step] = (step, tokens, float(record["em"]))
+            latest[step] = (step, tokens, float(score))
     table = np.array(sorted(latest.values()), dtype=np.float64).reshape(-1, 3)
     return Series(table[:, 0], table[:, 1], table[:, 2])
+
+
+def _success(record: Mapping[str, Any]) -> Any:
+    """The share of successes in a record of training or of an evaluation; None where it has none."""
+    return record.get("metrics/success", record.get("metrics", {}).get("success"))
 
 
 def _figure(heights: Sequence[float]) -> tuple[Any, Sequence[Any]]:
@@ -198,10 +209,10 @@ def _points(axes: Any, series: Series, colour: str, axis: Axis, *, label: str, l
         )
 
 
-def _finish_em(axes: Any, title: str) -> None:
+def _finish_scores(axes: Any, title: str) -> None:
     axes.set_ylim(0, 1)
     axes.set_yticks(np.linspace(0, 1, 6))
-    axes.set_ylabel("exact match")
+    axes.set_ylabel(title.partition(" ·")[0].partition(":")[0].lower())
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color="#1b1f24", pad=12)
     handles, labels = axes.get_legend_handles_labels()
     columns = 3 if max(map(len, labels), default=0) < 24 else 2

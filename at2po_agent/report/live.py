@@ -23,7 +23,7 @@ from rich.progress import Progress as Bars
 from at2po_agent.runs.progress import Progress
 
 LINE_EVERY_S = 5.0
-SHOWN = {"em": "EM", "reward": "reward", "entropy": "entropy", "loss": "loss"}
+SHOWN = {"em": "EM", "metrics/success": "success", "reward": "reward", "entropy": "entropy", "loss": "loss"}
 
 
 class LiveBars(Progress):

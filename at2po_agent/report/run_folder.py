@@ -51,6 +51,12 @@ class TreeRecord:
     advantages: FloatArray | None = None
 
 
+def is_right(outcome: Mapping[str, Any]) -> bool:
+    """Whether an episode succeeded, or its answer matches a golden answer exactly."""
+    success = (outcome.get("metrics") or {}).get("success")
+    return bool((outcome.get("em") if success is None else success) == 1)
+
+
 def check_run_folder(path: Path) -> Path:
     """Return `path` if a run wrote it.
 

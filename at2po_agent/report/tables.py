@@ -17,7 +17,7 @@ from rich.text import Text
 
 from at2po_agent.evaluation.published import GROUPS, PUBLISHED, PUBLISHED_MODEL, SHORT, suite_groups
 from at2po_agent.report.live import duration
-from at2po_agent.report.run_folder import TreeRecord
+from at2po_agent.report.run_folder import TreeRecord, is_right
 
 NOTHING = "–"
 
@@ -67,14 +67,21 @@ def print_ending(
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """Tabulate exact match before and after training; "–" where nothing was measured."""
-    table = _table("Exact match on held-out questions")
+    """Tabulate exact match (or success, where the environment reports it) before and after training.
+
+    "–" stands where nothing was measured.
+    """
+    worlds = any(
+        f"{prefix}success_{when}" in summary for prefix in ("", "sampled_") for when in ("before", "after")
+    )
+    score = "success" if worlds else "em"
+    table = _table("Success on held-out tasks" if worlds else "Exact match on held-out questions")
     table.add_column("")
     for name in ("before", "after", "95% interval", "change"):
         table.add_column(name, justify="right")
     for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
-        before, after = summary.get(f"{prefix}em_before"), summary.get(f"{prefix}em_after")
-        interval = _interval(summary, f"{prefix}em_low_after", f"{prefix}em_high_after")
+        before, after = summary.get(f"{prefix}{score}_before"), summary.get(f"{prefix}{score}_after")
+        interval = _interval(summary, f"{prefix}{score}_low_after", f"{prefix}{score}_high_after")
         change = NOTHING if before is None or after is None else f"{float(after) - float(before):+.3f}"
         table.add_row(name, _share(before), _share(after), interval, change, style="" if prefix else "bold")
     return table
@@ -88,7 +95,7 @@ def tree_table(records: Sequence[TreeRecord], title: str) -> Table:
     table.add_column("correct", justify="right")
     for number, record in enumerate(records):
         outcomes = [record.tree.outcomes[leaf] or {} for leaf in record.tree.leaves()]
-        correct = sum(1 for outcome in outcomes if outcome.get("em") == 1)
+        correct = sum(map(is_right, outcomes))
         cells = [str(number), record.tree.task_id, record.question, str(len(outcomes)), str(correct)]
         table.add_row(*(Text(cell) for cell in cells))
     return table
@@ -151,17 +158,26 @@ def print_evaluation(console: Console, results: Mapping[str, Any], name: str) ->
 
 
 def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Tabulate figures by mode: exact match with its 95% interval, F1, reward, turns, tokens."""
+    """Tabulate figures by mode, with reward, turns and tokens.
+
+    The scores are exact match with its 95% interval and F1, and the numbers that the environment reports, or
+    those alone where success is one of them.
+    """
     table = _table("Evaluation")
     table.add_column("")
-    for name in ("questions", "exact match", "95% interval", "F1", "reward", "turns", "tokens"):
+    reported = sorted({name for figures in results.values() for name in figures.get("metrics", {})})
+    scores = reported if "success" in reported else ["exact match", "95% interval", "F1", *reported]
+    for name in ("questions", *scores, "reward", "turns", "tokens"):
         table.add_column(name, justify="right")
     for mode, figures in results.items():
-        shares = (_share(figures["em"]), _interval(figures), _share(figures["f1"]), _share(figures["reward"]))
+        cells = [_share(figures.get("metrics", {}).get(name)) for name in reported]
+        if "success" not in reported:
+            cells = [_share(figures["em"]), _interval(figures), _share(figures["f1"]), *cells]
         table.add_row(
             mode,
             str(figures["questions"]),
-            *shares,
+            *cells,
+            _share(figures["reward"]),
             f"{figures['turns']:.2f}",
             f"{figures['tokens']:.1f}",
         )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from at2po_agent.report.run_folder import TreeRecord
+from at2po_agent.report.run_folder import TreeRecord, is_right
 from at2po_agent.report.turn_text import Decode, shorten, token_pieces
 from at2po_agent.tree import ROOT, Tree
 from at2po_agent.types import FloatArray, Turn
@@ -137,14 +137,18 @@ def node_origins(record: TreeRecord, chains: int | None, forks: int) -> Origin:
 def tree_stats(tree: Tree) -> list[Stat]:
     """Compute the figures of the page's head."""
     leaves, turns = tree.leaves(), [turn for turn in tree.turns if turn is not None]
-    correct = sum(1 for leaf in leaves if (tree.outcomes[leaf] or {}).get("em", 0) == 1)
+    correct = sum(is_right(tree.outcomes[leaf] or {}) for leaf in leaves)
     rewards = tree.leaf_reward[tree.is_leaf]
     unique = len(tree.prompt_ids) + sum(len(turn.ids) for turn in turns)
     flat = sum(len(ids) for leaf in leaves for ids in tree.sequences(leaf))
     share = f" ({correct / len(leaves):.0%})" if leaves else ""
     return [
         Stat("Leaves", str(len(leaves)), "Ways in which an episode of this question ended"),
-        Stat("Correct", f"{correct}{share}", "Leaves whose answer matches a golden answer exactly"),
+        Stat(
+            "Correct",
+            f"{correct}{share}",
+            "Leaves that succeeded, or whose answer matches a golden answer exactly",
+        ),
         Stat("Mean reward", f"{rewards.mean():.2f}" if len(rewards) else "–", "Over the leaves"),
         Stat("Turns", str(len(turns)), "Nodes of the tree; turns on a shared path count once"),
         Stat("Sampled tokens", f"{sum(int(t.sampled_mask.sum()) for t in turns):,}", "Written by the policy"),

@@ -20,6 +20,7 @@ from at2po_agent.report.live import LiveBars, PlainLines, duration, figures, mak
 from at2po_agent.report.run_folder import (
     NothingYetError,
     TreeRecord,
+    is_right,
     most_telling,
     pick,
     read_metrics,
@@ -28,7 +29,7 @@ from at2po_agent.report.run_folder import (
     read_trees,
 )
 from at2po_agent.report.run_report import node_credit, page_options, run_of, write_run_report
-from at2po_agent.report.tables import evaluation_table, print_ending, shown_path, tree_table
+from at2po_agent.report.tables import evaluation_table, print_ending, shown_path, summary_table, tree_table
 from at2po_agent.report.tree_page import (
     PageOptions,
     node_origins,
@@ -602,6 +603,26 @@ def test_tables_of_evaluations_and_trees() -> None:
     shown = screen.getvalue()
     assert "0.431 – 0.569" in shown
     assert "Who [b]founded[/b] it?" in shown
+
+
+def test_a_world_is_scored_by_its_own_numbers() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, width=120)
+    figures = {"questions": 40, "em": 0.0, "em_low": 0.0, "em_high": 0.1, "f1": 0.0, "reward": 0.7}
+    reported = {"success": 0.625, "score": 0.71}
+    row = {**figures, "turns": 6.0, "tokens": 80.0, "metrics": reported}
+    console.print(evaluation_table({"greedy": row}))
+    summary = {"sampled_success_before": 0.25, "sampled_success_after": 0.5}
+    console.print(summary_table({**summary, "sampled_em_after": 0.0}))
+    shown = screen.getvalue()
+    assert "exact match" not in shown
+    assert "Exact match" not in shown
+    assert "Success on held-out tasks" in shown
+    for cell in ("0.625", "0.710", "0.700", "0.250", "0.500", "+0.250"):
+        assert cell in shown
+    assert is_right({"metrics": {"success": 1.0}})
+    assert not is_right({"metrics": {"success": 0.0}, "em": 1.0})
+    assert is_right({"em": 1.0})
 
 
 @settings(max_examples=20)

@@ -20,6 +20,7 @@ from at2po_agent.packing.rows import pack_rows
 from at2po_agent.packing.trees import pack_trees
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.policies.scripted import ScriptedPolicy
+from at2po_agent.report.curves import draw_run, read_curves
 from at2po_agent.rollout import RolloutConfig, rollout
 from at2po_agent.run import run_training
 from at2po_agent.runs.progress import Progress
@@ -340,6 +341,13 @@ def test_a_run_trains_on_windows(run):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
     assert [step["trained_questions"] for step in steps] == [2, 2]
+    for moment in ("before", "after"):
+        low, high = summary[f"sampled_success_low_{moment}"], summary[f"sampled_success_high_{moment}"]
+        assert 0 <= low <= summary[f"sampled_success_{moment}"] <= high <= 1
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    assert evaluations[-1]["metrics"]["success"] == summary["sampled_success_after"]
+    assert read_curves(folder).score == "Success"
+    assert (folder / "learning_curve.png").exists() or draw_run(folder, folder / "curve.png").exists()
     # The learner's log-probs of each turn are those that the sampler saw, prompt by prompt.
     assert all(step["mismatch/max_difference"] < 1e-4 for step in steps)
     agent = build_agent(evaluation_config(str(folder), []))
