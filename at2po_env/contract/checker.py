@@ -49,7 +49,8 @@ def check_env(
 
     Raises:
         ContractError: With the broken rule, the expected and the actual value, and the likely cause.
-        SnapshotError: If a wrapper holds state and does not say how to write it as JSON.
+        SnapshotError: If a wrapper holds state and does not say how to write it as JSON, or a `Replay` is
+            answered differently in another instance.
 
     Example:
         >>> from at2po_env.contract.testing import PigEnv

@@ -94,6 +94,25 @@ def points_of(env: Env, play: Play) -> Iterator[tuple[Play, int]]:
                 yield script, turns
 
 
+def check_deterministic(env: Env, play: Play) -> None:
+    """The same seed, options and actions give the same episode.
+
+    This holds for the environment under the wrappers; a wrapper may learn from one episode for the next.
+    """
+    base = env.unwrapped
+    if not all(base.action_space.contains(action) for action in play.actions):
+        return
+    for script in plays_of(play):
+        runs = []
+        for _ in range(2):
+            observation, info = base.reset(seed=script.seed, options=copy.deepcopy(script.options))
+            kept = {key: value for key, value in info.items() if key not in script.ignore_info}
+            first = copy.deepcopy(StepResult(observation, 0.0, terminated=False, truncated=False, info=kept))
+            runs.append([first, *script.run(base, 0)])
+        cause = "randomness that reset(seed=...) does not set, a clock, or something an earlier episode left"
+        _expect_equal(runs[0], runs[1], -1, "the first time", "after another reset", base, base, cause)
+
+
 def check_fork(env: Env, play: Play) -> None:
     """A fork has the state of its parent; the same actions give the same in both; forks can be forked."""
     for script, turn in points_of(env, play):
@@ -233,6 +252,7 @@ def check_bad_actions(env: Env, play: Play) -> None:
 
 
 CHECKS: Mapping[str, Callable[[Env, Play], None]] = {
+    "deterministic": check_deterministic,
     "spaces": check_spaces,
     "fork": check_fork,
     "independence": check_independence,
@@ -295,7 +315,7 @@ def first_difference(left: Any, right: Any, path: str) -> tuple[str, str, str]:
     else:
         return path, _short(left), _short(right)
     for place, one, other in pairs:
-        if one != other:
+        if not data_equivalence(one, other, exact=True):  # values may hold arrays
             return first_difference(one, other, place)
     return path, _short(left), _short(right)
 
@@ -308,8 +328,9 @@ def _expect_equal(
     other: str,
     env: Env,
     child: Env,
+    cause: str = "",
 ) -> None:
-    """Raise at the first turn where two runs of the same actions differ."""
+    """Raise at the first turn where two runs of the same actions differ; turn 0 is the reset."""
     for number, (left, right) in enumerate(zip(expected, actual, strict=False), turn + 1):
         for field, mine, theirs in zip(StepResult._fields, left, right, strict=True):
             if not data_equivalence(mine, theirs, exact=True):
@@ -319,14 +340,14 @@ def _expect_equal(
                     f"the same actions give the same {field} at turn {number}",
                     f"{_short(mine)} ({one})",
                     f"{_short(theirs)} ({other})",
-                    _shared(env, child),
+                    cause or _shared(env, child),
                 )
     if len(expected) != len(actual):
         _fail(
             "the same actions end the episode at the same turn",
             f"{turn + len(expected)} ({one})",
             f"{turn + len(actual)} ({other})",
-            "a budget or counter outside get_state()",
+            cause or "a budget or counter outside get_state()",
         )
 
 

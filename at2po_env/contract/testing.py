@@ -55,6 +55,7 @@ class EnvContract:
 
     test_follows_gymnasium = _test(lambda env, _: check_gymnasium(env))
     test_observations_lie_in_their_space = _test(rules.check_spaces)
+    test_a_seed_gives_one_episode = _test(rules.check_deterministic)
     test_fork_is_the_same_episode = _test(rules.check_fork)
     test_forks_are_independent = _test(rules.check_independence)
     test_restore_rewinds = _test(rules.check_restore)
