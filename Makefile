@@ -60,11 +60,12 @@ $(WORLDS_VENV)/.installed: pyproject.toml constraints-worlds.txt
 	@printf '#!/bin/sh\nexec c++ "$$@" -O1 -g0\n' > $(WORLDS_VENV)/bin/quick-c++ && chmod +x $(WORLDS_VENV)/bin/quick-c++
 	@CXX="$$PWD/$(WORLDS_VENV)/bin/quick-c++" $(WORLDS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-worlds.txt -e . 'textworld[pddl]' pytest pytest-timeout
 	@$(WORLDS_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-worlds.txt alfworld
+	@$(WORLDS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-worlds.txt gem-llm || echo "GEM cannot be installed with this Python: its test is skipped"
 	@touch $@
 
-test-worlds: $(WORLDS_VENV)/.installed  ## the household beside TextWorld: CPU, offline, a minute
+test-worlds: $(WORLDS_VENV)/.installed  ## the household beside TextWorld, TextWorld and GEM replayed: CPU, offline, a minute
 	@$(WORLDS_VENV)/bin/python -W ignore -c 'import alfworld, fast_downward, textworld'
-	@$(WORLDS_VENV)/bin/python -m pytest tests/envs/household/test_household_textworld.py $(ARGS)
+	@$(WORLDS_VENV)/bin/python -m pytest tests/envs/household/test_household_textworld.py tests/env/wrappers/test_replay.py $(ARGS)
 
 lint: install  ## format, lint, types, import contracts, spelling
 	@$(BIN)/ruff format --check .
