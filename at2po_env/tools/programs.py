@@ -1,8 +1,9 @@
 """Runs Python programs and shell commands in a sandbox, with files that last as long as the episode.
 
-A call that comes to its end keeps its files, whatever its exit status, and the next call finds them. A call
-that was stopped (out of time, of memory, a flood of output) changes nothing; nor does one whose files are too
-many or too large, which is an error that says so. Processes never outlive their call.
+Both tools work in one folder. A call that comes to its end keeps its files, whatever its exit status, and the
+next call finds them. A call that was stopped (out of time, of memory, a flood of output) changes nothing; nor
+does one whose files are too many or too large, which is an error that says so. Processes never outlive their
+call.
 
 See `sandbox.py` for what is a boundary and what is not.
 """
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from at2po_env.errors import ConfigError, ToolError
-from at2po_env.tools.base import UNCHANGED, Tool, ToolContext, ToolResult
+from at2po_env.tools.base import UNCHANGED, Backend, Tool, ToolContext, ToolResult
 from at2po_env.tools.sandbox import END_CHARS, Choice, Finished, Limits, Sandbox
 
 
@@ -33,6 +34,18 @@ class ShellArguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     command: str = Field(description="a command or a script; what it prints is shown")
+
+
+class Folder(Backend):
+    """The folder that the tools of an episode share; it lives in the episode's state and nowhere else."""
+
+    key = "files"
+
+    def attach(self, user: object) -> None:
+        """Do nothing: there is nothing to hold."""
+
+    def detach(self, user: object) -> None:
+        """Do nothing: there is nothing to release."""
 
 
 class ProgramTool(Tool):
@@ -53,6 +66,7 @@ class ProgramTool(Tool):
     """
 
     failures: ClassVar[tuple[type[Exception], ...]] = (ToolError, OSError)
+    backend = Folder()
 
     def __init__(
         self,

@@ -228,6 +228,17 @@ def test_forks_of_an_episode_have_their_own_files(kind: Any) -> None:
     assert len(digests) == 1
 
 
+def test_both_tools_work_in_one_folder() -> None:
+    tools = [ShellTool(sandbox="none", timeout_s=20.0), PythonTool(sandbox="none", timeout_s=20.0)]
+    env = ToolEnv(tasks=[{"question": "q", "golden_answers": ["a"]}], tools=tools)
+    env.reset(seed=1)
+    env.step("<shell>echo one > a</shell>")
+    assert "ONE" in env.step("<python>print(open('a').read().upper())</python>")[0]
+    state = env.get_state()
+    assert state is not None
+    assert state.tool_states == {"files": {"a": {"text": "one\n"}}}
+
+
 def test_an_environment_with_files_keeps_the_contract() -> None:
     kind: Any = "none" if WHY_NOT else "bubblewrap"
     env = ToolEnv(

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from at2po_env.data.tasks import Task
 from at2po_env.errors import ConfigError
+from at2po_env.forking import freeze
 from at2po_env.tools import PythonTool, ShellTool, ToolContext, ToolResult, call_tool, sandbox
 from at2po_env.tools.programs import ProgramTool
 
@@ -393,6 +395,16 @@ def test_a_caller_that_is_killed_takes_its_sandbox_along() -> None:
         time.sleep(0.3)
         assert spaces() - before
         process.send_signal(signal.SIGKILL)
+
+
+@bubblewrap
+@pytest.mark.usefixtures("nothing_left")
+def test_calls_in_many_threads_do_not_disturb_each_other() -> None:
+    command = "for i in $(seq 30); do sleep 0.3 & done; echo {0} > f; cat f; wait"
+    with ThreadPoolExecutor(8) as pool:  # 8 x 30 processes: each call has a limit of 64 of its own
+        results = list(pool.map(lambda n: shell(command.format(n), timeout_s=60.0), range(16)))
+    expected = [ToolResult(str(n), freeze({"f": {"text": f"{n}\n"}})) for n in range(16)]
+    assert results == expected
 
 
 @bubblewrap
