@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from at2po_agent.cli.eval import EXIT_INTERRUPTED, evaluate_command, need_agent_extra
 from at2po_agent.cli.retrieval import app as retrieval_app
+from at2po_agent.cli.serving import app as serving_app
 from at2po_env.errors import At2poError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(retrieval_app)
+app.add_typer(serving_app)
 
 Overrides = Annotated[
     list[str] | None,

@@ -66,15 +66,10 @@ def serve_retriever(
     from at2po_env.retrieval.server.app import ServerConfig
     from at2po_env.retrieval.server.running import serve, serve_processes
 
-    token = os.environ.get(TOKEN_VARIABLE)  # never an argument: every user of a machine can read those
-    if token_file is not None:
-        try:
-            token = token_file.read_text("utf-8").strip()
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"cannot read the token from {token_file} ({error}).") from error
+    token = read_token(token_file, TOKEN_VARIABLE)
     config = ServerConfig.model_validate({"host": host, "port": port, "token": token, "processes": processes})
     config.check_address()
-    opener = functools.partial(open_retriever, retriever, corpus, cache=cache, **_options(option or []))
+    opener = functools.partial(open_retriever, retriever, corpus, cache=cache, **read_options(option or []))
     where = f"http://{host}:{port} (process {os.getpid()}; Ctrl-C stops it)"
     if processes > 1:
         typer.echo(f"serving {retriever} of {corpus} by {processes} processes on {where}")
@@ -85,7 +80,17 @@ def serve_retriever(
     serve(opened, config)
 
 
-def _options(given: list[str]) -> dict[str, object]:
+def read_token(file: Path | None, variable: str) -> str | None:
+    """Read a token from a file or the environment; other users of the machine could read an argument."""
+    if file is None:
+        return os.environ.get(variable)
+    try:
+        return file.read_text("utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"cannot read the token from {file} ({error}).") from error
+
+
+def read_options(given: list[str]) -> dict[str, object]:
     """Parse NAME=VALUE; numbers, true and false become what they say."""
     options: dict[str, object] = {}
     for text in given:

@@ -120,8 +120,12 @@ class ForkableEnv(gymnasium.Env[str, str], ABC):
         for name in ("action_space", "observation_space"):
             if name in attributes:
                 attributes[name] = clone_space(attributes[name])
-        twin.set_state(self.get_state())
+        self._hand_over(twin)
         return twin
+
+    def _hand_over(self, twin: Self) -> None:
+        """Give a fork its state; for environments whose state is dear to read and cheap to fork elsewhere."""
+        twin.set_state(self.get_state())
 
 
 def fork(env: EnvT) -> EnvT:

@@ -199,12 +199,15 @@ class NeedsToken:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request with the token on, and refuse any other."""
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
             # Compared in a time that does not depend on where the two differ.
             right = hmac.compare_digest(given.strip().encode(), self._token)
             if scheme.lower() != "bearer" or not right:
                 self._answered(401, 0.0)
+                if scope["type"] == "websocket":
+                    await send({"type": "websocket.close", "code": 1008})
+                    return
                 said = {"detail": "this server needs its token: Authorization: Bearer TOKEN"}
                 await JSONResponse(said, 401)(scope, receive, send)
                 return
