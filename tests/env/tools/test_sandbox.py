@@ -141,6 +141,10 @@ HELD = {
         "Operation not permitted",
     ),
     "trace process 1": ("attempt(syscall, 101, 117, 16, 1, 0, 0)", "Operation not permitted"),
+    "write the memory of process 1": (
+        "attempt(lambda: open('/proc/1/mem', 'r+b').seek(0))",
+        "Permission denied",
+    ),
     "read another process's memory": (
         "attempt(syscall, 310, 270, 1, None, 0, None, 0, 0)",
         "Operation not permitted",
@@ -269,6 +273,7 @@ REFUSED = {
         "cannot be read (File name too long)",
     ),
     "a name that is not UTF-8": ("touch $(printf 'a\\377')", "is not UTF-8"),
+    "a link to a name that is not UTF-8": ("ln -s $(printf 'a\\377') link", "is not UTF-8"),
     "a file nobody may read": ("echo > f; chmod 000 f", "cannot be read (Permission denied)"),
     "a folder nobody may read": ("mkdir d; chmod 000 d", "cannot be read (Permission denied)"),
 }
@@ -413,7 +418,14 @@ def test_a_forged_report_is_no_file_outside() -> None:
     done = sandbox.Finished("", "", 0)
     assert sandbox._read_report(b"0 - 1 \nfile 1 1\nab", done, limits).files == {"a": {"text": "b"}}
     for report in (
-        *(b"", b"\xff", b"0 - x \n", b"0 - 1 \nfile 9 1\nab", b"0 - 1 \nfile 1 -1\nab"),
+        *(
+            b"",
+            b"\xff",
+            b"0 - x \n",
+            b"0 - 1 \nfile 9 1\nab",
+            b"0 - 1 \nfile 1 -1\nab",
+            b"0 - 9 \n" + b"file 1 0\na" * 9,
+        ),
         *(b"0 - 1 \nfile 4 1\n../ab", b"0 - 1 \nfile 2 1\n/ab", b"0 - 1 \nfile 1 200\na" + b"b" * 200),
         b"0 - 2 \nlink 1 4\na/etcfile 3 1\na/bc",
     ):
