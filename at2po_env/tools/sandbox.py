@@ -543,4 +543,5 @@ def _remove(folder: str) -> None:
         shutil.rmtree(folder)
     except (OSError, RecursionError):
         script = 'chmod -R u+rwX "$1"; rm -rf "$1"'
-        subprocess.run(["/bin/sh", "-c", script, "sh", folder], capture_output=True, check=False)
+        command = ["/bin/sh", "-c", script, "sh", folder]
+        subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, check=False)
