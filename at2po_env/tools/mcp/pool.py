@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from at2po_env.errors import ToolError
-from at2po_env.tools.mcp.sessions import Answer, Call, Record, Session
+from at2po_env.tools.mcp.sessions import Answer, Call, McpServerError, Record, Session
 from at2po_env.tools.mcp.transports import GRACE_S, Allowance
 
 ResultT = TypeVar("ResultT")
@@ -153,7 +153,7 @@ def wait_for(future: Future[ResultT], timeout_s: float) -> ResultT:
     try:
         return future.result(timeout_s + _MARGIN_S)
     except TimeoutError as error:
-        raise ToolError(f"the MCP server was not ready within {timeout_s:g} s") from error
+        raise McpServerError(f"the MCP server was not ready within {timeout_s:g} s") from error
     except CancelledError as error:
         raise ToolError("the MCP server was closed during the call") from error
     finally:

@@ -31,7 +31,12 @@ except ModuleNotFoundError as _error:
 ResultT = TypeVar("ResultT")
 
 MAX_TOOLS = 512
+CLOSE_S = 5.0
 _REASON_CHARS = 300
+
+
+class McpServerError(ToolError, ConnectionError):
+    """A server gave no proper answer; it counts as a service that failed (`health` pauses runs for those)."""
 
 
 class Call(NamedTuple):
@@ -202,15 +207,16 @@ class Session:
         why = "ended during the call" if self.task.done() else f"did not answer within {timeout_s:g} s"
         raise self._failure("was cut off: it sent too much for one call" if self._allowance.exceeded else why)
 
-    def close(self) -> asyncio.Task[None] | None:
-        """Begin to end the session; returns the task to wait for."""
+    def close(self) -> None:
+        """Begin to end the session; a server that does not let it end has `CLOSE_S` seconds."""
         self._stop.set()
-        return self.task
+        if self.task is not None and not self.task.done():
+            asyncio.get_running_loop().call_later(CLOSE_S, self.task.cancel)
 
-    def _failure(self, what: str) -> ToolError:
+    def _failure(self, what: str) -> McpServerError:
         """Say what the server did, and the last thing that it wrote to its error stream."""
         said = self._allowance.error_tail.decode("utf-8", "replace").strip().splitlines()
-        return ToolError(
+        return McpServerError(
             f"the MCP server {what}" + (f" (it wrote: {said[-1][:_REASON_CHARS]})" if said else "")
         )
 

@@ -23,6 +23,7 @@ from at2po_env.contract.testing import EnvContract
 from at2po_env.data.tasks import Task
 from at2po_env.errors import ConfigError, ToolError
 from at2po_env.forking.snapshots import Snapshot
+from at2po_env.retrieval.counters import counted
 from at2po_env.tools import ToolContext, ToolResult, call_tool
 from at2po_env.tools.mcp import McpServer
 
@@ -247,8 +248,10 @@ def test_a_late_answer_ends_the_call_and_the_next_one_replays(url: str) -> None:
 
 
 def test_a_server_that_dies_is_a_failed_call_and_starts_again(over_pipes: McpServer) -> None:
+    before = counted().get("tool_failures", 0)
     died = call(over_pipes, "die")
     assert not died.ok
+    assert counted()["tool_failures"] == before + 1  # as a service, for `health`
     assert "I am dying" in died.text
     assert call(over_pipes, "add", amount=1).text == "total 1"
 
