@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -168,9 +168,11 @@ class _Served:
     async def describe(self, request: Request) -> Response:  # noqa: ARG002
         """Say what is served, with actions to try it."""
         spec, base = self._env.spec, self._env.unwrapped
+        tasks = getattr(base, "tasks", None)
         return _json(
             {
                 "env_id": env_id(base),
+                "tasks": len(tasks) if isinstance(tasks, Sized) else None,
                 "max_episode_steps": spec.max_episode_steps if spec is not None else None,
                 "example_actions": plain(base.example_actions() if isinstance(base, ForkableEnv) else []),
             }

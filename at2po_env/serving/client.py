@@ -63,6 +63,7 @@ class RemoteEnv(ForkableEnv):
         self._timeout_s = timeout_s
         self._connections = Connections(url, token or os.environ.get(TOKEN_VARIABLE))
         self._abandoned: deque[str] = deque()
+        self._description: dict[str, Any] | None = None
         self._session: _Handle | None = None
         self._captured: str | None = None
         """The server's snapshot of the present state, where it is known, as JSON."""
@@ -113,9 +114,27 @@ class RemoteEnv(ForkableEnv):
             self._session = None
         self._close_abandoned()
 
+    @property
+    def tasks(self) -> range:
+        """The indices of the served environment's tasks.
+
+        Raises:
+            AttributeError: It draws its tasks by seed alone.
+        """
+        count = self._described().get("tasks")
+        if type(count) is not int or count < 0:
+            raise AttributeError("the served environment has no list of tasks: it draws them by seed")
+        return range(count)
+
+    def _described(self) -> dict[str, Any]:
+        """Ask once what is served."""
+        if self._description is None:
+            self._description = self._ask("/", {})
+        return self._description
+
     def example_actions(self) -> list[str]:
         """Return the served environment's own examples."""
-        found = self._field(self._ask("/", {}), "example_actions", list)
+        found = self._field(self._described(), "example_actions", list)
         return [action for action in found if isinstance(action, str)] or list(super().example_actions())
 
     def get_state(self) -> str | None:

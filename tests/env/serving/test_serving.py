@@ -282,6 +282,9 @@ def test_a_snapshot_from_elsewhere_is_refused(url: str) -> None:
 
 def test_metrics_and_the_description_are_shown(url: str) -> None:
     assert httpx.get(url).json()["env_id"].endswith("PigEnv")
+    assert not hasattr(RemoteEnv(url), "tasks")  # Pig has none
+    with served(sums()) as other:
+        assert len(RemoteEnv(other).tasks) == 20
     page = httpx.get(f"{url}/metrics").text
     assert "at2po_env_sessions" in page
     assert 'at2po_env_requests_total{path="/reset",status="200"}' in page
