@@ -206,6 +206,23 @@ def test_an_episode_without_a_seed_can_be_repeated() -> None:
     assert same(child.step(1), env.step(1))
 
 
+def test_a_step_that_raises_leaves_the_episode_as_it_was() -> None:
+    class Refuses(Walk):
+        def step(self, action: int) -> Any:
+            answer = super().step(action)  # it moves first, and then raises
+            if action == 0:
+                raise ValueError("not that way")
+            return answer
+
+    env = Replay(Refuses)
+    env.reset(seed=1)
+    env.step(2)
+    expected = fork(env).step(2)
+    with pytest.raises(ValueError, match="not that way"):
+        env.step(0)
+    assert same(env.step(2), expected)
+
+
 def test_an_ended_episode_is_not_stepped() -> None:
     env = Replay(lambda: TimeLimit(FrozenLakeEnv(), 1))
     with pytest.raises(EnvError, match="call reset first"):
