@@ -42,6 +42,9 @@ def send(**message: Any) -> None:
 
 
 def answer(mode: str, method: str, parameters: dict[str, Any]) -> Any:
+    if mode == "modern" and method == "server/discover":
+        found = {"supportedVersions": ["2026-07-28"], "capabilities": {"tools": {}}}
+        return {**found, "resultType": "complete", "ttlMs": 0, "cacheScope": "private"}
     if method == "initialize":
         return {
             "protocolVersion": parameters["protocolVersion"],
@@ -73,7 +76,12 @@ def main(mode: str) -> None:
     for line in sys.stdin:
         message = json.loads(line)
         if "id" in message:
+            if mode == "modern" and message["method"] == "initialize":
+                send(id=message["id"], error={"code": -32601, "message": "no such method"})
+                continue
             result = answer(mode, message["method"], message.get("params") or {})
+            if mode == "modern" and message["method"] != "server/discover":
+                result = {**result, "resultType": "complete", "ttlMs": 0, "cacheScope": "private"}
             if result is None:
                 send(id=message["id"], error={"code": -32602, "message": "not these arguments"})
             else:

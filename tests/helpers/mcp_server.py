@@ -1,4 +1,4 @@
-"""An MCP server of the official package, for tests: `python mcp_server.py` speaks over its pipes.
+"""An MCP server of the official package, for tests: `python mcp_server.py` by pipes, with a port by HTTP.
 
 Each session counts for itself. Over HTTP a process has many sessions, over pipes one.
 """
@@ -73,4 +73,6 @@ def make_server() -> MCPServer:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        make_server().run("streamable-http", port=int(sys.argv[1]))
     make_server().run("stdio")

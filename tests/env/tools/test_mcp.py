@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -256,6 +257,32 @@ def test_a_server_that_dies_is_a_failed_call_and_starts_again(over_pipes: McpSer
     assert call(over_pipes, "add", amount=1).text == "total 1"
 
 
+def test_a_server_process_that_was_killed_and_comes_back_is_replayed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    @contextmanager
+    def running() -> Iterator[None]:
+        with subprocess.Popen([*COMMAND, str(port)], stderr=subprocess.DEVNULL) as process:
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.05)
+            yield
+            process.kill()
+
+    with McpServer(url=f"http://127.0.0.1:{port}/mcp", timeout_s=5, start_s=10) as server:
+        with running():
+            (add,) = server.tools(["add"])
+            context = ToolContext(Task("t", "q", ("a",)))
+            state = call_tool(add, {"amount": 3}, context).state
+        context = ToolContext(Task("t", "q", ("a",)), state)
+        assert not call_tool(add, {"amount": 1}, context).ok
+        with running():
+            assert call_tool(add, {"amount": 1}, context).text == "total 4"
+
+
 def test_the_process_ends_with_the_last_environment(over_pipes: McpServer) -> None:
     env = env_of(over_pipes)
     pid = int(call(over_pipes, "pid").text)
@@ -280,6 +307,17 @@ def test_hangs_and_floods_end_at_the_deadline_or_before(mode: str, hostile: Any)
     assert echo.name == "echo"
 
 
+def test_a_flood_over_http_is_cut_off_and_the_session_replaced(url: str) -> None:
+    with McpServer(url=url, max_bytes=1 << 20, timeout_s=20) as server:
+        state = call(server, "add", amount=2).state
+        start = time.monotonic()
+        flooded = call(server, "flood", state, megabytes=8)
+        assert time.monotonic() - start < 10
+        assert not flooded.ok
+        assert "sent too much" in flooded.text
+        assert call(server, "add", state, amount=1).text == "total 3"
+
+
 @pytest.mark.parametrize("mode", ["content_is_text", "unknown_block", "no_object"])
 def test_results_of_a_wrong_type_are_failed_calls(mode: str, hostile: Any) -> None:
     result = call(hostile(mode, timeout_s=5), "echo", text="a")
@@ -292,8 +330,8 @@ def test_a_refusal_of_arguments_is_a_failed_call_in_the_servers_words(hostile: A
     assert (result.text, result.ok) == ("not these arguments", False)
 
 
-@pytest.mark.parametrize("mode", ["garbage", "odd_schema", "normal"])
-def test_stray_lines_and_odd_schemas_do_no_harm(mode: str, hostile: Any) -> None:
+@pytest.mark.parametrize("mode", ["garbage", "odd_schema", "normal", "modern"])
+def test_stray_lines_odd_schemas_and_new_handshakes_do_no_harm(mode: str, hostile: Any) -> None:
     server = hostile(mode)
     more = {"undeclared": 1} if mode == "odd_schema" else {"text": "a"}
     ToolEnv(tasks=TASKS, tools=server.tools())
