@@ -122,7 +122,8 @@ class Sessions:
         with self._lock:
             found = [item for key in sessions if (item := self._sessions.pop(key, None)) is not None]
         for item in found:
-            _close_quietly(item.env)
+            if item.busy.acquire(blocking=False):  # else a call is at work in it, and ends unheard
+                _close_quietly(item.env)
         return {"closed": len(found)}
 
     def close_idle(self) -> int:

@@ -215,13 +215,22 @@ def test_a_failing_environment_costs_its_session_at_most() -> None:
 
 
 def test_a_busy_session_refuses_a_second_request() -> None:
-    with served(Odd(), timeout_s=3.0) as url:
+    closed: list[bool] = []
+
+    class Watched(Odd):
+        def close(self) -> None:
+            closed.append(True)
+
+    with served(Watched(), timeout_s=3.0) as url:
+        closed.clear()
         session = post(url, "/reset", {"seed": 1}).json()["session"]
         body = {"session": session, "action": "hang"}
         late = threading.Thread(target=post, args=(url, "/step", body))
         late.start()
         time.sleep(0.5)
         assert post(url, "/step", {"session": session, "action": "roll"}).status_code == 409
+        assert post(url, "/close", {"sessions": [session]}).json() == {"closed": 1}
+        assert not closed  # not under the hands of the call that is at work
         late.join()
 
 
