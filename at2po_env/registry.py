@@ -46,6 +46,9 @@ SEARCH_QA = (
 WORLDS = {"Household": "at2po_envs.household", "WebShop": "at2po_envs.webshop"}
 """Worlds that are played by commands, and where each is made."""
 
+REMOTE_ID = "at2po/Remote-v0"
+"""Whatever a server of `at2po serve-env` plays; needs `url=`."""
+
 NO_WRAPPERS: Mapping[str, Any] = {"order_enforce": False, "disable_env_checker": True}
 """A `ToolEnv` refuses a step before reset itself, and its contract tests run Gymnasium's checker in full; the
 two wrappers that `make` would add cost 6% of a step. `make(id, disable_env_checker=False)` adds one."""
@@ -160,6 +163,13 @@ def register_shipped() -> None:
             entry_point=f"{module}:make",
             vector_entry_point=f"{module}:make_vector",
             kwargs=arguments,
+            **NO_WRAPPERS,
+        )
+    if REMOTE_ID not in gymnasium.registry:
+        gymnasium.register(
+            REMOTE_ID,
+            entry_point="at2po_env.serving.client:RemoteEnv",
+            vector_entry_point="at2po_env.serving.client:make_remote_vector",
             **NO_WRAPPERS,
         )
 

@@ -5,19 +5,6 @@ server, extra `serve`), `openenv` (OpenEnv's protocol on the same server) and `c
 environment as a forkable one).
 """
 
-import gymnasium
-
 from at2po_env.serving.client import RemoteEnv
 
-REMOTE_ID = "at2po/Remote-v0"
-
-if REMOTE_ID not in gymnasium.registry:
-    gymnasium.register(
-        REMOTE_ID,
-        entry_point="at2po_env.serving.client:RemoteEnv",
-        vector_entry_point="at2po_env.serving.client:make_remote_vector",
-        order_enforce=False,
-        disable_env_checker=True,
-    )
-
-__all__ = ["REMOTE_ID", "RemoteEnv"]
+__all__ = ["RemoteEnv"]

@@ -33,7 +33,7 @@ class _Handle:
 class RemoteEnv(ForkableEnv):
     """An environment that `at2po serve-env` serves.
 
-    Also `gymnasium.make("at2po_env.serving:at2po/Remote-v0", url=...)`. An episode lives in a session of the
+    Also `gymnasium.make("at2po/Remote-v0", url=...)`. An episode lives in a session of the
     server, and a fork is a session of its own. A snapshot holds the server's own snapshot, as declared JSON,
     and is restored into a new session with the first turn after it. Sessions of environments that were
     closed, or that nothing refers to any more, are closed.

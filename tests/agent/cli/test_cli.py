@@ -152,7 +152,7 @@ def test_our_warnings_are_one_line_for_the_person_at_the_terminal() -> None:
 
 def test_environments_are_listed_with_what_they_need(cli: CliRunner, tmp_path: Path) -> None:
     rows = {row["id"]: row for row in json.loads(cli.invoke(app, ["envs", "--json"]).stdout)}
-    assert len([name for name in rows if name.startswith("at2po/")]) == 10
+    assert len([name for name in rows if name.startswith("at2po/")]) == 11
     assert rows["at2po/MiniWiki-v0"]["get"] == ""
     assert (rows["at2po/WebShop-v0"]["questions"], rows["at2po/WebShop-v0"]["get"]) == (
         "sample",

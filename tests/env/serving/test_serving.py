@@ -17,7 +17,6 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-import at2po_env.serving  # noqa: F401 - registers at2po/Remote-v0
 from at2po_env import ToolEnv, check_env, fork, restore, snapshot
 from at2po_env.contract.testing import EnvContract, PigEnv
 from at2po_env.errors import ConfigError, EnvError, SnapshotError
@@ -72,7 +71,7 @@ class TestContract(EnvContract):
         self.url = url
 
     def make_env(self) -> Any:
-        return gymnasium.make("at2po_env.serving:at2po/Remote-v0", url=self.url)
+        return gymnasium.make("at2po/Remote-v0", url=self.url)
 
 
 def test_a_served_tool_environment_passes_the_checks() -> None:
@@ -81,7 +80,7 @@ def test_a_served_tool_environment_passes_the_checks() -> None:
 
 
 def test_many_remote_episodes_run_as_a_vector(url: str) -> None:
-    many = gymnasium.make_vec("at2po_env.serving:at2po/Remote-v0", num_envs=3, url=url)
+    many = gymnasium.make_vec("at2po/Remote-v0", num_envs=3, url=url)
     here = PigEnv()
     many.reset(seed=5)
     seen, *_ = many.step(["roll"] * 3)
@@ -333,6 +332,9 @@ def test_openenv_messages_play_an_episode() -> None:
             socket_.send_text("{")
             assert json.loads(socket_.receive_text())["data"]["code"] == "UNKNOWN_TYPE"
             assert client.get("/health").json()["sessions"] == 1
+        until = time.monotonic() + 10  # the server learns a little later that the connection has ended
+        while client.get("/health").json()["sessions"] and time.monotonic() < until:
+            time.sleep(0.02)
         assert client.get("/health").json()["sessions"] == 0
 
 
