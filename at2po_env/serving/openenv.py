@@ -50,7 +50,9 @@ async def play_openenv(
         return
     finally:
         if player.session is not None:
-            await in_pool(lambda: sessions.close([player.session or ""]))
+            key = player.session
+            # Shielded: this task may be cancelled with its connection, and the session must end all the same.
+            await asyncio.shield(asyncio.ensure_future(in_pool(lambda: sessions.close([key]))))
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the client may be gone already
             await socket.close()
 

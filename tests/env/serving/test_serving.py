@@ -338,6 +338,18 @@ def test_openenv_messages_play_an_episode() -> None:
         assert client.get("/health").json()["sessions"] == 0
 
 
+def test_sessions_of_lost_connections_are_closed() -> None:
+    with TestClient(create_env_app(PigEnv())) as client:
+        for _ in range(25):
+            with client.websocket_connect("/ws") as lost:
+                lost.send_text('{"type": "reset"}')
+                lost.receive_text()
+        until = time.monotonic() + 10
+        while client.get("/health").json()["sessions"] and time.monotonic() < until:
+            time.sleep(0.02)
+        assert client.get("/health").json()["sessions"] == 0
+
+
 def test_a_connection_that_says_nothing_is_closed() -> None:
     app = create_env_app(PigEnv(), EnvServerConfig(receive_s=0.2))
     with (
