@@ -14,6 +14,7 @@ session. A result that differs in a replay is a failed call too, which says so.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -82,6 +83,8 @@ class McpServer(Backend):
                 "McpServer needs either command=, a list of the program and its arguments, or url=; got "
                 f"command={command!r:.80} and url={url!r:.80}"
             )
+        if command is not None and os.name != "posix":
+            raise ConfigError("McpServer: command= needs process groups, a POSIX system. Fix: give url=")
         if timeout_s <= 0 or start_s <= 0 or max_sessions < 1 or max_bytes < 1024:
             raise ConfigError(
                 "McpServer: timeout_s > 0, start_s > 0, max_sessions >= 1 and max_bytes >= 1024, got "

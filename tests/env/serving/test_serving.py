@@ -117,11 +117,11 @@ def test_sessions_of_lost_forks_are_closed_by_the_next_request() -> None:
 
 
 def test_an_idle_session_expires_and_says_so() -> None:
-    with served(idle_s=0.2) as url:
+    with served(idle_s=1.0) as url:
         env = RemoteEnv(url)
         env.reset(seed=1)
         saved = snapshot(env)
-        time.sleep(1.0)
+        time.sleep(2.5)
         with pytest.raises(EnvError, match="status 404: there is no such session"):
             env.step("roll")
         restore(env, saved)
@@ -138,10 +138,10 @@ def test_the_number_and_the_rate_of_sessions_are_bounded() -> None:
         assert post(url, "/fork", {"session": answers[1].json()["session"]}).status_code == 200
         assert post(url, "/fork", {"session": answers[1].json()["session"]}).status_code == 503
         with pytest.raises(EnvError, match="all 3 sessions are in use"):
-            RemoteEnv(url, timeout_s=0.5).reset()
-    with served(opens_per_s=2.0) as url:
+            RemoteEnv(url, timeout_s=2.0).reset()
+    with served(opens_per_s=0.5) as url:
         statuses = [post(url, "/reset", {}).status_code for _ in range(20)]
-        assert statuses[:4] == [200] * 4
+        assert statuses[0] == 200
         assert statuses.count(429) >= 10
 
 
@@ -195,7 +195,7 @@ class Odd(PigEnv):
 
 
 def test_a_failing_environment_costs_its_session_at_most() -> None:
-    with served(Odd(), timeout_s=0.5) as url:
+    with served(Odd(), timeout_s=2.0) as url:
         other = RemoteEnv(url)
         other.reset(seed=1)
         for action, message in (

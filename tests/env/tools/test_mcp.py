@@ -238,13 +238,13 @@ class TestContract(EnvContract):
 
 
 def test_a_late_answer_ends_the_call_and_the_next_one_replays(url: str) -> None:
-    with McpServer(url=url, timeout_s=0.5) as server:
+    with McpServer(url=url, timeout_s=2.0) as server:
         state = call(server, "add", amount=2).state
         start = time.monotonic()
         late = call(server, "sleep", state, seconds=60)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 10
         assert not late.ok
-        assert "did not answer within 0.5 s" in late.text
+        assert "did not answer within 2 s" in late.text
         assert call(server, "add", state, amount=1).text == "total 3"
 
 
