@@ -314,11 +314,10 @@ class ToolEnv(ForkableEnv):
         for backend in self._backends:
             backend.detach(self)
 
-    def _fork(self) -> Self:
-        twin = super()._fork()
+    def _hand_over(self, twin: Self) -> None:
+        twin.set_state(self.get_state())
         for backend in self._backends:
             backend.attach(twin)
-        return twin
 
     def render(self) -> str | None:
         """Return the transcript so far in mode "ansi", else None."""
