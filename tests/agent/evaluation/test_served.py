@@ -21,6 +21,7 @@ from at2po_agent.policies.openai.client import Server
 from at2po_env.data import At2poSampleWarning
 from at2po_env.errors import ConfigError
 
+HEED_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 ANSWER = "<think> easy </think> <answer> \\boxed{ Ada } </answer>"
 SURE = {"logprobs": chat_log_probs(("<think> easy", -1.0), (ANSWER[12:], -3.0)), "stop_reason": None}
 
@@ -268,7 +269,8 @@ def test_ctrl_c_tells_what_was_spent_and_keeps_complete_sets(folder: Path) -> No
             "corpus=corpus.jsonl",
         ]
         process = subprocess.Popen(
-            [sys.executable, "-c", "from at2po_agent.cli.app import main; main()", *words],
+            # A test run in the background of a shell ignores SIGINT, and so would its children.
+            [sys.executable, "-c", f"{HEED_SIGINT}; from at2po_agent.cli.app import main; main()", *words],
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
