@@ -241,8 +241,8 @@ class ToolEnv(ForkableEnv):
         if tool is None:
             result = ToolResult(f"there is no tool {name[:80]!r}; tools: {', '.join(self.tools)}", ok=False)
         else:
-            key = self._state_keys[name]
-            context = ToolContext(episode.task, states.get(key), episode.seed, episode.turn)
+            state = states.get(self._state_keys[name]) if states else None
+            context = ToolContext(episode.task, state, episode.seed, episode.turn)
             result = call_tool(tool, call.arguments, context)
         text, state, ok, ends = result
         if state is not UNCHANGED:
@@ -296,8 +296,11 @@ class ToolEnv(ForkableEnv):
         if blank is None:
             return "".join([link.action + link.observation for link in episode.turns])
         turns, shown = episode.turns, ("tool", "tool_error")
-        if not any("<answer>" in link[1] for link in turns[:-1]):  # nearly always, and then quickly
-            return "".join([link[1] + (blank if link[4] in shown else link[2]) for link in turns])
+        pieces = [link[1] + (blank if link[4] in shown else link[2]) for link in turns]
+        text = "".join(pieces)
+        # Nearly always no earlier turn opens an answer.
+        if text.find("<answer>", 0, len(text) - len(pieces[-1])) < 0:
+            return text
         parts, is_open = [], False  # whether an earlier turn has left an <answer> open
         for _, action, observation, _, outcome in turns:
             written, start = action, action.find("<answer>")
