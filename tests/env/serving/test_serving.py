@@ -179,8 +179,18 @@ def test_a_request_that_does_not_fit_is_refused_and_leaves_no_session(
         assert client.get("/health").json()["sessions"] == 0
 
 
+@pytest.fixture
+def lets_go() -> Iterator[None]:
+    """Lets the calls that a test has hung return when it ends."""
+    Odd.released.clear()
+    yield
+    Odd.released.set()
+
+
 class Odd(PigEnv):
     """Misbehaves on command."""
+
+    released = threading.Event()
 
     def step(self, action: str) -> Any:
         if action == "fail":
@@ -190,10 +200,11 @@ class Odd(PigEnv):
         if action == "nan":
             return "", float("nan"), False, False, {}
         if action == "hang":
-            time.sleep(60)
+            self.released.wait(60)
         return super().step(action)
 
 
+@pytest.mark.usefixtures("lets_go")
 def test_a_failing_environment_costs_its_session_at_most() -> None:
     with served(Odd(), timeout_s=2.0) as url:
         other = RemoteEnv(url)
@@ -213,6 +224,7 @@ def test_a_failing_environment_costs_its_session_at_most() -> None:
             env.step("roll")
 
 
+@pytest.mark.usefixtures("lets_go")
 def test_a_busy_session_refuses_a_second_request() -> None:
     closed: list[bool] = []
 
