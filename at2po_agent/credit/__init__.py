@@ -1,7 +1,7 @@
 """What a turn was worth.
 
 Read `values` (a tree's leaf rewards carried back to every turn: AT2PO), `groups` (groups of branches:
-GRPO, Tree-GRPO, GiGPO), then `registry` (rules by name, and how to register your own).
+GRPO, Tree-GRPO, GiGPO), `surprisal` (our own), then `registry` (rules by name, and how to register your own).
 """
 
 from at2po_agent.credit.groups import (
@@ -14,6 +14,7 @@ from at2po_agent.credit.groups import (
     tree_grpo_advantages,
 )
 from at2po_agent.credit.registry import Credit, CreditRule, credit_rules, register_credit
+from at2po_agent.credit.surprisal import surprisal_tree_advantages, weighted_baseline_advantages
 from at2po_agent.credit.values import (
     branch_advantages,
     node_advantages,
@@ -38,5 +39,7 @@ __all__ = [
     "overlong_penalty",
     "register_credit",
     "shared_mean_advantages",
+    "surprisal_tree_advantages",
     "tree_grpo_advantages",
+    "weighted_baseline_advantages",
 ]

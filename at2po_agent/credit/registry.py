@@ -15,6 +15,7 @@ from at2po_agent.credit.groups import (
     group_advantages,
     tree_grpo_advantages,
 )
+from at2po_agent.credit.surprisal import surprisal_tree_advantages
 from at2po_agent.credit.values import (
     AdvantageMode,
     ValueMode,
@@ -137,6 +138,16 @@ def gigpo_credit(
     return Credit(advantages)
 
 
+def surprisal_credit(tree: Tree, *, beyond: float = 0.3, cap: float | None = None) -> Credit:
+    """Our own: a turn's value against the branches that do not pass through it, weighted by surprisal."""
+    surprisal = [0.0 if turn is None else turn.entropy * int(turn.sampled_mask.sum()) for turn in tree.turns]
+    return Credit(
+        surprisal_tree_advantages(
+            tree.parent, np.maximum(surprisal, 0.0), tree.leaf_reward, beyond=beyond, cap=cap
+        )
+    )
+
+
 def _rewards(tree: Tree) -> FloatArray:
     rewards = tree.leaf_reward[tree.is_leaf]
     if not len(rewards):
@@ -149,3 +160,4 @@ register_credit("group", group_credit)
 register_credit("group_shared", shared_group_credit)
 register_credit("tree_grpo", tree_grpo_credit)
 register_credit("gigpo", gigpo_credit)
+register_credit("surprisal", surprisal_credit)

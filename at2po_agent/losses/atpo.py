@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from at2po_agent.losses.base import LossResult, LossTotals, clipped_surrogate, prepare, turn_ratio
+from at2po_agent.losses.base import (
+    Aggregation,
+    LossResult,
+    LossTotals,
+    clipped_surrogate,
+    prepare,
+    turn_ratio,
+)
 from at2po_agent.losses.metrics import loss_metrics
 
 
@@ -16,6 +23,7 @@ def atpo_loss(
     *,
     clip_low: float = 3e-3,
     clip_high: float = 4e-3,
+    aggregation: Aggregation = "branch",
     totals: LossTotals | None = None,
     weights: Tensor | None = None,
 ) -> LossResult:
@@ -33,6 +41,7 @@ def atpo_loss(
         turn_ids: int64[B, T], -1 where the policy did not sample the token.
         clip_low: e_low.
         clip_high: e_high.
+        aggregation: How the numbers of the tokens add up, see `Inputs.aggregate`.
         totals: Counts of the whole minibatch when this call is a piece of it.
         weights: float[B, T], replaces the mean over branches (packed trees).
 
@@ -49,7 +58,7 @@ def atpo_loss(
     inputs = prepare(log_probs, old_log_probs, advantages, turn_ids, totals, weights)
     ratio = turn_ratio(inputs)
     surrogate = clipped_surrogate(ratio, inputs.advantages, low=clip_low, high=clip_high)
-    loss = -inputs.aggregate(surrogate, by="branch")
+    loss = -inputs.aggregate(surrogate, by=aggregation)
     return loss, loss_metrics(inputs, ratio, surrogate)
 
 
@@ -61,6 +70,7 @@ def atpo_soft_clip_loss(
     *,
     clip_low: float = 3e-3,
     clip_high: float = 4e-3,
+    aggregation: Aggregation = "branch",
     totals: LossTotals | None = None,
     weights: Tensor | None = None,
 ) -> LossResult:
@@ -76,5 +86,5 @@ def atpo_soft_clip_loss(
     surrogate = clipped_surrogate(
         ratio, inputs.advantages, low=clip_low, high=clip_high, soft_low=True, soft_high=True
     )
-    loss = -inputs.aggregate(surrogate, by="branch")
+    loss = -inputs.aggregate(surrogate, by=aggregation)
     return loss, loss_metrics(inputs, ratio, surrogate)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -115,7 +115,12 @@ class Inputs:
 
         `branch`: `sum_t x_t / (B |y_b|)`; `token`: `sum_t x_t / |tokens|`; B and |tokens| are those of the
         whole minibatch. Explicit weights replace both: `sum_t w_t x_t`.
+
+        Raises:
+            ValueError: Another aggregation, or weights of another shape.
         """
+        if by not in get_args(Aggregation):
+            raise ValueError(f"aggregation must be one of {get_args(Aggregation)}, got {by!r}")
         if self.weights is not None:
             if self.weights.shape != per_token.shape:
                 raise ValueError(

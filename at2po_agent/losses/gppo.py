@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from at2po_agent.losses.base import (
+    Aggregation,
     LossResult,
     LossTotals,
     check_at_least,
@@ -32,6 +33,7 @@ def gppo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = 3.0,
+    aggregation: Aggregation = "token",
     totals: LossTotals | None = None,
     weights: Tensor | None = None,
 ) -> LossResult:
@@ -54,7 +56,7 @@ def gppo_loss(
         soft_low=True,
         soft_high=True,
     )
-    loss = -inputs.aggregate(surrogate, by="token")
+    loss = -inputs.aggregate(surrogate, by=aggregation)
     return loss, loss_metrics(inputs, ratio, surrogate)
 
 
@@ -69,6 +71,7 @@ def aepo_loss(  # noqa: PLR0913  the four tensors, AEPO's options, and what come
     dual_clip: float | None = 3.0,
     entropies: Tensor | None = None,
     entropy_weight: float = 0.2,
+    aggregation: Aggregation = "token",
     totals: LossTotals | None = None,
     weights: Tensor | None = None,
 ) -> LossResult:
@@ -89,6 +92,7 @@ def aepo_loss(  # noqa: PLR0913  the four tensors, AEPO's options, and what come
         dual_clip: c > 1, or None for none.
         entropies: float[B, T], entropy of each token's distribution in nats, or None.
         entropy_weight: Weight of the standardised entropy.
+        aggregation: How the numbers of the tokens add up, see `Inputs.aggregate`.
         totals: Counts of the whole minibatch when this call is a piece of it; with `entropies` it must
             hold their mean and standard deviation (`LossTotals.of(turn_ids, entropies)`).
         weights: float[B, T], replaces the mean over tokens (packed trees).
@@ -111,7 +115,7 @@ def aepo_loss(  # noqa: PLR0913  the four tensors, AEPO's options, and what come
     surrogate = clipped_surrogate(
         ratio, inputs.advantages, low=clip_low, high=clip_high, ceiling=dual_clip, soft_high=True
     )
-    loss = -inputs.aggregate(surrogate, by="token")
+    loss = -inputs.aggregate(surrogate, by=aggregation)
     return loss, loss_metrics(inputs, ratio, surrogate) | scale
 
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from at2po_agent.losses.base import LossResult, LossTotals, clipped_surrogate, prepare, token_ratio
+from at2po_agent.losses.base import (
+    Aggregation,
+    LossResult,
+    LossTotals,
+    clipped_surrogate,
+    prepare,
+    token_ratio,
+)
 from at2po_agent.losses.metrics import loss_metrics
 
 
@@ -17,6 +24,7 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = 3.0,
+    aggregation: Aggregation = "token",
     totals: LossTotals | None = None,
     weights: Tensor | None = None,
 ) -> LossResult:
@@ -33,6 +41,7 @@ def grpo_loss(
         clip_low: e_low.
         clip_high: e_high.
         dual_clip: c > 1, or None for none.
+        aggregation: How the numbers of the tokens add up, see `Inputs.aggregate`.
         totals: Counts of the whole minibatch when this call is a piece of it.
         weights: float[B, T], replaces the mean over tokens (packed trees).
 
@@ -46,7 +55,7 @@ def grpo_loss(
     inputs = prepare(log_probs, old_log_probs, advantages, turn_ids, totals, weights)
     ratio = token_ratio(inputs)
     surrogate = clipped_surrogate(ratio, inputs.advantages, low=clip_low, high=clip_high, ceiling=dual_clip)
-    loss = -inputs.aggregate(surrogate, by="token")
+    loss = -inputs.aggregate(surrogate, by=aggregation)
     return loss, loss_metrics(inputs, ratio, surrogate)
 
 
@@ -59,6 +68,7 @@ def dapo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float | None = 3.0,
+    aggregation: Aggregation = "token",
     totals: LossTotals | None = None,
     weights: Tensor | None = None,
 ) -> LossResult:
@@ -75,6 +85,7 @@ def dapo_loss(
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
+        aggregation=aggregation,
         totals=totals,
         weights=weights,
     )

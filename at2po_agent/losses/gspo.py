@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from at2po_agent.losses.base import LossResult, LossTotals, branch_ratio, clipped_surrogate, prepare
+from at2po_agent.losses.base import (
+    Aggregation,
+    LossResult,
+    LossTotals,
+    branch_ratio,
+    clipped_surrogate,
+    prepare,
+)
 from at2po_agent.losses.metrics import loss_metrics
 
 
@@ -16,6 +23,7 @@ def gspo_loss(
     *,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
+    aggregation: Aggregation = "branch",
     totals: LossTotals | None = None,
     weights: Tensor | None = None,
 ) -> LossResult:
@@ -31,6 +39,7 @@ def gspo_loss(
         turn_ids: int64[B, T], -1 where the policy did not sample the token.
         clip_low: e_low.
         clip_high: e_high.
+        aggregation: How the numbers of the tokens add up, see `Inputs.aggregate`.
         totals: Counts of the whole minibatch when this call is a piece of it.
         weights: float[B, T], replaces the mean over branches.
 
@@ -43,5 +52,5 @@ def gspo_loss(
     inputs = prepare(log_probs, old_log_probs, advantages, turn_ids, totals, weights)
     ratio = branch_ratio(inputs)
     surrogate = clipped_surrogate(ratio, inputs.advantages, low=clip_low, high=clip_high)
-    loss = -inputs.aggregate(surrogate, by="branch")
+    loss = -inputs.aggregate(surrogate, by=aggregation)
     return loss, loss_metrics(inputs, ratio, surrogate)

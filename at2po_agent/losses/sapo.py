@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from at2po_agent.losses.base import LossResult, LossTotals, prepare, token_ratio
+from at2po_agent.losses.base import Aggregation, LossResult, LossTotals, prepare, token_ratio
 from at2po_agent.losses.metrics import loss_metrics
 
 
@@ -16,6 +16,7 @@ def sapo_loss(
     *,
     tau_positive: float = 1.0,
     tau_negative: float = 1.05,
+    aggregation: Aggregation = "branch",
     totals: LossTotals | None = None,
     weights: Tensor | None = None,
 ) -> LossResult:
@@ -31,6 +32,7 @@ def sapo_loss(
         turn_ids: int64[B, T], -1 where the policy did not sample the token.
         tau_positive: Temperature of the gate for A > 0.
         tau_negative: Temperature of the gate for A <= 0.
+        aggregation: How the numbers of the tokens add up, see `Inputs.aggregate`.
         totals: Counts of the whole minibatch when this call is a piece of it.
         weights: float[B, T], replaces the mean over branches (packed trees).
 
@@ -46,7 +48,7 @@ def sapo_loss(
     ratio = token_ratio(inputs)
     gain, cost = inputs.advantages.clamp(min=0.0), inputs.advantages.clamp(max=0.0)
     surrogate = gain * _gate(ratio.per_token, tau_positive) + cost * _gate(ratio.per_token, tau_negative)
-    loss = -inputs.aggregate(surrogate, by="branch")
+    loss = -inputs.aggregate(surrogate, by=aggregation)
     return loss, loss_metrics(inputs, ratio)
 
 

@@ -46,6 +46,8 @@ CREDIT_TURNED = [
     ("gigpo", {"gamma": 0.5}),
     ("gigpo", {"step_weight": 0.0}),
     ("gigpo", {"normalization": "mean"}),
+    ("surprisal", {"beyond": 0.9}),
+    ("surprisal", {"cap": 0.1}),
 ]
 
 
@@ -56,7 +58,8 @@ def value_and_gradient(name: str, options: dict[str, float]) -> list[float]:
     log_probs = (-torch.rand(shape, generator=generator)).requires_grad_()
     old = log_probs.detach() + 1.5 * torch.randn(shape, generator=generator)
     advantages = torch.randn(shape, generator=generator)
-    turn_ids = torch.arange(12).div(4, rounding_mode="floor").expand(shape).contiguous()
+    turn_ids = torch.arange(12).div(4, rounding_mode="floor").repeat(4, 1)
+    turn_ids[0, 6:] = -1  # branches of different lengths
     entropies = torch.rand(shape, generator=generator)
     extra = {}
     if get_loss(name).requires:
@@ -74,7 +77,9 @@ BUILT_IN = [name for name in loss_names() if get_loss(name).function.__module__.
     ("name", "option"), [(name, option) for name in BUILT_IN for option in get_loss(name).options]
 )
 def test_every_option_of_every_loss_changes_it(name, option):
-    assert value_and_gradient(name, {option: TURNED[option]}) != value_and_gradient(name, {})
+    other = {"token": "branch", "branch": "token"}
+    turned = other[get_loss(name).options[option]] if option == "aggregation" else TURNED[option]
+    assert value_and_gradient(name, {option: turned}) != value_and_gradient(name, {})
 
 
 def tree():
@@ -94,7 +99,7 @@ def test_every_option_of_every_credit_rule_changes_it(name, options):
 def test_all_credit_rules_differ():
     grown = tree()
     found = []
-    for name in ("tree", "group", "group_shared", "gigpo"):
+    for name in ("tree", "group", "group_shared", "gigpo", "surprisal"):
         credit = give_credit(grown, AlgorithmConfig(credit=name))
         found.append(pack_rows([grown], [credit.advantages]).advantages)
     for number, one in enumerate(found):

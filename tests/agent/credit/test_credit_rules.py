@@ -70,13 +70,13 @@ def test_a_shared_turn_counts_in_every_branch():
     assert got[:, shared] == pytest.approx([2**0.5, -(2**0.5)], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["group", "group_shared", "gigpo", "tree", "tree_grpo"])
+@pytest.mark.parametrize("name", ["group", "group_shared", "gigpo", "tree", "tree_grpo", "surprisal"])
 def test_a_tree_without_leaves_is_an_error(name):
     with pytest.raises(ValueError, match="without leaves"):
         credit_rules()[name](Tree([1]))
 
 
-@pytest.mark.parametrize("name", ["group", "group_shared", "gigpo", "tree_grpo", "tree"])
+@pytest.mark.parametrize("name", ["group", "group_shared", "gigpo", "tree_grpo", "tree", "surprisal"])
 def test_equal_rewards_are_worth_nothing_and_never_nan(name):
     # gigpo's discounted returns are equal too, since all branches have two turns
     tree = chains((["", "a"], 1.0, 0), (["", "a"], 1.0, 0), (["", "a"], 1.0, 0))

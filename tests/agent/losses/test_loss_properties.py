@@ -11,7 +11,7 @@ from helpers.loss_reference import NAMES, TOKEN_MEAN, reference_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from at2po_agent.losses import LossTotals
+from at2po_agent.losses import LossTotals, make_loss
 
 every_loss = pytest.mark.parametrize("name", NAMES)
 quick = settings(max_examples=40, deadline=None)
@@ -45,6 +45,24 @@ def test_on_policy_the_gradient_is_the_policy_gradient(name: str, rows: Rows) ->
     if sampled.any():
         assert float(metrics["ratio_mean"]) == pytest.approx(1.0)
         assert float(metrics["approx_kl"]) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "branch"])
+@quick
+@given(rows=batches(drift=0.0))
+def test_with_one_update_a_rollout_all_ratio_levels_are_one_method(aggregation: str, rows: Rows) -> None:
+    found = [
+        value_and_grad(make_loss(name, {"aggregation": aggregation}), rows)[1]
+        for name in ("grpo", "atpo", "gspo", "sapo", "gppo")
+    ]
+    for grad in found[1:]:
+        torch.testing.assert_close(grad, found[0], rtol=1e-12, atol=1e-14)
+
+
+@every_loss
+def test_an_unknown_aggregation_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match="aggregation must be one of"):
+        make_loss(name, {"aggregation": "mean"})
 
 
 @every_loss

@@ -38,7 +38,7 @@ def test_options_reach_the_loss() -> None:
     wide, _ = make_loss("atpo", {"clip_low": 0.5, "clip_high": 0.5})(*rows)
     assert not torch.equal(default, wide)
     assert torch.equal(default, LOSSES["atpo"](*rows)[0])
-    assert get_loss("atpo").options == {"clip_low": 3e-3, "clip_high": 4e-3}
+    assert get_loss("atpo").options == {"clip_low": 3e-3, "clip_high": 4e-3, "aggregation": "branch"}
     assert "entropies" not in get_loss("aepo").options
 
 
