@@ -56,6 +56,7 @@ class TrainerState:
         metrics_lines: Lines of metrics.jsonl when the checkpoint was saved; None in those of older releases.
         epsilon: Threshold of the thinking intervention, where `rollout.thinking.share` is set.
         eta: Threshold of dynamical sampling, where `rollout.resampling.share` is set.
+        clip_scale: Factor of the loss's bounds, where `algorithm.clip_share` is set.
         health: Failed and all calls of each service in the newest samples (`HealthWatch.history`).
     """
 
@@ -70,6 +71,7 @@ class TrainerState:
     metrics_lines: int | None = None
     epsilon: float | None = None
     eta: float | None = None
+    clip_scale: float = 1.0
     health: list[dict[str, tuple[int, int]]] = field(default_factory=list)
 
 
@@ -168,6 +170,7 @@ class Trainer:
         figures |= self._learner.learn(trees, credits, step=number, clock=clock)
         self.agent.sampler.weights_changed()
         self.state.step, self.state.cursor = number, collected.cursor
+        self.state.clip_scale = self._learner.clip_scale
         self.state.sampled_tokens += collected.tokens
         figures |= self._follow_thresholds(collected)
         # Log: some trees with their credit, and one line of figures.
@@ -246,6 +249,7 @@ class Trainer:
         self._health.history = [
             {name: Tally(*one) for name, one in tallies.items()} for tallies in self.state.health
         ]
+        self._learner.clip_scale = self.state.clip_scale
         self._saved_step = self.state.step
         self._first_step = self.state.step + 1
         self.folder.rewind_metrics(self.state.step, self.state.metrics_lines)

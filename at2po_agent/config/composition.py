@@ -129,6 +129,8 @@ def _loss_problems(algorithm: Mapping[str, Any]) -> list[Problem]:
         make_loss(name, options)
     except ValueError as error:
         return [Problem("algorithm.loss_options", str(error))]
+    if algorithm.get("clip_share") is not None and not {"clip_low", "clip_high"} <= set(spec.options):
+        return [Problem("algorithm.clip_share", f"loss {name!r} has no clip_low and clip_high to follow it")]
     return []
 
 

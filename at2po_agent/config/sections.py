@@ -152,6 +152,13 @@ class AlgorithmConfig(Section):
     credit_options: dict[str, Any] = Field(default_factory=dict, description="Keywords of the credit rule.")
     loss: str = Field("atpo", description="Registered loss.")
     loss_options: dict[str, Any] = Field(default_factory=dict, description="Keywords of the loss.")
+    clip_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the sampled tokens that the loss is to clip; after each step its bounds are "
+        "widened or narrowed towards that. None keeps them as they are.",
+    )
     kl_weight: float = Field(
         0.0,
         ge=0,

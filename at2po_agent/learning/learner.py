@@ -13,6 +13,7 @@ sequences.)
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -47,6 +48,7 @@ class Objective(NamedTuple):
         kl_weight: Weight of the KL to the reference that is added to it.
         kl_estimator: The KL's estimator.
         level: Whose tokens make one importance ratio.
+        bounds: clip_low and clip_high of the loss, where `clip_share` moves them; else empty.
     """
 
     loss: LossFunction
@@ -56,6 +58,7 @@ class Objective(NamedTuple):
     kl_weight: float = 0.0
     kl_estimator: Estimator = "k3"
     level: RatioLevel = "token"
+    bounds: Mapping[str, float] = MappingProxyType({})
 
     @classmethod
     def of(cls, config: AlgorithmConfig) -> Self:
@@ -71,6 +74,9 @@ class Objective(NamedTuple):
             kl_weight=kl_weight,
             kl_estimator=config.kl_estimator,
             level=spec.level,
+            bounds={}
+            if config.clip_share is None
+            else {name: {**spec.options, **config.loss_options}[name] for name in ("clip_low", "clip_high")},
         )
 
 
@@ -86,6 +92,7 @@ class Learner:
         temperature: Logits are divided by it, as in sampling; 0 counts as 1.
         autocast: Number format of the matrix products; None is that of the weights.
         checkpointing: Whether the model recomputes activations, which transformers does in train mode only.
+        clip_scale: Factor of the objective's bounds.
     """
 
     def __init__(
@@ -108,6 +115,7 @@ class Learner:
         self.temperature = temperature or 1.0
         self.autocast = autocast
         self.checkpointing = checkpointing
+        self.clip_scale = 1.0
 
     def update(
         self,
@@ -181,6 +189,7 @@ class Learner:
             torch.nonzero((batch.advantages != 0).any(dim=1)).flatten() if objective.needs_advantage else None
         )
         budget = self.token_budget if objective.divisible else _WHOLE
+        bounds = {name: self.clip_scale * bound for name, bound in objective.bounds.items()}
 
         total, sums, computed = torch.zeros((), device=device), dict[str, Any](), 0
         with batch.attention(self.model):
@@ -197,6 +206,7 @@ class Learner:
                     old[part],
                     here.advantages,
                     here.turn_ids,
+                    **bounds,
                     **({"totals": totals} if objective.divisible else {}),
                     **({} if entropies is None else {"entropies": entropies[part]}),
                 )

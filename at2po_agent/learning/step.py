@@ -4,6 +4,7 @@
 the old log-probs come from, and what the reference is asked. The trainer knows neither.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,20 @@ SAMPLER_TOLERANCE = 1e-3
 def give_credit(tree: Tree, config: AlgorithmConfig) -> Credit:
     """Advantages of one tree under the credit rule that a configuration names."""
     return credit_rules()[config.credit](tree, **config.credit_options)
+
+
+def next_clip_scale(scale: float, clipped: float, share: float) -> float:
+    """Widen or narrow the bounds of a loss after a step, so that it comes to clip a share of the tokens.
+
+    `scale * sqrt(clamp(clipped / share, 1/4, 4))`: at most twice or half as wide. A loss clips less the wider
+    its bounds are, so the scale comes to rest where `clipped == share`.
+
+    Args:
+        scale: Factor of the bounds in this step.
+        clipped: Share of the tokens that were clipped in it, 0 to 1.
+        share: The share that is wanted, above 0.
+    """
+    return scale * math.sqrt(min(max(clipped / share, 0.25), 4.0))
 
 
 class TreeLearner:
@@ -70,6 +85,15 @@ class TreeLearner:
         self._reference: Learner | None = None
         self._warned = False
 
+    @property
+    def clip_scale(self) -> float:
+        """Factor of the loss's bounds in the next step; 1 unless `algorithm.clip_share` is set."""
+        return self._learner.clip_scale
+
+    @clip_scale.setter
+    def clip_scale(self, scale: float) -> None:
+        self._learner.clip_scale = scale
+
     def with_kl(self, trees: Sequence[Tree], step: int) -> Sequence[Tree]:
         """The trees, with the KL to the reference taken from their rewards if the configuration says so."""
         config = self._config.algorithm
@@ -95,7 +119,8 @@ class TreeLearner:
             clock: Takes the seconds of packing, old_log_probs, reference and update.
 
         Returns:
-            Means of the updates' figures, learning_rate, how many updates there were, and the mismatch of
+            Means of the updates' figures, learning_rate, how many updates there were, clip_scale where
+            `algorithm.clip_share` is set, and the mismatch of
             sampler and learner (`Mismatch.read`), where a token could be compared.
         """
         config, learner = self._config.train, self._learner
@@ -146,7 +171,13 @@ class TreeLearner:
             measured = mismatch.read()
         clock.lap("update")
         figures = {"learning_rate": rate, "updates": len(updates)}
-        return {**_means(updates), **_means(weighing), **self._judge(measured, step), **figures}
+        means = _means(updates)
+        share = self._config.algorithm.clip_share
+        if share is not None:
+            figures["clip_scale"] = self.clip_scale
+            if "clip_fraction" in means:  # not where every advantage was 0
+                learner.clip_scale = next_clip_scale(self.clip_scale, means["clip_fraction"], share)
+        return {**means, **_means(weighing), **self._judge(measured, step), **figures}
 
     def _frozen(self, step: int) -> Learner:
         """The reference, made when it is first asked for."""

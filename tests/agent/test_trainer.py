@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from at2po_agent.config.loading import load_config
 from at2po_agent.config.sections import Config
 from at2po_agent.health import ServiceError
 from at2po_agent.learning.learner import TrainingError
+from at2po_agent.learning.step import next_clip_scale
 from at2po_agent.policies.base import Request, TrainablePolicy
 from at2po_agent.policies.hf.policy import HFPolicy
 from at2po_agent.run import run_training
@@ -522,6 +524,25 @@ def test_an_intervention_that_fires_never_or_nearly_always_is_reported_once(tmp_
     (said,) = [text for text in progress.messages if "rollout.resampling" in text]
     assert re.search(f"fires {often} in step 1", said)
     assert "share=0.15" in said
+
+
+def test_the_bounds_of_a_clip_share_follow_it_and_survive_a_stop(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    shared = {"algorithm__clip_share": 0.2, "train__epochs": 3}
+    train(settings(whole, **shared))
+    steps = records(whole)
+    assert steps[0]["clip_scale"] == 1.0
+    for before, after in pairwise(steps):  # where nothing was learnt, nothing was clipped
+        scale = next_clip_scale(before["clip_scale"], before.get("clip_fraction", 0.2), 0.2)
+        assert after["clip_scale"] == pytest.approx(scale)
+    # The published bounds of 3e-3 clip far more than a fifth at this rate.
+    assert steps[0]["clip_fraction"] > 0.3
+    last = [step["clip_fraction"] for step in steps if "clip_fraction" in step][-1]
+    assert abs(last - 0.2) < abs(steps[0]["clip_fraction"] - 0.2)
+    with pytest.raises(TrainingInterrupted):
+        train(settings(stopped, **shared), progress=StopAt(3))
+    train(settings(stopped, **shared), resume=True)
+    assert final_weights(stopped) == final_weights(whole)
 
 
 def test_a_step_without_any_informative_question_changes_nothing(tmp_path):

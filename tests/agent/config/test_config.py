@@ -120,6 +120,12 @@ def test_single_options_keep_the_other_options_of_the_preset():
     assert config.algorithm.loss_options == {"clip_low": 3e-3, "clip_high": 0.1}
 
 
+def test_a_share_of_clipped_tokens_needs_bounds():
+    assert load_config("quickstart", ["algorithm.clip_share=0.05"]).algorithm.clip_share == 0.05
+    with pytest.raises(ConfigError, match=r"clip_share.*'sapo' has no clip_low"):
+        load_config("quickstart", ["algorithm.clip_share=0.05", "algorithm.loss=sapo"])
+
+
 def test_all_problems_are_said_at_once(tmp_path):
     path = write(
         tmp_path, "optimizer: {lr: -1, learning_rate: 3}\ntrain: {stps: 3}\nalgorithm: {loss: atpoo}\n"

@@ -12,7 +12,7 @@ from helpers.learners import SHAPE, SmallGuesses
 
 from at2po_agent.agents.model import build_model
 from at2po_agent.config.sections import Config
-from at2po_agent.learning.step import TreeLearner, give_credit
+from at2po_agent.learning.step import TreeLearner, give_credit, next_clip_scale
 from at2po_agent.packing import trees as packing_trees
 from at2po_agent.packing.prefixes import lay_out
 from at2po_agent.packing.rows import pack_rows
@@ -218,3 +218,11 @@ def test_an_unfit_model_says_why_rows_are_taken(tmp_path):
     assert said[0].startswith("training on rows: ")
     with pytest.raises(ConfigError):
         check_model(Opaque())
+
+
+@pytest.mark.parametrize(
+    ("clipped", "scale"),
+    [(0.1, 2.0), (0.2, 2.0 * 2**0.5), (0.05, 2.0 / 2**0.5), (0.9, 4.0), (0.0, 1.0)],
+)
+def test_bounds_move_towards_the_share_at_most_twofold(clipped, scale):
+    assert next_clip_scale(2.0, clipped, 0.1) == pytest.approx(scale)
