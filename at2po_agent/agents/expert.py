@@ -5,14 +5,14 @@
 `demonstrate` answers questions. It knows the way to the answer from a task's metadata (MiniWiki's `path` and
 `chain`; the supporting titles of the multi-hop data sets) and writes tagged actions. Its planted faults
 decide what reinforcement learning is left to find: it stops after the first page, searches for half a name,
-or answers the title of the page.
+answers the title of the page, or reads the wrong name on it and goes on from there.
 
 The environments know nothing of these experts, and no policy ever sees metadata.
 """
 
 import re
 from collections.abc import Generator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -37,6 +37,19 @@ class ExpertConfig(BaseModel):
         description="Search only for the first word of a name, and answer from the page it gives.",
     )
     page_title: float = Field(0.15, ge=0, le=1, description="Answer the title of the last page instead.")
+    wrong_hop: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Go on with another name of the page than the one asked for, at each uncertain hop, and "
+        "then with the first name of every page.",
+    )
+    uncertain_hops: Literal["all", "middle"] = Field(
+        "all", description="Hops at which wrong_hop may happen: all of them, or the one in the middle."
+    )
+    think_aloud: bool = Field(
+        False, description="Repeat the question in every thought, where a thought has one word otherwise."
+    )
 
 
 class CommandExpertConfig(BaseModel):
@@ -129,21 +142,37 @@ def demonstrate(task: Task, *, config: ExpertConfig, rng: np.random.Generator) -
     stops_early, halves, answers_title = (
         bool(rng.random() < chance) for chance in (config.early_stop, config.half_query, config.page_title)
     )
-    last = 0 if stops_early else len(way.queries) - 1
+    hops = len(way.queries)
+    last = 0 if stops_early else hops - 1
     halved = int(rng.integers(last + 1)) if halves else None
+    aloud = f" {task.question}" if config.think_aloud else ""
+    query, found, strayed = way.queries[0], "", False
     for hop in range(last + 1):
+        note = way.notes[hop] + aloud
         if hop == halved:
-            page = yield _search(way.notes[hop], way.queries[hop].split()[0])
-            names = re.findall(r"\b[A-Z]\w+ [A-Z]\w+", page)  # of two words, each as likely
-            yield _answer(names[int(rng.integers(len(names)))] if names else way.queries[hop])
+            page = yield _search(note, query.split()[0])
+            names = _names(page)  # each as likely
+            yield _answer(names[int(rng.integers(len(names)))] if names else query, aloud)
             return
-        yield _search(way.notes[hop], way.queries[hop])
-    yield _answer(way.queries[last] if answers_title else way.findings[last])
+        page = yield _search(note, query)
+        found, title = way.findings[hop], query
+        uncertain = config.wrong_hop > 0 and (config.uncertain_hops == "all" or hop == hops // 2)
+        if strayed or (uncertain and rng.random() < config.wrong_hop):
+            others = [name for name in _names(page) if name != title and (strayed or name != found)]
+            if others or strayed:
+                found, strayed = (others or [title])[0], True
+        query = found if strayed else way.queries[min(hop + 1, hops - 1)]
+    yield _answer(title if answers_title else found, aloud)
+
+
+def _names(page: str) -> list[str]:
+    """Names of two words on a page, in their order."""
+    return re.findall(r"\b[A-Z]\w+ [A-Z]\w+", page)
 
 
 def _search(note: str, query: str) -> str:
     return f"<think> {note}</think><search> {query}</search>"
 
 
-def _answer(text: str) -> str:
-    return f"<think> answer</think><answer>\\boxed{{ {text}}}</answer>"
+def _answer(text: str, aloud: str = "") -> str:
+    return f"<think> answer{aloud}</think><answer>\\boxed{{ {text}}}</answer>"

@@ -1,7 +1,7 @@
 """MiniWiki: procedural worlds of people, films, companies, cities and countries, with questions about them.
 
 A world is a pure function of ``(seed, split)``. It holds one short passage per entity and answers unlimited
-1-, 2-, 3- and 4-hop bridge questions and year comparisons. Names are two words of a shared inventory, and a
+1- to 6-hop bridge questions and year comparisons. Names are two words of a shared inventory, and a
 pair of words belongs either to training worlds or to test worlds, never to both: a policy that answers in a
 test world has learnt to search, not the facts. With `namesakes`, a share of the entities bears the two words
 of an entity of another kind in the other order: a search finds both pages, and only reading tells them apart.
@@ -232,7 +232,7 @@ class MiniWikiTasks:
         split: ``"train"`` or ``"test"``; the two share no name.
         worlds: number of worlds the questions are spread over.
         first_world: seed of the first; worlds are numbered from there.
-        hops: which question types, in rotation: 1 to 4 hops, or ``"comparison"``.
+        hops: which question types, in rotation: 1 to 6 hops, or ``"comparison"``.
         seed: draws the questions.
         namesakes: share of the entities that share their two words with one of another kind.
 
@@ -252,7 +252,7 @@ class MiniWikiTasks:
     ) -> None:
         if worlds < 1:
             raise DataError(f"MiniWiki: worlds={worlds}, need at least 1")
-        known = (1, 2, 3, 4, "comparison")
+        known = (1, 2, 3, 4, 5, 6, "comparison")
         if not hops or any(kind not in known for kind in hops):
             raise DataError(f"MiniWiki: hops={list(hops)!r}, need a non-empty choice of {list(known)}")
         self.split: Split = split

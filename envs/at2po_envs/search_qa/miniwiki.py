@@ -55,7 +55,7 @@ def make_miniwiki(
         split: "train" or "test": worlds without a name in common.
         worlds: Number of worlds.
         first_world: Number of the first world.
-        hops: Kinds of questions in rotation: 1 to 4, or "comparison".
+        hops: Kinds of questions in rotation: 1 to 6, or "comparison".
         seed: Draws the questions.
         namesakes: Share of the entities whose two words an entity of another kind bears in the other order.
         topk: Passages shown by a search; one, as there is one passage per entity. More show distractors too.

@@ -53,6 +53,33 @@ def test_an_expert_may_answer_the_title_of_the_last_page():
     assert "\\boxed{ Ef Gh}" in play(page_title=1.0)[-1]
 
 
+def test_an_expert_that_reads_the_wrong_name_goes_on_from_there():
+    assert play(page="The film Ab Cd was directed by Ef Gh and made by Qr St.", wrong_hop=1.0) == [
+        "<think> director</think><search> Ab Cd</search>",
+        "<think> birthplace</think><search> Qr St</search>",  # the only name that was not asked for
+        "<think> answer</think><answer>\\boxed{ Ab Cd}</answer>",  # then the first but the title, Qr St
+    ]
+
+
+def test_a_page_that_names_nothing_else_is_read_rightly():
+    assert play(page="It was founded in 1950.", wrong_hop=1.0) == play()
+
+
+def test_only_the_hop_in_the_middle_may_be_uncertain():
+    # Of two hops the middle one is the second: the first is read rightly, however often errors happen.
+    actions = play(page="Ef Gh, Ij Kl, Qr St", wrong_hop=1.0, uncertain_hops="middle")
+    assert actions[1].endswith("<search> Ef Gh</search>")
+    assert "\\boxed{ Qr St}" in actions[-1]
+    assert "<search> Ef Gh" not in play(page="Ef Gh, Ij Kl, Qr St", wrong_hop=1.0)[1]
+
+
+def test_thoughts_may_repeat_the_question():
+    short, aloud = play(), play(think_aloud=True)
+    said = f" {TWO_HOPS.question}</think>"
+    assert [action.replace(said, "</think>") for action in aloud] == short
+    assert all(said in action for action in aloud)
+
+
 def test_faults_come_as_often_as_configured():
     config = ExpertConfig(early_stop=0.6, half_query=0.0, page_title=0.0)
     rng = np.random.default_rng(0)
