@@ -110,7 +110,7 @@ def run(job: Job, *, evaluations: int = 5) -> dict[str, Any]:
         trainer = Trainer(config, build_agent(config), RunFolder(Path(folder)), Progress())
         curve = [_point(trainer)]
         records: list[dict[str, Any]] = []
-        while _next_step_fits(records, job.budget):
+        while next_step_fits(records, job.budget):
             records.append(trainer.step())
             if trainer.state.sampled_tokens >= len(curve) * job.budget / evaluations:
                 curve.append(_point(trainer))
@@ -166,7 +166,7 @@ def tuned_rates(folder: Path) -> dict[str, float]:
     return {method: best.get(method, best.get("at2po", DEFAULT_RATE)) for method in METHODS}
 
 
-def _next_step_fits(records: Sequence[Mapping[str, Any]], budget: int) -> bool:
+def next_step_fits(records: Sequence[Mapping[str, Any]], budget: int) -> bool:
     """Return whether another step ends nearer to the budget than stopping here."""
     if not records:
         return True

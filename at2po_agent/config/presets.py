@@ -165,6 +165,13 @@ PRESETS: Mapping[str, Preset] = {
         kl_weight=1e-3,
         root_share=1 / 3,
     ),
+    "surpo": Preset(  # our own (docs/our-method.md)
+        reference="our-method.md",
+        rollout={**_CHAINS, "chains": 6},
+        credit="surprisal",
+        loss="grpo",
+        loss_options={"clip_low": 0.2, "clip_high": 0.2},
+    ),
     "gigpo": Preset(rollout=_GIGPO_CHAINS, **_GIGPO),
     "gigpo+tti": Preset(rollout={**_GIGPO_CHAINS, **_THINKING}, **_T2PO),
     "gigpo+tds": Preset(rollout={**_GIGPO_CHAINS, **_RESAMPLING}, **_T2PO),

@@ -13,8 +13,8 @@ from benchmarks.race import (
     METHODS,
     TUNING_SEED,
     Job,
-    _next_step_fits,
     jobs_to_do,
+    next_step_fits,
     prepare,
     tuned_rates,
 )
@@ -117,9 +117,9 @@ def test_runs_of_another_task_are_refused_in_the_same_folder(tmp_path):
 
 
 def test_a_run_ends_as_near_to_the_budget_as_whole_steps_allow():
-    assert _next_step_fits([], 100)
-    assert _next_step_fits([{"sampled_tokens": 90, "step_tokens": 20}], 100)
-    assert not _next_step_fits([{"sampled_tokens": 91, "step_tokens": 20}], 100)
+    assert next_step_fits([], 100)
+    assert next_step_fits([{"sampled_tokens": 90, "step_tokens": 20}], 100)
+    assert not next_step_fits([{"sampled_tokens": 91, "step_tokens": 20}], 100)
 
 
 def test_the_interval_is_students():

@@ -17,7 +17,7 @@ def test_the_page_shows_the_presets_as_they_are(tmp_path):
 def test_a_row_per_algorithm_of_the_field():
     assert set(PRESETS) == {
         *("at2po", "grpo", "dapo", "gspo", "arpo", "aepo", "tree_grpo"),
-        *("gigpo", "gigpo+tti", "gigpo+tds", "t2po"),
+        *("gigpo", "gigpo+tti", "gigpo+tds", "t2po", "surpo"),
     }
     assert all(f"[`{name}`]" in algorithms_table() for name in PRESETS)
 
