@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from at2po_agent.cli.config import config_command
 from at2po_agent.cli.eval import EXIT_INTERRUPTED, evaluate_command, need_agent_extra
 from at2po_agent.cli.retrieval import app as retrieval_app
 from at2po_agent.cli.serving import app as serving_app
@@ -183,6 +184,15 @@ app.command(
         "at2po eval https://HOST/v1 --model NAME served.api_key_env=OPENAI_API_KEY --suite all",
     ),
 )(evaluate_command)
+app.command(
+    "config",
+    epilog=_examples(
+        "at2po config learning rate",
+        "at2po config clip --of quickstart --set algorithm=grpo",
+        "at2po config --of quickstart --out mine.yaml",
+        "at2po config --schema",
+    ),
+)(config_command)
 
 
 @app.command(

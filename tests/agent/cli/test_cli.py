@@ -28,7 +28,7 @@ TINY = [
     *("rollout.chains=2", "rollout.forks=1", "rollout.rounds=1", "rollout.max_turn_tokens=8"),
     *("model.hidden_size=32", "model.layers=1", "model.ffn_size=32", "run.threads=1"),
 ]
-COMMANDS = ("train", "eval", "view", "plot", "envs", "data")
+COMMANDS = ("train", "eval", "view", "plot", "config", "envs", "data")
 
 
 @pytest.fixture
@@ -44,6 +44,45 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
     )
+
+
+# --- settings --------------------------------------------------------------------------------------------
+
+
+def test_settings_are_found_and_explained(cli: CliRunner) -> None:
+    result = cli.invoke(
+        app, ["config", "learning", "rate", "--of", "quickstart", "--set", "optimizer.lr=0.5"]
+    )
+    assert result.exit_code == 0
+    assert "optimizer.lr = 0.5  (number, above 0; default 1e-06)" in result.output
+    assert "Learning rate after the warmup." in result.output
+    assert "train.steps" not in result.output
+    rows = json.loads(cli.invoke(app, ["config", "optimizer.lr", "--json"]).output)
+    assert [row["key"] for row in rows] == ["optimizer.lr"]
+
+
+def test_settings_are_written_with_comments_and_as_a_schema(cli: CliRunner) -> None:
+    assert (
+        cli.invoke(app, ["config", "--of", "quickstart", "--out", "mine.yaml"]).output.strip() == "mine.yaml"
+    )
+    assert load_config("mine.yaml") == load_config("quickstart")
+    again = cli.invoke(app, ["config", "--out", "mine.yaml"])
+    assert again.exit_code == 2
+    assert "exists already" in again.stderr
+    assert json.loads(cli.invoke(app, ["config", "--schema"]).output)["title"] == "at2po configuration"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["config", "nosuchword"], "no setting has all of the words"),
+        (["config", "--set", "a=1"], "give --of"),
+    ],
+)
+def test_settings_that_cannot_be_shown(cli: CliRunner, arguments: list[str], message: str) -> None:
+    result = cli.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 # --- start-up --------------------------------------------------------------------------------------------
