@@ -8,6 +8,7 @@
 | `losses`, `packing`, `step` | the losses, packed trees against rows, a whole training step |
 | `retrieval`, `retrieval_hits` | speed, memory and recall of retrievers; titles found by BM25 |
 | `campaign` | nothing: it tries to break promises, and counts failures |
+| `gradient` | how good each method's estimate of the policy gradient is (`gradient_*`) |
 | `algorithms` | every algorithm from one cold start at one budget (`race`, `race_report`) |
 
 Each module's docstring names its keys. `_timing` is shared by all, `random_trees` and `slow_world` make the
