@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import permutations
 
 from at2po_envs.household.game import NOWHERE, Household
-from at2po_envs.household.world import is_won, obey, reachable
+from at2po_envs.household.world import is_won, obey, put_command, reachable
 
 _MADE = {
     "pick_clean_then_place_in_recep": "clean",
@@ -75,7 +75,7 @@ class Errand:
         game = self.state.game
         if not self.failed:
             thing, there = game.object_names[self.state.holding], game.receptacle_names[target]
-            self.do(f"put {thing} in/on {there}" if game.words.puts else f"move {thing} to {there}")
+            self.do(put_command(game.words, thing, there))
 
 
 def _errands(state: Household) -> Iterator[Errand]:

@@ -60,7 +60,7 @@ def possible_commands(state: Household) -> tuple[str, ...]:
                     f"take {names[thing]} from {there}" for thing in inside if game.pickupable >> thing & 1
                 ]
             elif game.accepts[receptacle] >> holding & 1:
-                found.append(_put_command(game.words, names[holding], there))
+                found.append(put_command(game.words, names[holding], there))
         found += [f"use {names[thing]}" for thing in inside if game.toggleable >> thing & 1]
         if holding != NOWHERE:
             found += [
@@ -94,7 +94,7 @@ def conceivable_commands(game: Game) -> tuple[str, ...]:
             if starts_here or game.accepts[receptacle] >> thing & 1:
                 found.add(f"take {name} from {there}")
             if game.accepts[receptacle] >> thing & 1:
-                found.add(_put_command(game.words, name, there))
+                found.add(put_command(game.words, name, there))
             found |= {
                 f"{verb} {name} with {there}"
                 for verb, serves in game.serves.items()
@@ -109,7 +109,8 @@ def conceivable_commands(game: Game) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _put_command(words: Words, thing: str, there: str) -> str:
+def put_command(words: Words, thing: str, there: str) -> str:
+    """Return the command that puts an object into or onto a receptacle, in the words of a game."""
     return f"put {thing} in/on {there}" if words.puts else f"move {thing} to {there}"
 
 
