@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 from at2po_env.errors import DataError
@@ -80,21 +81,22 @@ class Game:
         self.place_names = tuple(named[entity] for entity in self.places)
         self.object_at = {named[entity]: number for number, entity in enumerate(self.objects)}
         self.receptacle_at = {named[entity]: number for number, entity in enumerate(self.receptacles)}
-        self._read_lasting(facts)
-        self.start = self._read_start(facts)
+        numbers = [
+            {entity: number for number, entity in enumerate(entities)}
+            for entities in (self.objects, self.receptacles, self.places)
+        ]
+        self._read_lasting(facts, numbers)
+        self.start = self._read_start(facts, numbers)
 
-    def _read_lasting(self, facts: Mapping[str, list[tuple[str, ...]]]) -> None:
-        """Read what never changes."""
-        objects = {entity: number for number, entity in enumerate(self.objects)}
-        receptacles = {entity: number for number, entity in enumerate(self.receptacles)}
-        places = {entity: number for number, entity in enumerate(self.places)}
-
-        def of(predicate: str, numbers: Mapping[str, int] = objects) -> int:
-            return sum(1 << numbers[entity] for (entity,) in set(facts.get(predicate, ())))
-
+    def _read_lasting(
+        self, facts: Mapping[str, list[tuple[str, ...]]], numbers: Sequence[Mapping[str, int]]
+    ) -> None:
+        """Read what never changes; `numbers` are those of objects, receptacles and places."""
+        objects, receptacles, places = numbers
+        of = partial(_set_of, facts, objects)
         self.pickupable, self.sliceable, self.toggleable = of("pickupable"), of("sliceable"), of("toggleable")
         self.receptive = of("isreceptacleobject")
-        self.openable = of("openable", receptacles)
+        self.openable = _set_of(facts, receptacles, "openable")
         self.fit_for = {"clean": of("cleanable"), "heat": of("heatable"), "cool": of("coolable")}
         where = [NOWHERE] * len(receptacles)
         for receptacle, place in facts.get("receptacleatlocation", ()):
@@ -145,11 +147,11 @@ class Game:
             for here in range(len(places))
         )
 
-    def _read_start(self, facts: Mapping[str, list[tuple[str, ...]]]) -> Household:
-        """Read the first moment."""
-        objects = {entity: number for number, entity in enumerate(self.objects)}
-        receptacles = {entity: number for number, entity in enumerate(self.receptacles)}
-        places = {entity: number for number, entity in enumerate(self.places)}
+    def _read_start(
+        self, facts: Mapping[str, list[tuple[str, ...]]], numbers: Sequence[Mapping[str, int]]
+    ) -> Household:
+        """Read the first moment; `numbers` are those of objects, receptacles and places."""
+        objects, receptacles, places = numbers
         at, holds = facts.get("atlocation", []), facts.get("holds", [])
         if len(at) != 1 or len(holds) > 1 or len(holds) != len(facts.get("holdsany", [])):
             raise DataError(
@@ -157,9 +159,7 @@ class Game:
                 "agent at one place, with at most one object (holds, and holdsAny beside it)"
             )
 
-        def of(predicate: str, numbers: Mapping[str, int] = objects) -> int:
-            return sum(1 << numbers[entity] for (entity,) in set(facts.get(predicate, ())))
-
+        of = partial(_set_of, facts, objects)
         contents: list[set[int]] = [set() for _ in self.receptacles]
         for thing, receptacle in facts.get("inreceptacle", ()):
             contents[receptacles[receptacle]].add(objects[thing])
@@ -170,7 +170,7 @@ class Game:
             contents=tuple(tuple(sorted(inside)) for inside in contents),
             lying=frozenset((objects[o], places[place]) for o, place in facts.get("objectatlocation", ())),
             taken=frozenset(),
-            opened=of("opened", receptacles),
+            opened=_set_of(facts, receptacles, "opened"),
             clean=of("isclean"),
             hot=of("ishot"),
             cool=of("iscool"),
@@ -223,6 +223,11 @@ def names_of(entities: Sequence[str]) -> dict[str, str]:
         named[entity] = f"{plain[entity]} {left[plain[entity]]}"
         left[plain[entity]] -= 1
     return named
+
+
+def _set_of(facts: Mapping[str, list[tuple[str, ...]]], numbers: Mapping[str, int], predicate: str) -> int:
+    """Return the entities of which a predicate holds: bit N for number N."""
+    return sum(1 << numbers[entity] for (entity,) in set(facts.get(predicate, ())))
 
 
 def _pairs(facts: Iterable[tuple[str, ...]], numbers: Mapping[str, int]) -> tuple[frozenset[str], ...]:
