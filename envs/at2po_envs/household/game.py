@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 from at2po_env.errors import DataError
+from at2po_env.forking import Shared
 from at2po_envs.household.pddl import Goal, Problem
 from at2po_envs.household.published import Words
 
@@ -49,7 +50,7 @@ class Household(NamedTuple):
     sliced: int = 0
 
 
-class Game:
+class Game(Shared):
     """A game: its entities, what never changes about them, the goal, and the first moment.
 
     Args:
@@ -192,12 +193,6 @@ class Game:
 
     def __repr__(self) -> str:
         return f"Game({self.name!r})"
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
 
 
 def names_of(entities: Sequence[str]) -> dict[str, str]:

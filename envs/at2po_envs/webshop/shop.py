@@ -20,6 +20,7 @@ from filelock import FileLock
 from at2po_env.data import Corpus
 from at2po_env.data.cache import beside_or_cached
 from at2po_env.errors import DataError
+from at2po_env.forking import Shared
 from at2po_env.retrieval import Retriever, open_retriever
 from at2po_envs.webshop.goals import KINDS, Goals, GoalTable, Kind, count_goals
 from at2po_envs.webshop.products import Product, Sources, convert, find_sources, read_product
@@ -29,7 +30,7 @@ RESULTS = 50
 """How many products a search finds at most."""
 
 
-class Shop:
+class Shop(Shared):
     """The products, goals and search of one set; immutable and thread safe.
 
     Args:
@@ -55,9 +56,6 @@ class Shop:
     def __len__(self) -> int:
         """Return the number of products."""
         return len(self._rows)
-
-    def __deepcopy__(self, memo: object) -> Shop:
-        return self
 
     def _read(self, row: int) -> Product:
         try:
@@ -90,16 +88,13 @@ class Shop:
         return Searcher(self, opened)
 
 
-class Searcher:
+class Searcher(Shared):
     """Finds products by a retriever; remembers the last queries, as pages are often shown again."""
 
     def __init__(self, shop: Shop, retriever: Retriever) -> None:
         self.retriever = retriever
         self._shop = shop
         self.find = lru_cache(maxsize=4096)(self._find)
-
-    def __deepcopy__(self, memo: object) -> Searcher:
-        return self
 
     def _find(self, query: str) -> tuple[int, ...]:
         """Return the rows of at most `RESULTS` products, best first."""
