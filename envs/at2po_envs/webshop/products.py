@@ -19,6 +19,7 @@ import os
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -173,7 +174,7 @@ def find_sources(dataset: str | Path) -> Sources:
     return Sources(path, mined, human if human.is_file() else None)
 
 
-def convert(sources: Sources, target: Path) -> tuple[Counter[str], int]:
+def convert(sources: Sources, target: Path, noted: Counter[str]) -> Iterator[Product]:
     """Write one line for each product.
 
     Like the original, it leaves out products whose id is "nan", longer than ten characters or was seen
@@ -181,15 +182,15 @@ def convert(sources: Sources, target: Path) -> tuple[Counter[str], int]:
 
     Args:
         sources: The original's files.
-        target: The file to write.
+        target: The file to write; it is whole once the last product was yielded.
+        noted: Counts the items that were left out or mended, by reason.
 
-    Returns:
-        How many items were left out or mended, by reason; and how many products were written.
+    Yields:
+        Each product, once its line is written.
 
     Raises:
         DataError: An item that is damaged or has not the original's form; names the file and the item.
     """
-    noted: Counter[str] = Counter()
     seen: set[str] = set()
     with (
         tempfile.TemporaryFile(dir=target.parent) as spool,
@@ -209,12 +210,12 @@ def convert(sources: Sources, target: Path) -> tuple[Counter[str], int]:
             product = _product(item, noted)
             product = _with_goals(product, mined, human, noted)
             out.write(json.dumps({**_corpus_row(product), "product": product}) + "\n")
+            yield product
         for entries, name in ((mined, "attributes"), (human, "human instructions")):
             if entries is not None and (lost := len(entries.keys - seen)):
                 noted[f"{name} of a missing product"] = lost
     if not seen:
         raise DataError(f"{sources.items}: there is no product in it. Fix: get the original file again.")
-    return noted, len(seen)
 
 
 class _Entries:
@@ -340,40 +341,17 @@ def _corpus_row(product: Product) -> dict[str, str]:
 
 def read_product(line: bytes) -> Product:
     """Read a product from its line of `products.jsonl`."""
-    fields = json.loads(line)["product"]
-    (
-        asin,
-        title,
-        description,
-        bullets,
-        tag,
-        prices,
-        options,
-        category,
-        query,
-        place,
-        attributes,
-        human,
-        made,
-    ) = fields
-    return Product(
-        asin,
-        title,
-        description,
-        tuple(bullets),
-        tag,
-        tuple(prices),
-        tuple((name, tuple(values)) for name, values in options),
-        category,
-        query,
-        place,
-        tuple(attributes),
-        tuple(map(_instruction, human)),
-        None if made is None else _instruction(made),
+    read = Product._make(json.loads(line)["product"])  # with lists where a product has tuples
+    return read._replace(
+        bullets=tuple(read.bullets),
+        prices=tuple(read.prices),
+        options=tuple((name, tuple(values)) for name, values in read.options),
+        attributes=tuple(read.attributes),
+        human=tuple(_instruction(*one) for one in read.human),
+        synthetic=None if read.synthetic is None else _instruction(*read.synthetic),
     )
 
 
-def _instruction(fields: list[Any]) -> Instruction:
-    text, attributes, options = fields
+def _instruction(text: str, attributes: Sequence[str], options: Sequence[Any]) -> Instruction:
     pairs = (tuple(option) if isinstance(option, list) else option for option in options)
     return Instruction(text, tuple(attributes), tuple(pairs))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,8 @@ def build(sources: Sources, home: Path, stamp: str) -> None:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         try:
-            noted, _ = convert(sources, new / "products.jsonl")
-            goals = _index(new)
+            noted: Counter[str] = Counter()
+            goals = _index(convert(sources, new / "products.jsonl", noted), new)
             meta = {"stamp": stamp, "noted": noted, "goals": goals}
             (new / "shop.json").write_text(json.dumps(meta, indent=1), "utf-8")
             shutil.rmtree(home, ignore_errors=True)
@@ -155,17 +156,15 @@ def _stamp_of(home: Path) -> str | None:
         return None
 
 
-def _index(folder: Path) -> dict[str, int]:
+def _index(products: Iterable[Product], folder: Path) -> dict[str, int]:
     """Write the sorted ids of the products and the goals of each kind; return the numbers of goals."""
     ids: list[bytes] = []
     counts: dict[Kind, list[tuple[int, int]]] = {kind: [] for kind in KINDS}
-    with (folder / "products.jsonl").open("rb") as file:
-        for row, line in enumerate(file):
-            product = read_product(line)
-            ids.append(product.asin.encode("utf-8", "surrogatepass"))
-            for kind in KINDS:
-                if number := count_goals(product, kind):
-                    counts[kind].append((row, number))
+    for row, product in enumerate(products):
+        ids.append(product.asin.encode("utf-8", "surrogatepass"))
+        for kind in KINDS:
+            if number := count_goals(product, kind):
+                counts[kind].append((row, number))
     order = np.argsort(np.array(ids))
     np.save(folder / "ids.npy", np.array(ids)[order])
     np.save(folder / "id-rows.npy", order.astype(np.int64))
