@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from at2po_env.errors import At2poError, ConfigError, MissingExtraError
 
@@ -229,6 +229,13 @@ async def read_body(request: Request, config: ListenConfig) -> bytes:
     except ClientDisconnect as error:
         raise HTTPException(400, "the client went away") from error
     return bytes(body)
+
+
+def malformed(error: ValidationError) -> HTTPException:
+    """Return the refusal of a body that has not the expected form: 422, and the first thing that is wrong."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return HTTPException(422, f"{where + ': ' if where else ''}{first['msg']}")
 
 
 async def refusal(request: Request, refused: Exception) -> Response:  # noqa: ARG001

@@ -19,6 +19,7 @@ from at2po_env.http.server import (
     NeedsToken,
     listen,
     make_server,
+    malformed,
     read_body,
     refusal,
     running_in_thread,
@@ -212,9 +213,7 @@ def _parsed(kind: type[BaseModel], body: bytes) -> BaseModel:
     try:
         return kind.model_validate(json.loads(body))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise HTTPException(422, f"{where + ': ' if where else ''}{first['msg']}") from error
+        raise malformed(error) from error
     except (ValueError, RecursionError) as error:
         raise HTTPException(422, f"the body is no JSON: {type(error).__name__}: {error}") from error
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pydantic import Field, ValidationError
 
 from at2po_env.errors import MissingExtraError, RetrievalError
-from at2po_env.http.server import ListenConfig, NeedsToken, read_body, refusal
+from at2po_env.http.server import ListenConfig, NeedsToken, malformed, read_body, refusal
 from at2po_env.retrieval.base import Retriever
 from at2po_env.retrieval.client import TOKEN_VARIABLE
 from at2po_env.retrieval.counters import counted
@@ -192,9 +192,7 @@ def _parse(body: bytes, config: ServerConfig) -> RetrieveRequest:
     try:
         request = RetrieveRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise HTTPException(422, f"{where + ': ' if where else ''}{first['msg']}") from error
+        raise malformed(error) from error
     texts, topk = request.texts, request.topk or 0
     if len(texts) > config.max_queries:
         raise HTTPException(422, f"{len(texts)} queries, at most {config.max_queries} are taken at once")
