@@ -17,8 +17,8 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, cast
 
@@ -84,17 +84,13 @@ def get(name: str, *, base_url: str | None = None, progress: Report | None = Non
 
 def _get_url(wanted: RemoteUrl | RemoteArchive, target: Path, progress: Report | None) -> None:
     file = target.with_name(f"{target.name}.zip") if isinstance(wanted, RemoteArchive) else target
-    try:
+    with _writing(target):
         if not file.exists():
-            with ProgressBar(f"Downloading {file.name}", None) as bar:
-                report = progress or (lambda _, done, total: bar.show(done, total))
-                fetch_url(wanted, file, lambda done, total: report(file.name, done, total))
+            with _reporting(file.name, progress) as report:
+                fetch_url(wanted, file, report)
         if isinstance(wanted, RemoteArchive):
             unzip(file, wanted, target)
             file.unlink()
-    except OSError as error:
-        fix = "make room, or set AT2PO_CACHE to a folder with room, and run the same command again"
-        raise DataError(f"{target}: cannot write ({error.strerror}). Fix: {fix}.") from error
 
 
 def _get_file(hub: Hub, wanted: RemoteFile, target: Path, progress: Report | None) -> None:
@@ -131,11 +127,10 @@ def _fetch(hub: Hub, files: Sequence[Listed], target: Path, progress: Report | N
         DataError: the hub refuses or cannot be reached, a file is not what was listed, or there is no room.
     """
     partial, record = (target.with_name(f"{target.name}.{end}") for end in (f"{_key(files)}.part", "json"))
-    try:
+    with _writing(partial):
         partial.touch()
-        with ProgressBar(f"Downloading {target.name}", None) as bar:
-            report = progress or (lambda _, done, total: bar.show(done, total))
-            hub.append(files, partial, lambda done, total: report(target.name, done, total))
+        with _reporting(target.name, progress) as report:
+            hub.append(files, partial, report)
         parts = hub.check(files, partial, record)
         if target.suffix == ".jsonl":
             _check_rows(partial, target, "run the same command again later; what came was thrown away")
@@ -144,9 +139,23 @@ def _fetch(hub: Hub, files: Sequence[Listed], target: Path, progress: Report | N
         for old in target.parent.iterdir():  # of versions that the hub no longer has
             if old.name.startswith(f"{target.name}.") and old.name.endswith((".part", ".part.json")):
                 old.unlink()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Report that `path` cannot be written, where the block fails for that, as a `DataError`."""
+    try:
+        yield
     except OSError as error:
         fix = "make room, or set AT2PO_CACHE to a folder with room, and run the same command again"
-        raise DataError(f"{partial}: cannot write ({error.strerror}). Fix: {fix}.") from error
+        raise DataError(f"{path}: cannot write ({error.strerror}). Fix: {fix}.") from error
+
+
+@contextmanager
+def _reporting(name: str, progress: Report | None) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield what takes the bytes of a file, done and in all, to `progress` or to a bar."""
+    with ProgressBar(f"Downloading {name}", None) as bar:
+        yield bar.show if progress is None else lambda done, total: progress(name, done, total)
 
 
 def _key(files: Sequence[Listed]) -> str:

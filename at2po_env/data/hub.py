@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 
@@ -24,6 +24,7 @@ from at2po_env.errors import DataError, require
 TRIES = 6  # in a row without a single new byte
 BACKOFF_S = 0.5
 _CHUNK = 2**20
+ResultT = TypeVar("ResultT")
 _AGAIN = "Fix: run the same command again"
 
 
@@ -33,6 +34,36 @@ class Listed(NamedTuple):
     path: str
     size: int
     digest: str
+
+
+class PassingError(Exception):
+    """A try failed in a way that the next one need not."""
+
+
+def keep_trying(url: str, ask: Callable[[], ResultT], done: Callable[[], int]) -> ResultT:
+    """Call `ask` until it raises no `PassingError`, with growing pauses.
+
+    Args:
+        url: What is asked for.
+        ask: One try.
+        done: Returns how many bytes are here.
+
+    Raises:
+        DataError: `TRIES` calls in a row added nothing to `done`.
+    """
+    failures = 0
+    while True:
+        before = done()
+        try:
+            return ask()
+        except PassingError as error:
+            failures = 0 if done() > before else failures + 1
+            if failures == TRIES:
+                raise DataError(
+                    f"{url}: gave up after {TRIES} tries without a new byte ({str(error).splitlines()[0]}); "
+                    f"{done()} bytes are kept. {_AGAIN}, to go on from there."
+                ) from error
+            time.sleep(min(BACKOFF_S * 2**failures, 30.0))
 
 
 class Hub:
@@ -175,14 +206,13 @@ class Hub:
         return parts
 
     def _try(self, url: str, ask: Callable[[], Any], done: Callable[[], int]) -> Any:
-        """Call `ask` until it succeeds; give up after `TRIES` calls in a row that added nothing to `done`.
+        """Ask the hub with `keep_trying`.
 
         Raises:
             DataError: the hub refuses or cannot be reached.
         """
-        failures = 0
-        while True:
-            before = done()
+
+        def attempt() -> Any:
             try:
                 return ask()
             except self._errors.OfflineModeIsEnabled as error:
@@ -200,14 +230,9 @@ class Hub:
                 if status is not None and status < 500 and status not in (408, 425, 429):
                     fix = "check the name and the address; HF_ENDPOINT sets another hub"
                     raise DataError(f"{url}: the server answered HTTP {status}. Fix: {fix}.") from error
-                failures = 0 if done() > before else failures + 1
-                if failures == TRIES:
-                    reason = f"HTTP {status}" if status else (str(error) or repr(error)).splitlines()[0]
-                    raise DataError(
-                        f"{url}: gave up after {TRIES} tries without a new byte ({reason}); {done()} bytes "
-                        f"are kept. {_AGAIN}, to go on from there."
-                    ) from error
-                time.sleep(min(BACKOFF_S * 2**failures, 30.0))
+                raise PassingError(f"HTTP {status}" if status else str(error) or repr(error)) from error
+
+        return keep_trying(url, attempt, done)
 
     def _url(self, file: Listed) -> str:
         url: str = self._hub.hf_hub_url(self._repo, file.path, repo_type="dataset", endpoint=self._endpoint)

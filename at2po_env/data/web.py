@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import httpx
 
 from at2po_env.data.catalog import RemoteArchive, RemoteUrl
-from at2po_env.data.hub import BACKOFF_S, TRIES
+from at2po_env.data.hub import PassingError, keep_trying
 from at2po_env.errors import DataError
 
 TIMEOUT_S = 60.0
@@ -37,25 +36,19 @@ def fetch_url(
         report: Told the bytes done and in all.
 
     Raises:
-        DataError: the server refuses, sends something else, or sends nothing new in `TRIES` tries in a row.
+        DataError: the server refuses, sends something else, or sends nothing new however often it is asked.
         OSError: there is no room.
     """
     partial = target.with_name(f"{target.name}.part")
     partial.touch()
-    failures = 0
-    while True:
-        before = partial.stat().st_size
+
+    def attempt() -> None:
         try:
             _append(wanted, partial, report)
-            break
         except httpx.TransportError as error:
-            failures = 0 if partial.stat().st_size > before else failures + 1
-            if failures == TRIES:
-                raise DataError(
-                    f"{wanted.url}: gave up after {TRIES} tries without a new byte ({error!r}); "
-                    f"{partial.stat().st_size} bytes are kept. Fix: run the command again, to go on there."
-                ) from error
-            time.sleep(min(BACKOFF_S * 2**failures, 30.0))
+            raise PassingError(str(error) or repr(error)) from error
+
+    keep_trying(wanted.url, attempt, lambda: partial.stat().st_size)
     if isinstance(wanted, RemoteUrl):
         _check_ends(wanted.url, partial)
     elif not zipfile.is_zipfile(partial):

@@ -13,6 +13,7 @@ import pytest
 from helpers.fake_hub import HALF, Hub, serving
 
 from at2po_env.data import catalog, web
+from at2po_env.data import hub as transfers
 from at2po_env.data.catalog import RemoteArchive, RemoteUrl
 from at2po_env.data.download import get
 from at2po_env.errors import DataError
@@ -23,7 +24,7 @@ CONTENT = b"[" + b'{"asin": "B0SAMPLE01"}, ' * 400 + b"{}]\n"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setenv("AT2PO_CACHE", str(tmp_path))
-    monkeypatch.setattr(web, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(transfers, "BACKOFF_S", 0.001)
     monkeypatch.setattr(web, "_CHUNK", 64)
     with serving(monkeypatch) as hub:
         files = tuple(
@@ -62,7 +63,7 @@ def test_a_fault_between_two_halves_is_overcome(hub: Hub, fault: str) -> None:
 
 
 def test_a_broken_off_download_is_resumed_by_the_next_call(hub: Hub, tmp_path: Path) -> None:
-    hub.faults = ["drops", *["500"] * (web.TRIES + 1)]
+    hub.faults = ["drops", *["500"] * (transfers.TRIES + 1)]
     with pytest.raises(DataError, match=r"gave up after 6 tries .*HTTP 500.*bytes are kept"):
         get("webshop")
     kept = (tmp_path / "shop/one.json.part").stat().st_size
