@@ -9,10 +9,12 @@ import weakref
 from collections import deque
 from typing import Any, Self, cast
 
+import tenacity
+
 from at2po_env.errors import ConfigError, EnvError, SnapshotError
 from at2po_env.forking.base import ForkableEnv
 from at2po_env.forking.snapshots import MAX_CHARACTERS, Snapshot
-from at2po_env.http.client import Connections, OversizeError, TransferError
+from at2po_env.http.client import Answer, Connections, OversizeError, TransferError
 from at2po_env.serving.messages import TOKEN_VARIABLE
 from at2po_env.spaces import Text
 from at2po_env.vector import TextVectorEnv, make_vector
@@ -195,16 +197,17 @@ class RemoteEnv(ForkableEnv):
         """
         if self._abandoned:
             self._close_abandoned()
-        until, pause_s = time.monotonic() + self._timeout_s, FIRST_PAUSE_S
-        while True:
-            try:
-                status, content = self._post(path, body, until)
-            except (TransferError, OversizeError) as error:
-                raise EnvError(f"{self._connections.url}{path}: {error}") from error
-            if status not in _REFUSED_FOR_NOW or time.monotonic() + pause_s >= until:
-                break
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 1.0)
+        until = time.monotonic() + self._timeout_s
+        tries = tenacity.Retrying(
+            retry=tenacity.retry_if_result(lambda answer: answer.status in _REFUSED_FOR_NOW),
+            stop=tenacity.stop_before_delay(self._timeout_s),
+            wait=tenacity.wait_exponential(FIRST_PAUSE_S, max=1.0),
+            retry_error_callback=lambda state: state.outcome and state.outcome.result(),
+        )
+        try:
+            status, _, content = tries(self._post, path, body, until)
+        except (TransferError, OversizeError) as error:
+            raise EnvError(f"{self._connections.url}{path}: {error}") from error
         try:
             answer = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -214,11 +217,10 @@ class RemoteEnv(ForkableEnv):
             raise EnvError(f"{self._connections.url}{path}: status {status}: {str(detail)[:500]}")
         return answer
 
-    def _post(self, path: str, body: dict[str, Any], until: float | None = None) -> tuple[int, bytes]:
+    def _post(self, path: str, body: dict[str, Any], until: float | None = None) -> Answer:
         deadline = time.monotonic() + self._timeout_s if until is None else until
         text = json.dumps(body, allow_nan=False).encode("ascii")
-        answer = self._connections.post(path, text, deadline=deadline, max_bytes=MAX_CHARACTERS)
-        return answer.status, answer.content
+        return self._connections.post(path, text, deadline=deadline, max_bytes=MAX_CHARACTERS)
 
     def _field(self, content: dict[str, Any], name: str, kind: type[Any]) -> Any:
         """Return a field of an answer if it has the type that it should have."""

@@ -145,6 +145,15 @@ def test_the_number_and_the_rate_of_sessions_are_bounded() -> None:
         assert statuses.count(429) >= 10
 
 
+def test_a_client_waits_while_the_server_is_full() -> None:
+    with served(max_sessions=1) as url:
+        first = post(url, "/reset", {}).json()["session"]
+        leaves = threading.Timer(0.5, post, (url, "/close", {"sessions": [first]}))
+        leaves.start()
+        assert RemoteEnv(url, timeout_s=20.0).reset(seed=1)[0]
+        leaves.join()
+
+
 def test_sessions_without_a_seed_differ() -> None:
     with served(sums()) as url:
         seen = {post(url, "/reset", {}).json()["observation"] for _ in range(12)}
