@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 from at2po_env.data.qa import Tasks, as_tasks
 from at2po_env.data.tasks import Task, TaskSource
-from at2po_env.episodes.episode import Episode, dump_episode, find_task, load_episode
+from at2po_env.episodes.episode import Episode, begin_turn, draw_task, dump_episode, load_episode
 from at2po_env.errors import ConfigError, EnvError, SnapshotError
 from at2po_env.forking.base import ForkableEnv
 from at2po_env.forking.frozen import EMPTY
-from at2po_env.forking.random_state import next_seed
 from at2po_env.spaces import Text
 
 LONGEST_COMMAND = 1000
@@ -159,8 +158,8 @@ class CommandEnv(ForkableEnv):
         """
         super().reset(seed=seed)
         before = self._state
-        drawn = next_seed(self.np_random_seed if seed is not None or before is None else before.episode.seed)
-        task = find_task(self.tasks, options) if options else self.tasks[drawn % len(self.tasks)]
+        given = self.np_random_seed if seed is not None or before is None else before.episode.seed
+        task, drawn = draw_task(self.tasks, options, given)
         world, observation = self.begin(task)
         instructions = self.instructions.replace("{question}", task.question)
         commands = tuple(self.commands(world))
@@ -192,17 +191,9 @@ class CommandEnv(ForkableEnv):
         Raises:
             EnvError: No episode is running.
         """
-        if self._state is None:
-            raise EnvError("step before the first reset. Fix: call reset first")
-        episode, world = self._state
-        if episode.ended:
-            raise EnvError(
-                f"the episode ended after turn {episode.turn} ({episode.ended}). Fix: call reset first"
-            )
-        if not isinstance(action, str):
-            if not isinstance(action, bytes | bytearray):
-                raise EnvError(f"an action is the text of one turn (str), got {type(action).__name__}")
-            action = action.decode("utf-8", "surrogateescape")
+        episode, world = self._state or (None, None)
+        if episode is None or episode.ended or not isinstance(action, str):
+            episode, action = begin_turn(episode, action)
         command, reason = read_command(action)
         if command is None:
             result = CommandResult(world, MALFORMED.format(reason=reason), valid=False)

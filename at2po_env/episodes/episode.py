@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self, SupportsIndex
 from at2po_env.data.tasks import Task, TaskSource
 from at2po_env.errors import DataError, EnvError, SnapshotError
 from at2po_env.forking.frozen import EMPTY, FrozenDict, freeze, thaw
+from at2po_env.forking.random_state import next_seed
 
 _new = tuple.__new__  # builds a NamedTuple in a third of the time of its constructor; see benchmarks/env.py
 
@@ -163,6 +164,45 @@ def find_task(tasks: TaskSource, options: Mapping[str, Any]) -> Task:
         return tasks.by_id(options["task_id"])
     except (KeyError, DataError) as error:
         raise EnvError(f"no task {options['task_id']!r}: {error.args[0]}") from error
+
+
+def draw_task(tasks: TaskSource, options: Mapping[str, Any] | None, before: int) -> tuple[Task, int]:
+    """Return the task of the next episode, and that episode's seed.
+
+    The seed follows from another one: building and forking a generator for it would cost more than the rest
+    of a reset. It picks the task where the options name none; the bias is below 1e-12.
+
+    Args:
+        tasks: Where to look.
+        options: As for `find_task`, or nothing.
+        before: The seed of the last episode, or the one that `reset` was given.
+
+    Raises:
+        EnvError: As `find_task`.
+    """
+    seed = next_seed(before)
+    return (find_task(tasks, options) if options else tasks[seed % len(tasks)]), seed
+
+
+def begin_turn(episode: Episode | None, action: object) -> tuple[Episode, str]:
+    """Return the episode and the action of a turn, bytes read as UTF-8, once it is sure that it can be taken.
+
+    An episode that runs and a text need no call, which would cost a step more than it checks.
+
+    Raises:
+        EnvError: No episode is running, or the action is no text.
+    """
+    if episode is None:
+        raise EnvError("step before the first reset. Fix: call reset first")
+    if episode.ended:
+        raise EnvError(
+            f"the episode ended after turn {episode.turn} ({episode.ended}). Fix: call reset first"
+        )
+    if isinstance(action, bytes | bytearray):
+        return episode, action.decode("utf-8", "surrogateescape")
+    if not isinstance(action, str):
+        raise EnvError(f"an action is the text of one turn (str), got {type(action).__name__}")
+    return episode, action
 
 
 def dump_episode(episode: Episode) -> dict[str, Any]:

@@ -25,12 +25,11 @@ from at2po_env.episodes.actions import (
     ToolCall,
     make_protocol,
 )
-from at2po_env.episodes.episode import Episode, dump_episode, find_task, load_episode
+from at2po_env.episodes.episode import Episode, begin_turn, draw_task, dump_episode, load_episode
 from at2po_env.episodes.prompts import Prompt, example_arguments, function_schema, make_prompt
 from at2po_env.errors import ConfigError, EnvError
 from at2po_env.forking.base import ForkableEnv
 from at2po_env.forking.frozen import EMPTY, FrozenDict, freeze
-from at2po_env.forking.random_state import next_seed
 from at2po_env.scoring import ScoredResponse, exact_match, reward_rule, token_f1
 from at2po_env.spaces import Text
 from at2po_env.tools.base import UNCHANGED, Tool, ToolContext, ToolResult, call_tool
@@ -163,11 +162,9 @@ class ToolEnv(ForkableEnv):
             EnvError: No such task, or another option.
         """
         super().reset(seed=seed)
-        # The episode's seed follows from the seed given, or from the last episode's: building and forking a
-        # generator for it would cost more than the rest. It picks the task; the bias is below 1e-12.
         before = self._episode
-        drawn = next_seed(self.np_random_seed if seed is not None or before is None else before.seed)
-        task = find_task(self.tasks, options) if options else self.tasks[drawn % len(self.tasks)]
+        given = self.np_random_seed if seed is not None or before is None else before.seed
+        task, drawn = draw_task(self.tasks, options, given)
         prompt = self._prompt(task)
         states = EMPTY
         if self._with_state:
@@ -205,16 +202,8 @@ class ToolEnv(ForkableEnv):
             EnvError: No episode is running.
         """
         episode = self._episode
-        if episode is None:
-            raise EnvError("step before the first reset. Fix: call reset first")
-        if episode.ended:
-            raise EnvError(
-                f"the episode ended after turn {episode.turn} ({episode.ended}). Fix: call reset first"
-            )
-        if not isinstance(action, str):
-            if not isinstance(action, bytes | bytearray):
-                raise EnvError(f"an action is the text of one turn (str), got {type(action).__name__}")
-            action = action.decode("utf-8", "surrogateescape")
+        if episode is None or episode.ended or not isinstance(action, str):
+            episode, action = begin_turn(episode, action)
         parsed = self._parse(action)
         last = episode.turn + 1 >= self.max_turns
         if isinstance(parsed, ToolCall) and not last:
