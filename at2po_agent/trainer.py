@@ -294,14 +294,13 @@ class Trainer:
         thinking, resampling = self.config.rollout.thinking, self.config.rollout.resampling
         figures: dict[str, float] = {}
         fired = intervention_shares(collected.sampled)
-        for name, on, share, fixed, value in (
-            ("thinking", thinking.enabled, thinking.share, thinking.epsilon, self.state.epsilon),
-            ("resampling", resampling.enabled, resampling.share, resampling.threshold, self.state.eta),
+        for name, on, threshold in (
+            ("thinking", thinking.enabled, thinking.in_force(self.state.epsilon)),
+            ("resampling", resampling.enabled, resampling.in_force(self.state.eta)),
         ):
             if not on:
                 continue
             figures[f"{name}/share"] = fired[name]
-            threshold = fixed if share is None else value
             if threshold is None:  # the first step of a share: nothing could fire yet
                 continue
             figures[f"{name}/threshold"] = threshold

@@ -41,6 +41,10 @@ class ThinkingConfig(BaseModel):
         "first stop string closes, such as <search> or <action>.",
     )
 
+    def in_force(self, running: float | None) -> float | None:
+        """Return the epsilon to use: None where a share is configured and unknown yet."""
+        return self.epsilon if self.share is None else running
+
 
 class ResamplingConfig(BaseModel):
     """T2PO's dynamical sampling: a turn as uncertain as the one before is discarded and sampled again."""
@@ -57,6 +61,10 @@ class ResamplingConfig(BaseModel):
         "running quantile of what earlier steps have shown.",
     )
     attempts: int = Field(2, ge=0, description="B: most attempts at a turn that are discarded.")
+
+    def in_force(self, running: float | None) -> float | None:
+        """Return the eta to use: None where a share is configured and unknown yet."""
+        return self.threshold if self.share is None else running
 
 
 class RolloutConfig(BaseModel):

@@ -50,8 +50,9 @@ class Watch:
         thresholds: Thresholds,
     ) -> None:
         thinking, resampling = config.thinking, config.resampling
-        self._epsilon = thinking.epsilon if thinking.share is None else thresholds.epsilon or 0.0
-        self._eta = resampling.threshold if resampling.share is None else thresholds.eta or 0.0
+        # A threshold that is not known yet is 0: no change is below it.
+        self._epsilon = thinking.in_force(thresholds.epsilon) or 0.0
+        self._eta = resampling.in_force(thresholds.eta) or 0.0
         self._force = thinking.force or "</think>" + (
             f"<{stop[0][2:]}" if stop and stop[0].startswith("</") else ""
         )
