@@ -17,13 +17,12 @@ nothing.
 """
 
 import argparse
-import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from benchmarks.race import METHODS, jobs_to_do, outcome, prepare, results_folder, work
+from benchmarks._runs import make_runs
+from benchmarks.race import METHODS, jobs_to_do, prepare, results_folder, work
 from benchmarks.race_report import write_report, write_studies
 
 
@@ -70,10 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start = prepare(options.out, options.task)
         jobs = jobs_to_do(options, start)
         print(f"{len(jobs)} runs to do")
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
-            for number, done in enumerate(as_completed([pool.submit(work, job) for job in jobs]), start=1):
-                print(f"[{number}/{len(jobs)}] {outcome(done)}", flush=True)
+        make_runs(work, jobs, options.jobs)
     if options.report is not None:
         write_report(results_folder(options), options.report, tuning=options.out / "tuning")
 

@@ -22,17 +22,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.race import outcome
+from benchmarks._runs import make_runs, write_figures
 
 BASE = Path(__file__).with_name("race.yaml")
 RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
@@ -218,16 +216,11 @@ def sampled_em(trainer: Any, questions: int, samples: int) -> float:
 
 
 def work(job: Job) -> str:
-    """Do a run in a process of its own and write its figures."""
-    import torch
-
-    torch.set_num_threads(1)
+    """Do a run and write its figures."""
     figures = run(job)
     path = Path(job.result)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(figures), encoding="utf-8")
-    temporary.replace(path)
+    write_figures(path, figures)
     return f"{path.stem}: sampled EM {figures['sampled_em']:.3f} in {figures['seconds']:.0f} s"
 
 
@@ -235,9 +228,7 @@ def do(jobs: Sequence[Job], processes: int) -> None:
     """Do the runs that have no file yet, several at a time."""
     missing = [job for job in jobs if not Path(job.result).exists()]
     print(f"{len(missing)} of {len(jobs)} runs to do", flush=True)
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for number, done in enumerate(as_completed([pool.submit(work, job) for job in missing]), start=1):
-            print(f"[{number}/{len(missing)}] {outcome(done)}", flush=True)
+    make_runs(work, missing, processes)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

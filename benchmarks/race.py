@@ -8,9 +8,10 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmarks._runs import write_figures
 
 BASE = Path(__file__).with_name("race.yaml")
 TUNING_SEED = 100
@@ -179,24 +180,12 @@ def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def work(job: Job) -> str:
-    """Do a run in a process of its own and write its figures."""
-    import torch
-
-    torch.set_num_threads(1)
+    """Do a run and write its figures."""
     figures = run(job)
-    path = Path(job.result)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_figures(Path(job.result), figures)
     return (
         f"{job.method}, seed {job.seed}: sampled EM {figures['sampled_em']:.3f} in {figures['seconds']:.0f} s"
     )
-
-
-def outcome(done: Future[str]) -> str:
-    """Describe how a run ended; a failed one leaves no file, so the next race tries it again."""
-    error = done.exception()
-    return done.result() if error is None else f"failed: {type(error).__name__}: {error}"
 
 
 def results_folder(arguments: argparse.Namespace) -> Path:
