@@ -20,15 +20,14 @@ import argparse
 import csv
 import json
 import math
-import multiprocessing
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+from benchmarks._runs import make_runs, write_figures
 
 BASE = Path(__file__).with_name("t2po.yaml")
 METHODS = ("gigpo", "gigpo+tti", "gigpo+tds", "t2po")
@@ -111,10 +110,7 @@ def run(job: Mapping[str, Any]) -> str:
         "sampled_tokens": trainer.state.sampled_tokens,
         "seconds": time.perf_counter() - started,
     }
-    path = Path(job["result"])
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(figures), encoding="utf-8")
-    partial.replace(path)
+    write_figures(Path(job["result"]), figures)
     return f"{job['world']}, {job['method']}, seed {job['seed']}: success {figures['success']:.2f}"
 
 
@@ -207,10 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             }
             for world, method, seed in missing
         ]
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
-            for number, done in enumerate(as_completed([pool.submit(run, job) for job in jobs]), 1):
-                print(f"[{number}/{len(jobs)}] {done.result()}", flush=True)
+        make_runs(run, jobs, options.jobs)
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files.values() if file.exists()]
     if options.report:
         report(runs, options.report)
