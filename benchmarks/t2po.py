@@ -126,7 +126,7 @@ def collapsed(figures: Mapping[str, Any]) -> bool:
     return bool(before - after > 2 * error)
 
 
-def report(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def write_report(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write the table of all runs, and one row for each world and method."""
     folder.mkdir(parents=True, exist_ok=True)
     names = ["world", "method", "seed", "steps", *COLUMNS, "sampled_tokens", "seconds"]
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make_runs(run, jobs, options.jobs)
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files.values() if file.exists()]
     if options.report:
-        report(runs, options.report)
+        write_report(runs, options.report)
     if options.json:
         print(json.dumps(runs))
 
