@@ -5,6 +5,7 @@ Each session counts for itself. Over HTTP a process has many sessions, over pipe
 
 import asyncio
 import base64
+import json
 import os
 import sys
 import time
@@ -68,6 +69,12 @@ def make_server() -> MCPServer:
     def pid() -> str:
         """Say the process."""
         return str(os.getpid())
+
+    @server.tool()
+    def surroundings(word: str, ctx: Context) -> str:
+        """Say where the server runs, and what it was given under a word."""
+        header = (ctx.headers or {}).get(word)
+        return json.dumps({"folder": os.getcwd(), "variable": os.environ.get(word), "header": header})
 
     return server
 

@@ -121,6 +121,14 @@ def test_a_prompt_that_is_too_long_loses_old_turns_first_and_then_the_end_of_wha
     assert text(window(template=template, max_tokens=3)._write(shown.memory)) == "P [cut]"
 
 
+def test_the_windows_own_limit_comes_before_the_rollouts():
+    options = {"template": "{task}{history}{observation}{commands}", "turns": 2}
+    own = WindowTranscript(InlineTranscript(Letters()), WindowConfig(max_tokens=40, **options), max_tokens=60)
+    for transcript, limit in ((own, 40), (window(max_tokens=60, **options), 60)):
+        shown = transcript.next(transcript.first("P", {}), "a", "o" * 100, {}, closed=True)
+        assert text(shown) == "P" + "o" * (limit - len("P [cut]")) + " [cut]"
+
+
 def test_a_template_must_show_what_is_seen():
     with pytest.raises(ValueError, match=r"template lacks \{observation\}"):
         WindowConfig(template="{task}")

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -231,6 +232,24 @@ def test_a_failing_environment_costs_its_session_at_most() -> None:
             assert other.step("roll")[0]
         with pytest.raises(EnvError, match="no such session"):
             env.step("roll")
+
+
+@pytest.mark.parametrize(("workers", "patience_s", "status"), [(2, 60.0, 200), (1, 0.5, 500)])
+def test_as_many_environments_play_at_the_same_time_as_there_are_workers(
+    workers: int, patience_s: float, status: int
+) -> None:
+    meeting = threading.Barrier(2)
+
+    class Meeting(PigEnv):
+        def step(self, action: str) -> Any:
+            meeting.wait(patience_s)  # for the other session's step; raises where it does not come
+            return super().step(action)
+
+    with served(Meeting(), workers=workers) as url, ThreadPoolExecutor(2) as pool:
+        sessions = [post(url, "/reset", {"seed": 1}).json()["session"] for _ in range(2)]
+        bodies = [{"session": session, "action": "roll"} for session in sessions]
+        answers = list(pool.map(lambda body: post(url, "/step", body), bodies))
+        assert [answer.status_code for answer in answers] == [status, status]
 
 
 @pytest.mark.usefixtures("lets_go")

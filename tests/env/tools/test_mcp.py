@@ -407,3 +407,18 @@ def test_a_damaged_record_is_a_failed_call(state: Any, over_http: McpServer) -> 
     result = call(over_http, "total", state)
     assert not result.ok
     assert "record of MCP calls is damaged" in result.text
+
+
+def test_a_server_gets_the_folder_the_variables_and_the_headers_that_were_given(
+    url: str, tmp_path: Path
+) -> None:
+    def surroundings(word: str, **options: Any) -> Any:
+        with McpServer(start_s=60, **options) as server:
+            return json.loads(call(server, "surroundings", word=word).text)
+
+    given = surroundings("AT2PO_WORD", command=COMMAND, env={"AT2PO_WORD": "swordfish"}, cwd=tmp_path)
+    assert given == {"folder": str(tmp_path), "variable": "swordfish", "header": None}
+    plain = surroundings("AT2PO_WORD", command=COMMAND)
+    assert plain == {"folder": os.getcwd(), "variable": None, "header": None}
+    assert surroundings("x-word", url=url, headers={"x-word": "swordfish"})["header"] == "swordfish"
+    assert surroundings("x-word", url=url)["header"] is None

@@ -19,7 +19,7 @@ import at2po_env
 from at2po_env import Snapshot
 from at2po_env.contract.testing import EnvContract
 from at2po_env.data import At2poSampleWarning
-from at2po_env.errors import ConfigError, EnvError, SnapshotError
+from at2po_env.errors import ConfigError, EnvError, RetrievalError, SnapshotError
 
 pytestmark = pytest.mark.filterwarnings("ignore::at2po_env.data.At2poSampleWarning")
 
@@ -48,6 +48,16 @@ class TestContract(EnvContract):
 
     def make_env(self) -> gymnasium.Env[Any, Any]:
         return make(render_mode="ansi")
+
+
+def test_the_options_of_the_retriever_change_what_is_found() -> None:
+    def found(options: dict[str, float]) -> list[tuple[int, ...]]:
+        env = make(retriever_options=options)
+        return [base(env).searcher.find(query) for query in ("water bottle", "black shirt", "gift for women")]
+
+    assert found({"b": 0.0}) != found({"b": 1.0})
+    with pytest.raises(RetrievalError, match="k9"):
+        make(retriever_options={"k9": 1})
 
 
 def test_the_environment_of_the_sample_needs_no_arguments_and_says_that_it_is_a_sample() -> None:
