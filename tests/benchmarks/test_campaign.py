@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +13,8 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
+from helpers.benchmark import run_benchmark
+
 from at2po_agent.runs import checkpoint, disk, folder
 from at2po_env.contract.testing import PigEnv
 from at2po_env.retrieval.client import HttpRetriever
@@ -24,7 +24,6 @@ from benchmarks.campaign import runs, snapshots
 from benchmarks.campaign.__main__ import KINDS
 from benchmarks.campaign.runner import Campaign, Kind, Try, generator
 
-ROOT = Path(__file__).parents[2]
 TRIES = {
     **{"kill": 13, "disk": 6, "data": 20, "server": 80},
     **{"client": 200, "actions": 1_500, "tools": 60, "snapshots": 3_000},
@@ -195,16 +194,7 @@ def test_tries_that_fail_die_or_hang_are_failures_and_the_campaign_goes_on(tmp_p
 
 
 def test_the_command_prints_json_and_its_status(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.campaign", "--json", "--only", "snapshots,tools"]
-    done = subprocess.run(
-        [*command, "--tries", "40", "--out", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    result = run_benchmark("campaign", "--only", "snapshots,tools", "--tries", "40", "--out", str(tmp_path))
     assert {name: one["tries"] for name, one in result["kinds"].items()} == {"snapshots": 40, "tools": 40}
     assert result["failures"] == []
 

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from helpers.benchmark import run_benchmark
 
 from benchmarks.webshop_original import next_command
 
-ROOT = Path(__file__).parents[2]
-
 
 def test_steps_and_forks_are_measured() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.webshop", "--json", "--rounds", "2", "--episodes", "5"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=200,
-    )
-    result = json.loads(done.stdout)
+    result = run_benchmark("webshop", "--rounds", "2", "--episodes", "5")
     assert (result["products"], result["goals"], result["search"]) == (18, 25, "bm25")
     assert result["steps_per_second"] > 500  # a tenth of what is measured on an idle machine
     assert result["fork_us"] < 50
