@@ -24,6 +24,7 @@ class Collected:
         trees: Those that are trained on: trees with leaves and, under `keep: informative`, with rewards that
             differ.
         tokens: Sampled tokens, those of trees that are not trained on included.
+        tool_calls: Turns that reached a tool, likewise.
         policy_seconds: Time within the policy.
         changes: Of T2PO's thinking intervention (`RolloutStats.changes`).
         differences: Of its dynamical sampling (`RolloutStats.differences`).
@@ -33,6 +34,7 @@ class Collected:
     sampled: list[Tree] = field(default_factory=list)
     trees: list[Tree] = field(default_factory=list)
     tokens: int = 0
+    tool_calls: int = 0
     policy_seconds: float = 0.0
     changes: list[float] = field(default_factory=list)
     differences: list[float] = field(default_factory=list)
@@ -88,6 +90,7 @@ def collect_trees(
         collected.cursor += count
         collected.sampled += trees
         collected.tokens += trees.stats.sampled_tokens
+        collected.tool_calls += trees.stats.tool_calls
         collected.policy_seconds += trees.stats.policy_seconds
         collected.changes += trees.stats.changes
         collected.differences += trees.stats.differences

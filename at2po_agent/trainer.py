@@ -185,6 +185,7 @@ class Trainer:
             "step": number,
             "sampled_tokens": self.state.sampled_tokens,
             "step_tokens": collected.tokens,
+            "step_tool_calls": collected.tool_calls,
             **tree_metrics(collected.sampled),
             "trained_questions": len(trees),
             **figures,

@@ -12,7 +12,7 @@ sequences.)
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
@@ -135,7 +135,8 @@ class Learner:
                 those of the sampler.
 
         Returns:
-            loss, grad_norm, and the loss's own metrics as means over the computed rows.
+            loss, grad_norm, update_norm (the L2 norm of the change of all weights), and the loss's own
+            metrics as means over the computed rows.
 
         Raises:
             TrainingError: The gradient is not finite.
@@ -143,6 +144,10 @@ class Learner:
         figures = self.backward(batch, old_log_probs, ref_log_probs, mismatch=mismatch)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         figures["grad_norm"] = norm = getattr(norm, "full_tensor", lambda: norm)()  # of all shards
+        # What an update changes is measured on the weights: in half precision they round small changes away,
+        # which no figure of the optimiser shows. The copy lies where the activations were.
+        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        before = [weight.detach().clone() for weight in weights]
 
         # The weights must not change when the norm is not finite. Reading the norm waits for the device, so a
         # fused optimiser gets the test as a tensor: its kernel skips the step itself where found_inf is 1.
@@ -150,6 +155,7 @@ class Learner:
         if fused:
             self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
             self.optimizer.step()
+            figures["update_norm"] = weight_change(before, weights)
         scalars = [
             torch.as_tensor(value, dtype=torch.float32, device=norm.device) for value in figures.values()
         ]
@@ -157,6 +163,7 @@ class Learner:
         finite = math.isfinite(read["grad_norm"])
         if finite and not fused:
             self.optimizer.step()
+            read["update_norm"] = float(weight_change(before, weights))
         self.optimizer.zero_grad(set_to_none=True)
         if not finite:
             raise TrainingError(
@@ -273,6 +280,15 @@ class Learner:
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def weight_change(before: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """L2 norm of the change of all weights, over all shards, on their device; `before` is overwritten."""
+    for old, new in zip(before, weights, strict=True):
+        old.sub_(new.detach())
+    norm: Tensor = nn.utils.get_total_norm(before)
+    whole: Tensor = getattr(norm, "full_tensor", lambda: norm)()
+    return whole
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

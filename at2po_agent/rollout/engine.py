@@ -45,6 +45,7 @@ class RolloutStats(NamedTuple):
         changes: With T2PO's thinking intervention, for each action that was sampled the least that its signal
             moved (`Watch.lowest_change`); in no order.
         differences: With its dynamical sampling, |Phi_k - Phi_{k-1}| of each first attempt; in no order.
+        tool_calls: Turns that reached a tool; one that branches share was taken once and counts once.
     """
 
     sampled_tokens: int
@@ -54,6 +55,7 @@ class RolloutStats(NamedTuple):
     tool_seconds: float
     changes: tuple[float, ...] = ()
     differences: tuple[float, ...] = ()
+    tool_calls: int = 0
 
 
 class GrownTrees(list[Tree]):
@@ -155,6 +157,7 @@ def rollout(
         steps.seconds,
         tuple(scheduler.changes),
         tuple(scheduler.differences),
+        scheduler.tool_calls,
     )
     return GrownTrees((question.tree for question in questions), stats)
 
@@ -175,6 +178,7 @@ class Scheduler:
         requests: The policy's side.
         steps: The environments' side.
         turns: Actions that were taken.
+        tool_calls: Those that reached a tool.
         changes: As in `RolloutStats`.
         differences: As there.
     """
@@ -200,7 +204,7 @@ class Scheduler:
         self._asked: dict[int, tuple[Branch, Watch | None]] = {}  # by ticket
         self.requests = PolicyRequests(policy)
         self.steps: Steps[Branch] = Steps(config.tool_workers, config.tool_deadline_s, owner=env.unwrapped)
-        self.turns = 0
+        self.turns = self.tool_calls = 0
         self.changes: list[float] = []
         self.differences: list[float] = []
 
@@ -223,7 +227,9 @@ class Scheduler:
         # 2. Take in what the environments have answered. `patience` says how long this may sleep: not at all
         #    while a streaming policy has work, and until the next answer where nothing else can happen.
         for branch, stepped in self.steps.collect(self.requests.patience(self.steps.pending)):
+            called = branch.origin.tool_calls
             branch.arrive(stepped, self._transcript)
+            self.tool_calls += branch.origin.tool_calls - called
             self._go_on(branch)
         # 3. Branches that have just got their observation join the batch that is being decoded.
         self._ask()

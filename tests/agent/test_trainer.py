@@ -135,6 +135,9 @@ def test_every_step_writes_one_line_with_what_happened(whole_run):
     tokens = [record["sampled_tokens"] for record in steps]
     assert tokens == sorted(tokens)
     assert tokens[-1] == sum(record["step_tokens"] for record in steps)
+    assert all(0 < record["step_tool_calls"] <= record["tool_calls"] for record in steps)
+    assert any(record["step_tool_calls"] < record["tool_calls"] for record in steps)  # forks share some
+    assert all(record["update_norm"] > 0 for record in steps)
     evaluations = [(record["step"], record["mode"]) for record in records(whole_run, "eval")]
     assert evaluations == [(0, "greedy"), (0, "sampled"), (3, "greedy"), (6, "greedy"), (6, "sampled")]
 

@@ -109,9 +109,28 @@ def test_a_minibatch_without_any_advantage_leaves_only_the_decay(model):
     silent = batch.with_advantages(torch.zeros_like(batch.advantages))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     figures = learner(model, lr=1e-3).update(silent, silent.sampled_log_probs)
-    assert figures == {"loss": 0.0, "grad_norm": 0.0}
+    size = sum(float(old.double().square().sum()) for old in before) ** 0.5
+    assert figures == {"loss": 0.0, "grad_norm": 0.0, "update_norm": pytest.approx(1e-5 * size, rel=1e-2)}
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.allclose(new, old * (1 - 1e-3 * 0.01))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_update_norm_is_the_distance_that_the_weights_moved(model, fused):
+    batch = sampled_batch()
+    one = learner(model, lr=1e-3)
+    if not fused:
+        one.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=False)
+    assert bool(one.optimizer.param_groups[0]["fused"]) == fused
+    before = [parameter.detach().double() for parameter in model.parameters()]
+    figures = one.update(batch, one.log_probs(batch))
+    squares = [
+        float((new.detach().double() - old).square().sum())
+        for old, new in zip(before, model.parameters(), strict=True)
+    ]
+    assert figures["update_norm"] == pytest.approx(sum(squares) ** 0.5, rel=1e-4)
+    # negative control: learning rate times gradient norm is what plain gradient descent would change
+    assert figures["update_norm"] != pytest.approx(1e-3 * figures["grad_norm"], rel=0.1)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(model):

@@ -8,6 +8,7 @@ import torch
 from helpers.forests import random_forest, tiny_model
 from torch import distributed, multiprocessing, nn
 
+from at2po_agent.learning.learner import weight_change
 from at2po_agent.packing.trees import pack_trees
 
 PROCESSES = 2
@@ -24,6 +25,16 @@ def gradient(model: nn.Module) -> torch.Tensor:
     return torch.cat([getattr(grad, "full_tensor", lambda grad=grad: grad)().flatten() for grad in grads])
 
 
+def change(model: nn.Module) -> float:
+    """Of all weights when each grows by a hundredth."""
+    weights = list(model.parameters())
+    before = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(1.01)
+    return float(weight_change(before, weights))
+
+
 def work(rank: int, folder: str) -> None:
     """One process: the gradient of the whole model against that of its shards."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -38,10 +49,11 @@ def work(rank: int, folder: str) -> None:
             fully_shard(layer, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
         expected, got = gradient(whole), gradient(sharded)
+        moved = [change(model) for model in (whole, sharded)]
         if rank == 0:
             error = float((got - expected).norm() / expected.norm())
             Path(folder, "result.json").write_text(
-                json.dumps({"error": error, "size": float(expected.norm())})
+                json.dumps({"error": error, "size": float(expected.norm()), "moved": moved})
             )
     finally:
         distributed.destroy_process_group()
@@ -54,3 +66,6 @@ def test_a_sharded_model_has_the_gradient_of_the_whole_one(tmp_path: Path) -> No
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["size"] > 0.1
     assert result["error"] < 1e-6
+    whole, sharded = result["moved"]
+    assert whole > 0.01
+    assert sharded == pytest.approx(whole, rel=1e-5)

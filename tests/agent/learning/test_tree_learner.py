@@ -12,6 +12,7 @@ from helpers.learners import SHAPE, SmallGuesses
 
 from at2po_agent.agents.model import build_model
 from at2po_agent.config.sections import Config
+from at2po_agent.learning.learner import weight_change
 from at2po_agent.learning.step import TreeLearner, give_credit, next_clip_scale
 from at2po_agent.packing import trees as packing_trees
 from at2po_agent.packing.prefixes import lay_out
@@ -172,6 +173,8 @@ def test_an_update_reads_nothing_from_the_device(far_device, pack, name):
     assert one.log_probs(batch).device.type == "meta"
     norm = torch.nn.utils.clip_grad_norm_(one.model.parameters(), 1.0)
     assert norm.device.type == "meta"
+    weights = list(one.model.parameters())
+    assert weight_change([weight.detach().clone() for weight in weights], weights).device.type == "meta"
 
 
 def test_a_loss_that_does_read_is_caught(far_device):

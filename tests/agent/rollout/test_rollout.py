@@ -9,6 +9,7 @@ from helpers.slow_policy import SlowPolicy, dumps, tasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from at2po_agent.evaluation.metrics import tree_metrics
 from at2po_agent.expansion.registry import Expansion
 from at2po_agent.policies.base import Request
 from at2po_agent.policies.scripted import ScriptedPolicy
@@ -281,6 +282,14 @@ def test_statistics_count_what_was_sampled():
     assert trees.stats.sampled_tokens == 2 * sum(len(tree) - 1 for tree in trees)
     assert trees.stats.policy_seconds >= 0
     assert trees.stats.env_seconds >= 0
+
+
+def test_a_tool_call_that_branches_share_counts_once():
+    trees = rollout(tasks(4), GuessEnv(), GuessingPolicy(), SHAPE, seed=0)
+    # Every guess that does not end an episode calls the tool, so each inner node but the root is one call.
+    assert trees.stats.tool_calls == sum(len(tree) - 1 - len(tree.leaves()) for tree in trees)
+    # negative control: the leaves count a shared call once each
+    assert trees.stats.tool_calls < tree_metrics(trees)["tool_calls"]
 
 
 def test_without_options_the_seed_draws_the_question():
