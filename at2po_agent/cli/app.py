@@ -24,7 +24,7 @@ from at2po_agent.cli.config import config_command
 from at2po_agent.cli.eval import EXIT_INTERRUPTED, evaluate_command, need_agent_extra
 from at2po_agent.cli.retrieval import app as retrieval_app
 from at2po_agent.cli.serving import app as serving_app
-from at2po_env.errors import At2poError, ConfigError, DataError
+from at2po_env.errors import At2poError, DataError
 
 if TYPE_CHECKING:
     from at2po_agent.config.sections import Config
@@ -237,32 +237,45 @@ def view(
 
 @app.command(
     epilog=_examples(
-        "at2po plot runs/quickstart", "at2po plot runs/at2po runs/grpo --x tokens --out race.png"
+        "at2po plot runs/quickstart",
+        "at2po plot runs/at2po runs/at2po-2 runs/grpo --out figures --format svg",
+        "at2po plot runs/quickstart --only training,forks --json",
     )
 )
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
     out: Annotated[
         Path | None,
+        typer.Option(help="Folder for the pictures. The default is plots in the first run's folder."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
         typer.Option(
-            help="PNG to write. The default is in the run's folder, or in this one for several runs."
+            metavar="NAME",
+            help="Figure to draw: training, exact_match, reward, success, forks or cost; several with commas "
+            "or by repeating the option. By default all.",
         ),
     ] = None,
-    x: Annotated[str, typer.Option(help="Horizontal axis for several runs: steps or tokens.")] = "steps",
+    image: Annotated[str, typer.Option("--format", help="png or svg.")] = "png",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the numbers behind the figures instead of their files.")
+    ] = False,
 ) -> None:
-    """Draw the learning curve of a run, or of several in one picture."""
-    from at2po_agent.report.curves import draw_run, draw_runs
+    """Draw training, scores, forks and cost of runs; those that differ only in their seed become one mean."""
+    from at2po_agent.report.plots import plot_runs
     from at2po_agent.report.tables import shown_path
 
-    if x not in ("steps", "tokens"):
-        raise ConfigError(f"--x: got {x!r}, expected steps or tokens")
-    if len(runs) == 1:
-        target = draw_run(runs[0], out or runs[0] / "learning_curve.png")
+    names = None if only is None else [name.strip() for text in only for name in text.split(",")]
+    plots = plot_runs(runs, out or runs[0] / "plots", only=names, image=image)
+    for name, reason in plots.left_out.items():
+        typer.echo(f"{name} is left out: {reason}", err=True)
+    for note in plots.notes:
+        typer.echo(note, err=True)
+    if as_json:
+        _print_json(plots.to_json())
     else:
-        target = draw_runs(
-            runs, out or Path("learning_curves.png"), axis="steps" if x == "steps" else "tokens"
-        )
-    typer.echo(shown_path(target))
+        for file in plots.files.values():
+            typer.echo(shown_path(file))
 
 
 @app.command(epilog=_examples("at2po envs", "at2po envs --json"))

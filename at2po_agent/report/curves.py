@@ -1,4 +1,4 @@
-"""Draws learning curves: exact match against training steps or sampled tokens, of one run or several.
+"""Draws the learning curve of a run, and makes and saves figures for `plots`.
 
 The pictures need no display and none of matplotlib's global state; they are readable at 800 pixels.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from at2po_agent.report.run_folder import METRICS, NothingYetError, check_run_fo
 from at2po_agent.types import FloatArray
 from at2po_env.errors import DataError, require
 
-Axis = Literal["steps", "tokens"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
 SIZE, DPI = (8.0, 5.4), 160
 
@@ -27,10 +26,6 @@ class Series(NamedTuple):
     step: FloatArray
     tokens: FloatArray
     value: FloatArray
-
-    def x(self, axis: Axis) -> FloatArray:
-        """The horizontal coordinate."""
-        return self.step if axis == "steps" else self.tokens
 
 
 @dataclass(frozen=True)
@@ -102,10 +97,11 @@ def smoothing_window(count: int) -> int:
 def draw_run(run: Path, path: Path) -> Path:
     """Write a run's `learning_curve.png`: exact match above, sampled tokens below."""
     curves = read_curves(run)
-    figure, (top, bottom) = _figure((3.2, 1))
-    _training(top, curves, COLOURS[0], "steps", label="sampled, training questions (moving mean ± std)")
-    _points(top, curves.sampled, COLOURS[0], "steps", label="sampled, held-out questions", look="s")
-    _points(top, curves.greedy, COLOURS[1], "steps", label="greedy, held-out questions", look="o-")
+    figure, axes = new_figure(2, 1, heights=(3.2, 1), sharex=True)
+    top, bottom = axes[:, 0]
+    _training(top, curves, COLOURS[0], label="sampled, training questions (moving mean ± std)")
+    _points(top, curves.sampled, COLOURS[0], label="sampled, held-out questions", look="s")
+    _points(top, curves.greedy, COLOURS[1], label="greedy, held-out questions", look="o-")
     for index in sorted({0, len(curves.greedy.step) - 1} if len(curves.greedy.step) else ()):
         at = curves.greedy.step[index], curves.greedy.value[index]  # write the first and the last value there
         above = at[1] < 0.9
@@ -119,35 +115,9 @@ def draw_run(run: Path, path: Path) -> Path:
     bottom.plot(tokens.step, tokens.tokens, color="#5c6570", linewidth=1.5)
     bottom.set_ylim(bottom=0)
     bottom.set_ylabel("sampled\ntokens")
-    _in_thousands(bottom.yaxis)
+    in_thousands(bottom.yaxis)
     bottom.set_xlabel("training step")
-    return _save(figure, path)
-
-
-def draw_runs(runs: Sequence[Path], path: Path, *, axis: Axis = "steps") -> Path:
-    """Write the learning curves of several runs into one picture.
-
-    Args:
-        runs: Folders of runs.
-        path: The PNG.
-        axis: The horizontal axis.
-    """
-    curves, names = [read_curves(run) for run in runs], [run.resolve().name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run) for run in runs]
-    figure, (axes,) = _figure((1,))
-    for index, (one, name) in enumerate(zip(curves, names, strict=True)):
-        colour = COLOURS[index % len(COLOURS)]
-        _training(axes, one, colour, axis, label=None)
-        _points(axes, one.greedy, colour, axis, label=name, look="os^DvPX"[index % 7] + "-")
-        if not len(one.greedy.step):
-            axes.plot([], [], color=colour, label=name)
-    score = " and ".join(sorted({one.score for one in curves}))
-    _finish_scores(axes, f"{score}: points greedy on held-out questions, bands sampled in training")
-    axes.set_xlabel("training step" if axis == "steps" else "sampled tokens")
-    if axis == "tokens":
-        _in_thousands(axes.xaxis)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _series(records: Sequence[Mapping[str, Any]], kind: Mapping[str, str]) -> Series:
@@ -170,7 +140,31 @@ def _success(record: Mapping[str, Any]) -> Any:
     return record.get("metrics/success", record.get("metrics", {}).get("success"))
 
 
-def _figure(heights: Sequence[float]) -> tuple[Any, Sequence[Any]]:
+def new_figure(
+    rows: int,
+    columns: int,
+    *,
+    size: tuple[float, float] = SIZE,
+    heights: Sequence[float] | None = None,
+    sharex: bool | str = False,
+    sharey: bool | str = False,
+) -> tuple[Any, Any]:
+    """Make a figure in the style of all reports.
+
+    Args:
+        rows: Rows of panels.
+        columns: Panels of a row.
+        size: Width and height in inches.
+        heights: Relative heights of the rows; None makes them equal.
+        sharex: As in matplotlib's `subplots`.
+        sharey: Likewise.
+
+    Returns:
+        The figure, and an array [rows, columns] of its axes.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     matplotlib = require("matplotlib", "agent")
     figure_module = require("matplotlib.figure", "agent")
     style = {
@@ -184,48 +178,55 @@ def _figure(heights: Sequence[float]) -> tuple[Any, Sequence[Any]]:
         "grid.color": "#e3e7ec",
     }
     with matplotlib.rc_context(style):
-        figure = figure_module.Figure(figsize=SIZE, dpi=DPI, layout="constrained", facecolor="white")
-        axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=list(heights), squeeze=False)[:, 0]
-        for each in axes:
+        figure = figure_module.Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
+        axes = figure.subplots(
+            rows, columns, sharex=sharex, sharey=sharey, height_ratios=heights, squeeze=False
+        )
+        for each in axes.flat:
             each.grid(visible=True, axis="y")
             each.set_axisbelow(True)
-    return figure, list(axes)
+    return figure, axes
 
 
-def _training(axes: Any, curves: RunCurves, colour: str, axis: Axis, *, label: str | None) -> None:
+def _training(axes: Any, curves: RunCurves, colour: str, *, label: str) -> None:
     series = curves.training
     if not len(series.step):
         return
     mean, std = smooth(series.value, smoothing_window(len(series.value)))
-    axes.fill_between(series.x(axis), mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(series.x(axis), mean, color=colour, linewidth=2, alpha=0.9 if label else 0.55, label=label)
+    axes.fill_between(series.step, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(series.step, mean, color=colour, linewidth=2, alpha=0.9, label=label)
 
 
-def _points(axes: Any, series: Series, colour: str, axis: Axis, *, label: str, look: str) -> None:
+def _points(axes: Any, series: Series, colour: str, *, label: str, look: str) -> None:
     if len(series.step):
         style = {"markersize": 6.5, "linewidth": 2, "markeredgecolor": "white"}
         axes.plot(
-            series.x(axis), series.value, look, color=colour, label=label, clip_on=False, zorder=4, **style
+            series.step, series.value, look, color=colour, label=label, clip_on=False, zorder=4, **style
         )
 
 
 def _finish_scores(axes: Any, title: str) -> None:
     axes.set_ylim(0, 1)
     axes.set_yticks(np.linspace(0, 1, 6))
-    axes.set_ylabel(title.partition(" ·")[0].partition(":")[0].lower())
+    axes.set_ylabel(title.partition(" ·")[0].lower())
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color="#1b1f24", pad=12)
     handles, labels = axes.get_legend_handles_labels()
     columns = 3 if max(map(len, labels), default=0) < 24 else 2
     axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
 
 
-def _in_thousands(axis: Any) -> None:
+def in_thousands(axis: Any) -> None:
     """Label an axis 200k, 1M ..."""
     axis.set_major_formatter(require("matplotlib.ticker", "agent").EngFormatter(sep=""))
 
 
-def _save(figure: Any, path: Path) -> Path:
-    require("matplotlib.backends.backend_agg", "agent").FigureCanvasAgg(figure)
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure as the PNG or SVG that the path names; equal figures give equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": "at2po"})
+    if path.suffix == ".svg":
+        with require("matplotlib", "agent").rc_context({"svg.hashsalt": "at2po"}):
+            figure.savefig(path, metadata={"Creator": "at2po", "Date": None})
+    else:
+        require("matplotlib.backends.backend_agg", "agent").FigureCanvasAgg(figure)
+        figure.savefig(path, metadata={"Software": "at2po"})
     return path

@@ -85,17 +85,25 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_rollout_config(run: Path) -> dict[str, Any]:
-    """Read the section `rollout` of a run's `config.yaml`; empty when there is none.
+def read_config(run: Path) -> dict[str, Any]:
+    """Read a run's `config.yaml`; empty when there is none.
 
     It is read as plain YAML, so that a run whose parts were registered by a program can be looked at without
     that program.
     """
     path = run / CONFIG
     try:
-        section = (yaml.safe_load(_content(path)) or {}).get("rollout") if path.exists() else None
-    except (yaml.YAMLError, AttributeError, RecursionError) as error:
+        config = (yaml.safe_load(_content(path)) or {}) if path.exists() else {}
+    except (yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{path}: not a configuration ({error}).") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: not a configuration (expected sections, got {type(config).__name__}).")
+    return config
+
+
+def read_rollout_config(run: Path) -> dict[str, Any]:
+    """Read the section `rollout` of a run's `config.yaml`; empty when there is none."""
+    section = read_config(run).get("rollout")
     return section if isinstance(section, dict) else {}
 
 
@@ -126,15 +134,22 @@ def read_trees(path: Path) -> list[TreeRecord]:
 
 def tree_file(path: Path) -> Path:
     """Find the file that `read_trees` reads."""
-    if path.is_file():
-        return path
+    return path if path.is_file() else tree_files(path)[-1]
+
+
+def tree_files(path: Path) -> list[Path]:
+    """Find all files of trees of a run or of a folder `trees/`, in the order of the steps.
+
+    Raises:
+        NothingYetError: There is none.
+    """
     folder = path / TREES if (path / TREES).is_dir() else path
     files = sorted(folder.glob("[!.]*.json*")) if folder.is_dir() and folder.name == TREES else []
     if not files:
         raise NothingYetError(
             f"{path}: no trees there. Fix: give a file of trees, or a run with train.save_trees_every > 0."
         )
-    return files[-1]
+    return files
 
 
 def most_telling(records: Iterable[TreeRecord]) -> TreeRecord:

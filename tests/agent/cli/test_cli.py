@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,12 +249,54 @@ def test_view_writes_the_tree_that_is_asked_for(cli: CliRunner, tmp_path: Path) 
     assert "Who founded it?" in listed
 
 
-def test_plot_draws_one_run_in_its_folder_and_several_here(cli: CliRunner, tmp_path: Path) -> None:
+def test_plot_draws_into_the_first_run_or_the_folder_asked_for(cli: CliRunner, tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name)
-    assert cli.invoke(app, ["plot", "a"]).stdout == "a/learning_curve.png\n"
-    assert cli.invoke(app, ["plot", "a", "b", "--x", "tokens"]).stdout == "learning_curves.png\n"
-    assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    result = cli.invoke(app, ["plot", "a", "b", "--only", "exact_match,forks"])
+    assert result.stdout == "a/plots/exact_match.png\na/plots/forks.png\n"
+    assert (tmp_path / "a/plots/forks.png").read_bytes().startswith(b"\x89PNG")
+    again = cli.invoke(app, ["plot", "b", "--only", "forks", "--out", "here", "--format", "svg"])
+    assert again.stdout == "here/forks.svg\n"
+    assert (tmp_path / "here/forks.svg").read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_plot_prints_the_numbers_and_says_what_is_left_out(cli: CliRunner, tmp_path: Path) -> None:
+    shutil.rmtree(write_run(tmp_path / "a", steps=2) / "trees")
+    result = cli.invoke(app, ["plot", "a", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "forks is left out: a: no trees there." in result.stderr
+    told = json.loads(result.stdout)
+    assert told["groups"] == [{"label": "a", "runs": ["a"]}]
+    training, greedy = told["figures"]["exact_match"]["numbers"][:2]
+    assert (training["kind"], training["step"], training["mean"]) == ("training", [1, 2], [0.01, 0.02])
+    assert (greedy["kind"], greedy["mean"], greedy["low"]) == ("greedy", [0.25, 0.75], [None, None])
+    assert greedy["costs"]["sampled_tokens"] == [0.0, 2000.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["empty"], "empty: not a run's folder"),
+        (["young"], "young: no training step recorded yet. Fix: wait for the first one"),
+        (["a", "young"], "young: no training step recorded yet"),
+        (["a", "--only", "curve"], "--only: no figure named 'curve'; expected training, exact_match"),
+        (["a", "--format", "pdf"], "--format: got 'pdf', expected png or svg"),
+        (["a", "--out", "a/config.yaml"], "--out: a/config.yaml is a file, expected a folder"),
+        (["a", "--only", "success"], "nothing to plot. success: no run reports success"),
+    ],
+)
+def test_what_cannot_be_plotted_is_one_clear_line(
+    cli: CliRunner, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    write_run(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "metrics.jsonl").write_text('{"kind": "eval", "mode": "greedy", "step": 0}\n')
+    result = cli.invoke(app, ["plot", *arguments])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: {message}")
+    assert result.stderr.count("\n") == 1
 
 
 # --- training --------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from rich.console import Console
 
-from at2po_agent.report.curves import draw_run, draw_runs, read_curves, smooth, smoothing_window
+from at2po_agent.report.curves import draw_run, read_curves, smooth, smoothing_window
 from at2po_agent.report.live import LiveBars, PlainLines, duration, figures, make_listener
 from at2po_agent.report.run_folder import (
     NothingYetError,
@@ -455,7 +455,6 @@ def test_curves_take_steps_tokens_and_values_from_the_metrics(tmp_path: Path) ->
     np.testing.assert_allclose(curves.training.tokens, [1000, 2000, 3000])
     np.testing.assert_allclose(curves.greedy.step, [0, 3])
     np.testing.assert_allclose(curves.greedy.tokens, [0, 3000])
-    np.testing.assert_allclose(curves.greedy.x("tokens"), [0, 3000])
 
 
 def test_a_step_that_was_done_again_counts_once(tmp_path: Path) -> None:
@@ -479,13 +478,6 @@ def test_the_picture_shows_what_was_measured_and_nothing_else(tmp_path: Path) ->
     only_training = "".join(json.dumps(line) + "\n" for line in metrics(20) if line["kind"] == "train")
     (run / "metrics.jsonl").write_text(only_training, encoding="utf-8")
     assert not has_colour(draw_run(run, tmp_path / "without.png"), "#D55E00")
-
-
-def test_several_runs_share_a_picture_at_equal_tokens(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / name, steps=steps) for name, steps in (("a", 10), ("b", 30))]
-    picture = draw_runs(runs, tmp_path / "race" / "curves.png", axis="tokens")
-    assert has_colour(picture, "#0072B2")
-    assert has_colour(picture, "#D55E00")
 
 
 # --- what is printed -------------------------------------------------------------------------------------
