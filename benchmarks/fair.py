@@ -64,7 +64,7 @@ ABLATIONS: Mapping[str, tuple[str, ...]] = {
     "surpo, 12 leaves": ("algorithm=surpo", "rollout.chains=12", *_CHAINS),
     "surpo, random forks": ("algorithm=surpo", "rollout.expansion=random", "rollout.chains=4",
                             "rollout.forks=2", "rollout.rounds=1"),
-    "surpo, capped": ("algorithm=surpo", "rollout.chains=6", *_CHAINS, "algorithm.credit_options.cap=2"),
+    "surpo, no cap": ("algorithm=surpo", "rollout.chains=6", *_CHAINS, "algorithm.credit_options.cap=null"),
     "at2po, random": ("algorithm=at2po", "rollout.chains=6", "rollout.forks=3", "rollout.rounds=2",
                       "rollout.expansion=random"),
 }  # fmt: skip

@@ -169,6 +169,7 @@ PRESETS: Mapping[str, Preset] = {
         reference="our-method.md",
         rollout={**_CHAINS, "chains": 6},
         credit="surprisal",
+        credit_options={"cap": 1.0},
         loss="grpo",
         loss_options={"clip_low": 0.2, "clip_high": 0.2},
     ),
