@@ -116,7 +116,10 @@ def _run(
         "parameters": sum(parameter.numel() for parameter in trainer.agent.model.parameters()),
         "seed": config.run.seed,
         "cold_start": state.cold_start,
+        "held_out_questions": trainer.split.held_out,
     }
+    for one in after.values():
+        summary |= {"evaluated_questions": one["questions"], "seen_questions": one["seen"]}
     for moment, evaluations in (("before", state.before), ("after", after)):
         for mode, figures in evaluations.items():
             prefix = "" if mode == "greedy" else f"{mode}_"

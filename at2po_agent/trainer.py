@@ -20,9 +20,11 @@ from at2po_agent.environments import (
     Env,
     EnvCounters,
     TaskOrder,
+    TaskSplit,
     make_eval_env,
     make_training_env,
     number_of_tasks,
+    split_tasks,
 )
 from at2po_agent.evaluation.evaluate import Evaluation, evaluate_mode
 from at2po_agent.evaluation.metrics import intervention_shares, staleness_metrics, tree_metrics
@@ -38,6 +40,7 @@ from at2po_agent.runs.progress import Clock, Progress
 from at2po_agent.runs.scalars import Scalars
 from at2po_agent.runs.seeding import RunPurpose, run_seed
 from at2po_agent.tree import Tree
+from at2po_env.errors import ConfigError
 
 
 @dataclass
@@ -58,6 +61,8 @@ class TrainerState:
         eta: Threshold of dynamical sampling, where `rollout.resampling.share` is set.
         clip_scale: Factor of the loss's bounds, where `algorithm.clip_share` is set.
         health: Failed and all calls of each service in the newest samples (`HealthWatch.history`).
+        trained_questions: How many questions are trained on; None where the environment draws them by seed,
+            and in checkpoints of older releases.
     """
 
     step: int = 0
@@ -73,6 +78,7 @@ class TrainerState:
     eta: float | None = None
     clip_scale: float = 1.0
     health: list[dict[str, tuple[int, int]]] = field(default_factory=list)
+    trained_questions: int | None = None
 
 
 class Trainer:
@@ -106,7 +112,10 @@ class Trainer:
         self._progress = progress
         self._env = env or make_training_env(config)
         self._eval_env = eval_env
-        self._order = TaskOrder(number_of_tasks(self._env), run_seed(config.run.seed, RunPurpose.TASKS))
+        if eval_env is None and config.eval.questions:
+            self._eval_env = make_eval_env(config)
+        self.split = self._share_out()
+        self._order = TaskOrder(self.split.training, run_seed(config.run.seed, RunPurpose.TASKS))
         self._learner = TreeLearner(agent.model, config, folder.path, progress.message)
         self._health = HealthWatch(
             config.health, progress.message, f"then go on with: {folder.resume_command}"
@@ -199,11 +208,15 @@ class Trainer:
 
     def evaluate(self, mode: str) -> Evaluation:
         """Evaluate the current weights, `greedy` or `sampled`, and record the figures."""
-        if self._eval_env is None:
-            self._eval_env = make_eval_env(self.config)
-        go_on = f"then go on with: {self.folder.resume_command}"
+        assert self._eval_env is not None, "evaluations have questions"
         result = evaluate_mode(
-            self.config, mode, self._eval_env, self.agent.policy, self._progress, go_on=go_on
+            self.config,
+            mode,
+            self._eval_env,
+            self.agent.policy,
+            self._progress,
+            split=self.split,
+            go_on=f"then go on with: {self.folder.resume_command}",
         )
         self._record({"kind": "eval", "mode": mode, "step": self.state.step, **result.to_json()})
         return result
@@ -217,6 +230,7 @@ class Trainer:
         self.state.health = [
             {name: (*one,) for name, one in tallies.items()} for tallies in self._health.history
         ]
+        self.state.trained_questions = self._trained_questions
         self.state.seconds = self.seconds
         self._started = time.monotonic()
         save_checkpoint(
@@ -247,6 +261,13 @@ class Trainer:
                 f"{restored.path}: state.json holds no state of a training run ({error.errors()[0]['msg']}); "
                 f"delete the folder {restored.path} or restore the file"
             ) from error
+        trained, now = self.state.trained_questions, self._trained_questions
+        if now != trained and (trained is not None or self.split.held_out):
+            raise ConfigError(
+                f"{self.folder.path}: the run trained on {trained or 'all'} questions, and would go on with "
+                f"{now}: a change of eval or of the data has changed which are held out. Fix: undo it, or "
+                "start a new run"
+            )
         self._health.history = [
             {name: Tally(*one) for name, one in tallies.items()} for tallies in self.state.health
         ]
@@ -263,6 +284,17 @@ class Trainer:
         """Close the files that are open."""
         if self._scalars is not None:
             self._scalars.close()
+
+    @property
+    def _trained_questions(self) -> int | None:
+        return None if self.split.training is None else len(self.split.training)
+
+    def _share_out(self) -> TaskSplit:
+        """Decide which questions are trained on; all of them where nothing is evaluated."""
+        if self._eval_env is None or not self.config.eval.questions:
+            count = number_of_tasks(self._env)
+            return TaskSplit(None if count is None else range(count), [], None)
+        return split_tasks(self.config, self._env, self._eval_env)
 
     def _collect(self, number: int, clock: Clock) -> Collected:
         if "rollout" in clock.phases:  # this is another attempt, after a pause

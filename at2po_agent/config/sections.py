@@ -24,6 +24,13 @@ class EnvConfig(Section):
 
     id: str = Field("at2po/MiniWiki-v0", description="Gymnasium id.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments for gymnasium.make.")
+    held_out: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of the questions that are kept for evaluation, by a hash of their ids, where "
+        "evaluations have the same questions; 0 trains on all of them.",
+    )
 
 
 class EvalConfig(Section):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import gymnasium
 
 from at2po_agent.config.sections import Config
-from at2po_agent.environments import Env, first_tasks
+from at2po_agent.environments import Env, TaskSplit, first_tasks
 from at2po_agent.evaluation.metrics import (
     METRIC_PREFIX,
     OUTCOME_PREFIX,
@@ -40,6 +40,8 @@ class Evaluation(NamedTuple):
         tokens: Sampled tokens of an episode.
         outcomes: How many episodes ended in which way.
         metrics: Means of the numbers that the environment reports, such as success; 0 for a skipped question.
+        seen: How many of the questions are trained on, too; None where that is not known, as with questions
+            that are drawn by seed.
     """
 
     questions: int
@@ -52,6 +54,7 @@ class Evaluation(NamedTuple):
     tokens: float
     outcomes: dict[str, int]
     metrics: dict[str, float]
+    seen: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All figures as JSON values."""
@@ -135,11 +138,12 @@ def evaluate_mode(
     policy: Policy,
     progress: Progress,
     *,
+    split: TaskSplit | None = None,
     phase: str = "",
     temperature: float | None = None,
     go_on: str = "then run the same command again",
 ) -> Evaluation:
-    """Ask a policy the first `eval.questions` questions of an environment.
+    """Ask a policy the questions of an evaluation.
 
     Args:
         config: Its limits and seed, and how many questions there are and run at once.
@@ -147,6 +151,7 @@ def evaluate_mode(
         env: The environment that asks.
         policy: The policy that answers.
         progress: Listener.
+        split: The questions; None asks the first `eval.questions` of the environment.
         phase: The name of the phase that the listener is told; "" means `evaluate (MODE)`.
         temperature: Sampling temperature; None takes the mode's.
         go_on: What to do after the fix where a service has died; the end of the error's message.
@@ -155,7 +160,7 @@ def evaluate_mode(
         ServiceError: A service died and was still down after `health.give_up_after_s`.
     """
     result, _ = evaluate(
-        first_tasks(env, config.eval.questions),
+        first_tasks(env, config.eval.questions) if split is None else split.evaluation,
         env,
         policy,
         config.rollout,
@@ -166,7 +171,7 @@ def evaluate_mode(
         phase=phase or f"evaluate ({mode})",
         health=HealthWatch(config.health, progress.message, go_on),
     )
-    return result
+    return result if split is None else result._replace(seen=split.seen)
 
 
 def summarise(trees: Sequence[Tree]) -> Evaluation:

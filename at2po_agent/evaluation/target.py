@@ -17,7 +17,7 @@ import torch
 from at2po_agent.agents.agent import build_agent, in_windows
 from at2po_agent.config.loading import CONFIG_FILE, load_config
 from at2po_agent.config.sections import Config
-from at2po_agent.environments import make_eval_env
+from at2po_agent.environments import Env, TaskSplit, make_eval_env, make_training_env, split_tasks
 from at2po_agent.evaluation.evaluate import MODES, evaluate_mode
 from at2po_agent.evaluation.published import published_split
 from at2po_agent.evaluation.suite import Source, evaluate_suite, set_config, suite_sources, write_results
@@ -32,7 +32,7 @@ from at2po_agent.runs.progress import Progress
 from at2po_agent.transcripts.inline import GrowingTranscript
 from at2po_env import HermesProtocol
 from at2po_env.data.catalog import QA_SETS
-from at2po_env.errors import ConfigError
+from at2po_env.errors import At2poError, ConfigError
 
 DEFAULT_CONFIG = "qwen3-4b-multihop"
 
@@ -170,10 +170,11 @@ def evaluate_policy(
     else:
         modes = {mode: MODES[mode] for mode in (MODES if config.eval.sampled else ("greedy",))}
     env, results = make_eval_env(config), {}
-    for mode, temperature in modes.items():
-        figures = evaluate_mode(config, mode, env, policy, progress, temperature=temperature)
-        results[mode] = figures.to_json()
-    env.close()
+    with contextlib.closing(env):
+        split = _questions(config, env)
+        for mode, temperature in modes.items():
+            figures = evaluate_mode(config, mode, env, policy, progress, split=split, temperature=temperature)
+            results[mode] = figures.to_json()
     results |= costs(config, policy)
     for file in files:
         write_results(file, results)
@@ -193,6 +194,21 @@ def costs(config: Config, policy: Policy) -> Mapping[str, Any]:
     served = config.served
     asked = {"url": policy.server.url, "model": served.model or policy.model, "endpoint": served.endpoint}
     return {"served": {**asked, "temperature": served.temperature, **policy.stats.to_json()}}
+
+
+def _questions(config: Config, env: Env) -> TaskSplit:
+    """The questions that a run with this configuration is evaluated on, and how many it trains on, too.
+
+    A model that belongs to no run has trained on nothing that is known. It is asked what is held out where
+    the configuration trains on the very same environment, and the first questions elsewhere.
+    """
+    if config.eval.id in (None, config.env.id):
+        if config.run.dir is not None:
+            with contextlib.suppress(At2poError):  # the data of the training may be elsewhere
+                return split_tasks(config, make_training_env(config), env)
+        elif config.env.kwargs == {**config.env.kwargs, **config.eval.kwargs}:
+            return split_tasks(config, env, env)
+    return split_tasks(config, None, env)
 
 
 def _tool_schemas(config: Config, suite: str | None) -> Sequence[Mapping[str, Any]]:

@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from at2po_agent.report.run_folder import METRICS, NothingYetError, check_run_folder, read_metrics
+from at2po_agent.report.run_folder import (
+    METRICS,
+    NothingYetError,
+    asked_questions,
+    check_run_folder,
+    read_metrics,
+)
 from at2po_agent.types import FloatArray
 from at2po_env.errors import DataError, require
 
@@ -35,9 +41,10 @@ class RunCurves:
     Attributes:
         name: The run.
         training: Sampled exact match of each step's leaves, on training questions.
-        greedy: Greedy exact match on held-out questions.
-        sampled: Sampled exact match on held-out questions.
+        greedy: Greedy exact match in evaluations.
+        sampled: Sampled exact match in evaluations.
         score: "Exact match", or "Success" where the environment reports that: then the curves show it.
+        asked: The questions of the evaluations: "held-out questions", or what else they are.
     """
 
     name: str
@@ -45,6 +52,7 @@ class RunCurves:
     greedy: Series
     sampled: Series
     score: str = "Exact match"
+    asked: str = "held-out questions"
 
 
 def read_curves(run: Path) -> RunCurves:
@@ -61,6 +69,7 @@ def read_curves(run: Path) -> RunCurves:
             _series(records, {"kind": "eval", "mode": "greedy"}),
             _series(records, {"kind": "eval", "mode": "sampled"}),
             "Success" if any(_success(record) is not None for record in records) else "Exact match",
+            next((asked_questions(one) for one in records if one.get("kind") == "eval"), "evaluation"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
@@ -100,8 +109,8 @@ def draw_run(run: Path, path: Path) -> Path:
     figure, axes = new_figure(2, 1, heights=(3.2, 1), sharex=True)
     top, bottom = axes[:, 0]
     _training(top, curves, COLOURS[0], label="sampled, training questions (moving mean ± std)")
-    _points(top, curves.sampled, COLOURS[0], label="sampled, held-out questions", look="s")
-    _points(top, curves.greedy, COLOURS[1], label="greedy, held-out questions", look="o-")
+    _points(top, curves.sampled, COLOURS[0], label=f"sampled, {curves.asked}", look="s")
+    _points(top, curves.greedy, COLOURS[1], label=f"greedy, {curves.asked}", look="o-")
     for index in sorted({0, len(curves.greedy.step) - 1} if len(curves.greedy.step) else ()):
         at = curves.greedy.step[index], curves.greedy.value[index]  # write the first and the last value there
         above = at[1] < 0.9

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from at2po_agent.evaluation.published import GROUPS, PUBLISHED, PUBLISHED_MODEL, SHORT, suite_groups
 from at2po_agent.report.live import duration
-from at2po_agent.report.run_folder import TreeRecord, is_right
+from at2po_agent.report.run_folder import TreeRecord, asked_questions, is_right
 
 NOTHING = "–"
 
@@ -75,7 +75,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         f"{prefix}success_{when}" in summary for prefix in ("", "sampled_") for when in ("before", "after")
     )
     score = "success" if worlds else "em"
-    table = _table("Success on held-out tasks" if worlds else "Exact match on held-out questions")
+    asked = asked_questions(summary, "evaluated_questions", "seen_questions")
+    table = _table(f"{'Success' if worlds else 'Exact match'} on {asked}")
     table.add_column("")
     for name in ("before", "after", "95% interval", "change"):
         table.add_column(name, justify="right")
@@ -130,7 +131,11 @@ def print_evaluation(console: Console, results: Mapping[str, Any], name: str) ->
     if "suite" in results:
         print_suite(console, results, name if told is None else told["model"])
     else:
-        console.print(evaluation_table({mode: results[mode] for mode in results if mode != "served"}))
+        modes = {mode: results[mode] for mode in results if mode != "served"}
+        console.print(evaluation_table(modes))
+        if any(figures.get("seen") for figures in modes.values()):
+            asked = asked_questions(next(iter(modes.values())))
+            console.print(Text(f"Note: {asked}", style="yellow"), soft_wrap=True)
     if told is None:
         return
     table = _table(f"{told['model']} at {told['url']}")

@@ -78,10 +78,14 @@ class ToolEnv(ForkableEnv):
             "notice": it is answered with a notice and the episode goes on.
         render_mode: "ansi" makes `render` return the transcript.
 
+    Attributes:
+        splits: Names of the splits of tasks that it can be made with, where it was registered with several.
+
     Raises:
         ConfigError, ToolError, DataError: The arguments do not make an environment.
     """
 
+    splits: tuple[str, ...] = ()
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012 - Gymnasium declares it so
 
     def __init__(

@@ -604,12 +604,12 @@ def test_a_world_is_scored_by_its_own_numbers() -> None:
     reported = {"success": 0.625, "score": 0.71}
     row = {**figures, "turns": 6.0, "tokens": 80.0, "metrics": reported}
     console.print(evaluation_table({"greedy": row}))
-    summary = {"sampled_success_before": 0.25, "sampled_success_after": 0.5}
+    summary = {"sampled_success_before": 0.25, "sampled_success_after": 0.5, "seen_questions": 0}
     console.print(summary_table({**summary, "sampled_em_after": 0.0}))
     shown = screen.getvalue()
     assert "exact match" not in shown
     assert "Exact match" not in shown
-    assert "Success on held-out tasks" in shown
+    assert "Success on held-out questions" in shown
     for cell in ("0.625", "0.710", "0.700", "0.250", "0.500", "+0.250"):
         assert cell in shown
     assert is_right({"metrics": {"success": 1.0}})
