@@ -15,6 +15,7 @@ from at2po_agent.agents.cold_start import cold_start, record_demonstrations
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import Env, make_cold_start_env
 from at2po_agent.evaluation.metrics import wilson_interval
+from at2po_agent.health import LOST, ServiceError
 from at2po_agent.policies.base import transcript_of
 from at2po_agent.runs.checkpoint import list_checkpoints
 from at2po_agent.runs.folder import RunFolder, open_run
@@ -56,6 +57,8 @@ def run_training(
         ConfigError: The folder is taken, or the configuration does not fit it.
         CheckpointError: A checkpoint cannot be written or read.
         EnvError: Foreign code called `sys.exit`.
+        ServiceError: A service stayed away; or more than `health.fail_at` of an evaluation, or of the whole
+            training, failed.
     """
     progress = progress or Progress()
     if config.run.dry_run:
@@ -117,6 +120,13 @@ def _run(
         "seed": config.run.seed,
         "cold_start": state.cold_start,
         "held_out_questions": trainer.split.held_out,
+        "failures": {name: failed for name, (failed, _) in state.failures.items()},
+        "failures_in_evaluations": {
+            name: sum(
+                one.get("failures", {}).get(name, 0) for one in (*state.before.values(), *after.values())
+            )
+            for name in (*LOST.values(), "retrieval", "tools")
+        },
     }
     for one in after.values():
         summary |= {"evaluated_questions": one["questions"], "seen_questions": one["seen"]}
@@ -132,6 +142,11 @@ def _run(
                 summary[f"{prefix}success_low_{moment}"] = low
                 summary[f"{prefix}success_high_{moment}"] = high
     folder.write_summary(summary)
+    try:
+        trainer.check()
+    except ServiceError as error:
+        error.summary = summary
+        raise
     return summary
 
 

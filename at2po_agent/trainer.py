@@ -28,7 +28,15 @@ from at2po_agent.environments import (
 )
 from at2po_agent.evaluation.evaluate import Evaluation, evaluate_mode
 from at2po_agent.evaluation.metrics import intervention_shares, staleness_metrics, tree_metrics
-from at2po_agent.health import PROBES, HealthWatch, Tally
+from at2po_agent.health import (
+    PROBES,
+    HealthWatch,
+    Tally,
+    add_failures,
+    check_failures,
+    failed_share,
+    failures,
+)
 from at2po_agent.learning.step import TreeLearner, give_credit
 from at2po_agent.rollout import GrownTrees, rollout
 from at2po_agent.rollout.uncertainty import Thresholds, running_threshold
@@ -63,6 +71,7 @@ class TrainerState:
         health: Failed and all calls of each service in the newest samples (`HealthWatch.history`).
         trained_questions: How many questions are trained on; None where the environment draws them by seed,
             and in checkpoints of older releases.
+        failures: Failed and all episodes and calls of the training so far (`health.failures`).
     """
 
     step: int = 0
@@ -79,6 +88,7 @@ class TrainerState:
     clip_scale: float = 1.0
     health: list[dict[str, tuple[int, int]]] = field(default_factory=list)
     trained_questions: int | None = None
+    failures: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Trainer:
@@ -118,7 +128,7 @@ class Trainer:
         self._order = TaskOrder(self.split.training, run_seed(config.run.seed, RunPurpose.TASKS))
         self._learner = TreeLearner(agent.model, config, folder.path, progress.message)
         self._health = HealthWatch(
-            config.health, progress.message, f"then go on with: {folder.resume_command}"
+            config.health, progress.message, f"then go on with: {folder.resume_command}", self._keep_error
         )
         self._scalars: Scalars | None = None
         self._first_step = 0
@@ -181,6 +191,7 @@ class Trainer:
         self.state.step, self.state.cursor = number, collected.cursor
         self.state.clip_scale = self._learner.clip_scale
         self.state.sampled_tokens += collected.tokens
+        self._count_failures(failures(collected.sampled, self._health.history[-1]))
         figures |= self._follow_thresholds(collected)
         # Log: some trees with their credit, and one line of figures.
         config = self.config.train
@@ -217,9 +228,24 @@ class Trainer:
             self._progress,
             split=self.split,
             go_on=f"then go on with: {self.folder.resume_command}",
+            on_error=self._keep_error,
         )
+        share, config = result.failed_share, self.config.health
+        if config.fail_at is not None and share > config.fail_at and self.state.step:
+            self.save()  # before its line is written, so that a resume evaluates again
         self._record({"kind": "eval", "mode": mode, "step": self.state.step, **result.to_json()})
+        check_failures(f"evaluation ({mode}) after step {self.state.step}", result.failures, share, config)
         return result
+
+    def check(self) -> None:
+        """Fail where too much failed in training.
+
+        Raises:
+            ServiceError: More than `health.fail_at` of its episodes or calls.
+        """
+        counted = {name: Tally(*one) for name, one in self.state.failures.items()}
+        counts = {name: one.failed for name, one in counted.items()}
+        check_failures("training", counts, failed_share(counted), self.config.health)
 
     def save(self) -> None:
         """Write a checkpoint of the current step, unless it was written or read before."""
@@ -284,6 +310,16 @@ class Trainer:
         """Close the files that are open."""
         if self._scalars is not None:
             self._scalars.close()
+
+    def _count_failures(self, found: Mapping[str, Tally]) -> None:
+        before = {name: Tally(*one) for name, one in self.state.failures.items()}
+        self.state.failures = {name: (*one,) for name, one in add_failures(before, found).items()}
+
+    def _keep_error(self, traceback: str) -> None:
+        """Keep and show the first traceback of an environment; later ones say the same again."""
+        file = self.folder.keep_first_error(traceback)
+        if file is not None:
+            self._progress.message(f"the environment failed, first with this ({file}):\n{traceback.rstrip()}")
 
     @property
     def _trained_questions(self) -> int | None:

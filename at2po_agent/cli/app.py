@@ -141,6 +141,7 @@ def train(
     """Train a policy, and evaluate it before and after; all results are kept in the run's folder."""
     need_agent_extra()
     from at2po_agent.config.loading import load_config
+    from at2po_agent.health import ServiceError
     from at2po_agent.report.live import make_listener
     from at2po_agent.run import run_training
 
@@ -155,6 +156,10 @@ def train(
     except KeyboardInterrupt as stop:
         _say_interrupted(stop, loaded)
         raise typer.Exit(EXIT_INTERRUPTED) from stop
+    except ServiceError as error:
+        if error.summary is not None:
+            _say_ending(config, Path(error.summary["folder"]), error.summary)
+        raise
     if "folder" in summary:
         _say_ending(config, Path(summary["folder"]), summary)
 

@@ -305,6 +305,13 @@ class HealthConfig(Section):
     pause_at: float | None = Field(
         0.5, gt=0, le=1, description="Pause from this share: save, probe, sample again; none never pauses."
     )
+    fail_at: float | None = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="A larger share of failed episodes, or of failed calls of tools or retrieval, fails the "
+        "command: that of an evaluation at once, that of the training at its end; none never fails.",
+    )
     window: int = Field(20, ge=1, description="The newest samples with so many calls of a service decide.")
     probe_every_s: float = Field(30.0, gt=0, description="Seconds between probes of a pause.")
     give_up_after_s: float = Field(

@@ -21,6 +21,7 @@ from at2po_agent.environments import Env, TaskSplit, make_eval_env, make_trainin
 from at2po_agent.evaluation.evaluate import MODES, evaluate_mode
 from at2po_agent.evaluation.published import published_split
 from at2po_agent.evaluation.suite import Source, evaluate_suite, set_config, suite_sources, write_results
+from at2po_agent.health import check_failures
 from at2po_agent.policies.base import Policy
 from at2po_agent.policies.openai import OpenAIPolicy
 from at2po_agent.policies.openai.client import Server
@@ -169,6 +170,13 @@ def evaluate_policy(
         modes = {mode_name(config): config.served.temperature}
     else:
         modes = {mode: MODES[mode] for mode in (MODES if config.eval.sampled else ("greedy",))}
+    told: list[str] = []
+
+    def tell(traceback: str) -> None:
+        if not told:
+            progress.message(f"the environment failed, first with this:\n{traceback.rstrip()}")
+        told.append(traceback)
+
     env, results = make_eval_env(config), {}
     with contextlib.closing(env):
         split = _questions(config, env)
@@ -179,6 +187,20 @@ def evaluate_policy(
     for file in files:
         write_results(file, results)
     return results
+
+
+def check_results(results: Mapping[str, Any], config: Config) -> None:
+    """Refuse results of which too much failed; they are complete otherwise, and may be shown and kept.
+
+    Raises:
+        ServiceError: See `health.check_failures`.
+    """
+    if "sets" in results:
+        found = {name: one["figures"] for name, one in results["sets"].items() if one["figures"] is not None}
+    else:
+        found = {name: figures for name, figures in results.items() if name != "served"}
+    for name, figures in found.items():
+        check_failures(f"evaluation ({name})", figures["failures"], figures["failed_share"], config.health)
 
 
 def mode_name(config: Config) -> str:

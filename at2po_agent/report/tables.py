@@ -85,6 +85,10 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         interval = _interval(summary, f"{prefix}{score}_low_after", f"{prefix}{score}_high_after")
         change = NOTHING if before is None or after is None else f"{float(after) - float(before):+.3f}"
         table.add_row(name, _share(before), _share(after), interval, change, style="" if prefix else "bold")
+    parts = (("training", "failures"), ("evaluations", "failures_in_evaluations"))
+    counted = [f"{part} {_failures(summary[key])}" for part, key in parts if key in summary]
+    table.caption = "failures: " + ", ".join(counted) if counted else None
+    table.caption_justify = "left"
     return table
 
 
@@ -172,7 +176,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column("")
     reported = sorted({name for figures in results.values() for name in figures.get("metrics", {})})
     scores = reported if "success" in reported else ["exact match", "95% interval", "F1", *reported]
-    for name in ("questions", *scores, "reward", "turns", "tokens"):
+    for name in ("questions", *scores, "reward", "turns", "tokens", "failures"):
         table.add_column(name, justify="right")
     for mode, figures in results.items():
         cells = [_share(figures.get("metrics", {}).get(name)) for name in reported]
@@ -185,6 +189,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
             _share(figures["reward"]),
             f"{figures['turns']:.2f}",
             f"{figures['tokens']:.1f}",
+            _failures(figures.get("failures")),
         )
     return table
 
@@ -230,6 +235,7 @@ def detail_table(results: Mapping[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     for title in ("EM, %", "95% interval", "F1, %", "questions"):
         table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("failures")
     table.add_column("questions from", overflow="fold")
     origins = {"given": "given", "cache": "cache", "sample": "SAMPLE, not comparable"}
     for group in suite_groups(results["suite"]):
@@ -244,7 +250,10 @@ def detail_table(results: Mapping[str, Any]) -> Table:
                 where = Text(f"{origins[origin]} ({record['split']})", style=style)
                 asked = f"{figures['questions']:,} of {size:,}"
             interval = _interval(figures, scale=100)
-            table.add_row(SHORT[key], _percent(figures), interval, _percent(figures, "f1"), asked, where)
+            failed = _failures(None if figures is None else figures.get("failures"))
+            table.add_row(
+                SHORT[key], _percent(figures), interval, _percent(figures, "f1"), asked, failed, where
+            )
         average = results["averages"][group]
         cells = (_average(average), _interval(average, scale=100), "")
         if average is None:
@@ -252,7 +261,7 @@ def detail_table(results: Mapping[str, Any]) -> Table:
         else:
             asked, sets = f"{average['questions']:,}", f"{len(average['sets'])} of {len(GROUPS[group])} sets"
             sets += ", partial" if average["partial"] else ""
-        table.add_row(f"Avg. {group}", *cells, asked, sets, style="bold", end_section=True)
+        table.add_row(f"Avg. {group}", *cells, asked, "", sets, style="bold", end_section=True)
     return table
 
 
@@ -262,6 +271,13 @@ def _table(title: str, lines: box.Box = box.HEAVY_HEAD) -> Table:
 
 def _share(value: Any) -> str:
     return NOTHING if value is None else f"{float(value):.3f}"
+
+
+def _failures(counts: Mapping[str, int] | None) -> str:
+    """What failed how often, such as "env_error 12"; "–" where it was not counted."""
+    if counts is None:
+        return NOTHING
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "none"
 
 
 def _percent(figures: Mapping[str, Any] | None, key: str = "em") -> str:

@@ -168,6 +168,8 @@ class Branch:
         if stepped.fault:
             self.env_failed = True
             self._fail("env_timeout" if stepped.late else "env_error", stepped.fault)
+            if stepped.traceback and self.outcome is not None:
+                self.outcome["traceback"] = stepped.traceback
             return
         reward = self.origin.reward + stepped.reward
         if not math.isfinite(reward):

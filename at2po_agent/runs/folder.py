@@ -18,6 +18,7 @@ from at2po_agent.runs.disk import disk_refusals, replace_file, sync
 from at2po_env.errors import ConfigError
 
 METRICS_FILE, SUMMARY_FILE, LOCK_FILE = "metrics.jsonl", "summary.json", ".lock"
+FIRST_ERROR = "first_error.txt"
 CHECKPOINTS, TREES, TENSORBOARD = "checkpoints", "trees", "tensorboard"
 RUNS = Path("runs")
 MAY_CHANGE = (
@@ -97,6 +98,19 @@ class RunFolder:
         with disk_refusals(folder):
             folder.mkdir(exist_ok=True)
             replace_file(folder / f"step_{step:06d}.jsonl", "".join(lines))
+
+    def keep_first_error(self, traceback: str) -> Path | None:
+        """Keep the first traceback of an environment that raised.
+
+        Returns:
+            The file; None where it was there already.
+        """
+        file = self.path / FIRST_ERROR
+        if file.exists():
+            return None
+        with disk_refusals(file):
+            replace_file(file, traceback)
+        return file
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""

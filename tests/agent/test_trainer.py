@@ -398,7 +398,8 @@ def test_a_step_whose_server_died_is_collected_again_when_it_is_back(whole_run, 
     config = settings(folder, health__probe_every_s=0.1)
     summary = train(config, env=outage.env(), progress=outage)
     assert outage.newest_checkpoint == "step_000003\n"  # save_every is 2: the pause saved it
-    paused, back = outage.messages
+    shown, paused, back = outage.messages
+    assert "Traceback" in shown
     assert re.match(r"paused: 100% of steps fail \(ConnectionError: no server\)", paused)
     assert "answer again" in back
     assert summary["steps"] == 6
@@ -482,7 +483,8 @@ def test_failing_retrieval_shows_in_the_metrics(tmp_path):
             return super().step(action)
 
     changes = {"train__steps": 2, "eval__questions": 0, "health__pause_at": None}
-    train(settings(tmp_path / "run", **changes), env=Searching())
+    with pytest.raises(ServiceError, match=r"training: 100% failed \(retrieval \d+\)"):
+        train(settings(tmp_path / "run", **changes), env=Searching())
     for record in records(tmp_path / "run"):
         assert record["retrieval/requests"] == record["retrieval/failures"] >= record["nodes"]
     plain = tmp_path / "plain"
@@ -684,3 +686,53 @@ def test_questions_that_are_both_asked_and_trained_on_are_said_to_be(whole_run):
     assert "Exact match on 5 questions, all of them trained on" in shown.getvalue()
     assert "held-out" not in shown.getvalue()
     assert read_curves(whole_run).asked == "5 questions, all of them trained on"
+
+
+# --- what broke must not look like a bad model --------------------------------------------------------------
+
+
+class Heard(Progress):
+    """Keeps the messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def test_failures_of_the_training_are_counted_and_fail_the_run_at_its_end(tmp_path):
+    config = settings(tmp_path / "run", eval__questions=0, health__pause_at=None, train__steps=3)
+    heard = Heard()
+    with pytest.raises(ServiceError, match=r"training: \d+% failed \(env_error \d+\)") as failed:
+        train(config, env=GuessEnv(broken_guess=5), progress=heard)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert failed.value.summary == summary
+    assert summary["failures"]["env_error"] == sum(
+        record.get("outcome/env_error", 0) for record in records(tmp_path / "run")
+    )
+    traceback = (tmp_path / "run" / "first_error.txt").read_text()
+    assert traceback.startswith("Traceback")
+    assert "RuntimeError: the server is down" in traceback
+    assert len([text for text in heard.messages if "Traceback" in text]) == 1
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(summary_table(summary))
+    assert f"failures: training env_error {summary['failures']['env_error']}" in shown.getvalue()
+
+
+def test_an_evaluation_in_which_the_environment_breaks_ends_the_run_at_once(tmp_path):
+    class NoReward(GuessEnv):
+        def step(self, action):
+            _, _, terminated, truncated, _ = answer = super().step(action)
+            if terminated or truncated:
+                raise ZeroDivisionError("of the reward function")
+            return answer
+
+    config = settings(tmp_path / "run", health__pause_at=None)
+    with pytest.raises(ServiceError, match=r"evaluation \(greedy\) after step 0: 100% failed"):
+        train(config, env=NoReward(), eval_env=NoReward())
+    assert [record["failures"]["env_error"] for record in records(tmp_path / "run", "eval")] == [5]
+    assert not records(tmp_path / "run", "train")
+    assert "ZeroDivisionError" in (tmp_path / "run" / "first_error.txt").read_text()
+    train(config, resume=True)  # mended
+    assert [record["failures"]["env_error"] for record in records(tmp_path / "run", "eval")] == [0] * 5

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from helpers.guess_env import CharTokenizer, GuessEnv, GuessingPolicy
 
@@ -175,3 +177,25 @@ def test_an_evaluation_ends_where_a_service_stays_down():
     with pytest.raises(ServiceError, match=r"100% of steps fail.*again"):
         ask(give_up_after_s=0.0)
     assert ask(pause_at=None).outcomes == {"env_error": 10}
+
+
+def test_failures_are_counted_and_the_first_traceback_is_told():
+    told = []
+    config = Config(env={"id": "GuessEnv"}, eval={"questions": 10}, health={"pause_at": None})
+    figures = evaluate_mode(
+        config, "greedy", Outage([3]), GuessingPolicy(), Progress(), go_on="again", on_error=told.append
+    )
+    assert figures.failures == {"env_error": 3, "env_timeout": 0, "requests": 0, "retrieval": 0, "tools": 0}
+    assert figures.failed_share == 0.3
+    assert len(told) == 1
+    assert told[0].startswith("Traceback")
+    assert told[0].rstrip().endswith("OSError: the world is down")
+
+
+def test_requests_that_the_policy_gave_up_are_failures():
+    class Silent(GuessingPolicy):
+        def answer(self, request):
+            return dataclasses.replace(super().answer(request), stop_reason="abort")
+
+    figures, _ = evaluate(TASKS[:2], GuessEnv(), Silent(), TREES, seed=0)
+    assert (figures.failures["requests"], figures.failed_share) == (2, 1.0)
