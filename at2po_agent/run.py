@@ -97,7 +97,12 @@ def _run(
     config: Config, trainer: Trainer, folder: RunFolder, progress: Progress, *, resume: bool
 ) -> dict[str, Any]:
     if resume and list_checkpoints(folder.checkpoints):
-        restored = trainer.restore()
+        finished = folder.finished(config.train.steps)
+        restored = trainer.restore(rewind=finished is None)
+        if finished is not None:
+            progress.message(f"{folder.path}: the run is finished; a larger train.steps goes on with it")
+            trainer.check()
+            return {**finished, "folder": str(folder.path)}
         progress.message(f"resumed from {restored.path}, step {trainer.state.step}")
     else:
         folder.rewind_metrics(-1)

@@ -271,8 +271,12 @@ class Trainer:
         )
         self._saved_step = self.state.step
 
-    def restore(self) -> Restored:
-        """Go back to the newest checkpoint that is whole; later lines of the metrics are set aside."""
+    def restore(self, *, rewind: bool = True) -> Restored:
+        """Go back to the newest checkpoint that is whole.
+
+        Args:
+            rewind: Whether to set later lines of the metrics aside; a finished run keeps them.
+        """
         restored = load_newest(
             self.folder.checkpoints,
             model=self.agent.model,
@@ -300,7 +304,8 @@ class Trainer:
         self._learner.clip_scale = self.state.clip_scale
         self._saved_step = self.state.step
         self._first_step = self.state.step + 1
-        self.folder.rewind_metrics(self.state.step, self.state.metrics_lines)
+        if rewind:
+            self.folder.rewind_metrics(self.state.step, self.state.metrics_lines)
         if self.state.version is not None:
             self.agent.sampler.count_from(self.state.version - 1)  # the checkpoint's weights come next
         self.agent.sampler.weights_changed()
