@@ -147,7 +147,11 @@ def train(
 
     # A run's folder may have been moved since its configuration was written.
     given = [f"run.dir={config}", *(overrides or [])] if Path(config).is_dir() else overrides or []
-    loaded = load_config(config, given)
+
+    def note(text: str) -> None:
+        typer.echo(f"Note: {text}", err=True)
+
+    loaded = load_config(config, given, note=note)
     if smoke:
         loaded = load_config(config, [*smoke_overrides(loaded), *given])
     try:

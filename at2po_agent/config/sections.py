@@ -16,7 +16,7 @@ from at2po_agent.transcripts.window import WindowConfig
 class Section(BaseModel):
     """A frozen group of settings that refuses unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class EnvConfig(Section):
@@ -169,7 +169,6 @@ class AlgorithmConfig(Section):
     kl_weight: float = Field(
         0.0,
         ge=0,
-        allow_inf_nan=False,
         description="Weight of the KL to the policy before training.",
     )
     kl_estimator: KlEstimator = Field("k3", description="Estimator of the KL on sampled tokens.")
@@ -213,7 +212,6 @@ class TrainConfig(Section):
     importance_cap: float | None = Field(
         None,
         ge=1,
-        allow_inf_nan=False,
         description="Weigh each token's loss by the learner's probability over the sampler's, at most so "
         "much (truncated importance sampling); none does not weigh.",
     )
@@ -314,9 +312,7 @@ class HealthConfig(Section):
     )
     window: int = Field(20, ge=1, description="The newest samples with so many calls of a service decide.")
     probe_every_s: float = Field(30.0, gt=0, description="Seconds between probes of a pause.")
-    give_up_after_s: float = Field(
-        1800.0, ge=0, allow_inf_nan=False, description="Seconds after which a pause ends the run."
-    )
+    give_up_after_s: float = Field(1800.0, ge=0, description="Seconds after which a pause ends the run.")
 
 
 class RunConfig(Section):
