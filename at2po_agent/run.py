@@ -138,8 +138,9 @@ def _run(
     for moment, evaluations in (("before", state.before), ("after", after)):
         for mode, figures in evaluations.items():
             prefix = "" if mode == "greedy" else f"{mode}_"
-            for name in ("em", "em_low", "em_high", "f1"):
+            for name in ("em", "em_low", "em_high", "f1", "reward"):
                 summary[f"{prefix}{name}_{moment}"] = figures[name]
+            summary["metrics"] = sorted({*summary.get("metrics", ()), *figures["metrics"]})
             for name, value in figures["metrics"].items():
                 summary[f"{prefix}{name}_{moment}"] = value
             if "success" in figures["metrics"]:

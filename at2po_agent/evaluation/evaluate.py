@@ -15,7 +15,7 @@ from at2po_agent.evaluation.metrics import (
     tree_metrics,
     wilson_interval,
 )
-from at2po_agent.health import PROBES, HealthWatch, Tally, add_failures, failed_share, failures, tally
+from at2po_agent.health import LOST, PROBES, HealthWatch, Tally, add_failures, failed_share, failures, tally
 from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import Options, RolloutConfig, rollout
 from at2po_agent.rollout.config import ResamplingConfig, ThinkingConfig
@@ -32,7 +32,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         questions: How many were asked.
-        em: Exact match.
+        em: Exact match; like its interval and F1 it is None where the environment scores none.
         em_low: Lower end of its 95% interval (Wilson).
         em_high: Upper end.
         f1: Token F1.
@@ -48,10 +48,10 @@ class Evaluation(NamedTuple):
     """
 
     questions: int
-    em: float
-    em_low: float
-    em_high: float
-    f1: float
+    em: float | None
+    em_low: float | None
+    em_high: float | None
+    f1: float | None
     reward: float
     turns: float
     tokens: float
@@ -194,19 +194,24 @@ def summarise(trees: Sequence[Tree]) -> Evaluation:
     figures = tree_metrics(trees)
     count = len(trees)
     answered = figures["leaves"] / count if count else 0.0
-    em = figures.get("em", 0.0) * answered
-    low, high = wilson_interval(em, count)
+    em: float | None = figures.get("em", 0.0) * answered
+    f1: float | None = figures.get("f1", 0.0) * answered
+    low: float | None
+    high: float | None
+    low, high = wilson_interval(em or 0.0, count)
     kinds = {
         key.removeprefix(OUTCOME_PREFIX): int(figures[key])
         for key in figures
         if key.startswith(OUTCOME_PREFIX)
     }
+    if "em" not in figures and set(kinds) - set(LOST):  # episodes that ended by themselves were not scored
+        em = low = high = f1 = None
     return Evaluation(
         questions=count,
         em=em,
         em_low=low,
         em_high=high,
-        f1=figures.get("f1", 0.0) * answered,
+        f1=f1,
         reward=figures.get("reward", 0.0),
         turns=figures.get("turns", 0.0),
         tokens=sampled_tokens(trees) / count if count else 0.0,

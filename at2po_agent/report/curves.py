@@ -43,7 +43,8 @@ class RunCurves:
         training: Sampled exact match of each step's leaves, on training questions.
         greedy: Greedy exact match in evaluations.
         sampled: Sampled exact match in evaluations.
-        score: "Exact match", or "Success" where the environment reports that: then the curves show it.
+        score: "Success" where the environment reports it, else "Exact match" where it scores that, else
+            "Reward": the curves show it.
         asked: The questions of the evaluations: "held-out questions", or what else they are.
     """
 
@@ -68,7 +69,11 @@ def read_curves(run: Path) -> RunCurves:
             _series(records, {"kind": "train"}),
             _series(records, {"kind": "eval", "mode": "greedy"}),
             _series(records, {"kind": "eval", "mode": "sampled"}),
-            "Success" if any(_success(record) is not None for record in records) else "Exact match",
+            "Success"
+            if any(_success(record) is not None for record in records)
+            else "Exact match"
+            if any(record.get("em") is not None for record in records)
+            else "Reward",
             next((asked_questions(one) for one in records if one.get("kind") == "eval"), "evaluation"),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -137,6 +142,7 @@ def _series(records: Sequence[Mapping[str, Any]], kind: Mapping[str, str]) -> Se
         tokens = float(record.get("sampled_tokens") or tokens) if record.get("kind") == "train" else tokens
         success = _success(record)
         score = record.get("em") if success is None else success
+        score = record.get("reward") if score is None else score
         if all(record.get(key) == value for key, value in kind.items()) and score is not None:
             step = float(record["step"])
             latest[step] = (step, tokens, float(score))
@@ -215,8 +221,9 @@ def _points(axes: Any, series: Series, colour: str, *, label: str, look: str) ->
 
 
 def _finish_scores(axes: Any, title: str) -> None:
-    axes.set_ylim(0, 1)
-    axes.set_yticks(np.linspace(0, 1, 6))
+    if not title.startswith("Reward"):  # a reward has a range of its own
+        axes.set_ylim(0, 1)
+        axes.set_yticks(np.linspace(0, 1, 6))
     axes.set_ylabel(title.partition(" ·")[0].lower())
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color="#1b1f24", pad=12)
     handles, labels = axes.get_legend_handles_labels()

@@ -67,24 +67,36 @@ def print_ending(
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """Tabulate exact match (or success, where the environment reports it) before and after training.
+    """Tabulate the scores before and after training.
 
-    "–" stands where nothing was measured.
+    First comes success where the environment reports it, else exact match, else the reward; then every other
+    number that the environment reports, and the reward. "–" stands where nothing was measured.
     """
-    worlds = any(
-        f"{prefix}success_{when}" in summary for prefix in ("", "sampled_") for when in ("before", "after")
-    )
-    score = "success" if worlds else "em"
+
+    def measured(score: str) -> bool:
+        keys = (f"{prefix}{score}_{when}" for prefix in ("", "sampled_") for when in ("before", "after"))
+        return any(summary.get(key) is not None for key in keys)
+
+    titles = {"success": "Success", "em": "Exact match", "reward": "Reward"}
+    named = ("success", "em", *(name for name in summary.get("metrics", ()) if name not in titles), "reward")
+    scores = [score for score in named if measured(score)] or ["em"]
     asked = asked_questions(summary, "evaluated_questions", "seen_questions")
-    table = _table(f"{'Success' if worlds else 'Exact match'} on {asked}")
+    table = _table(f"{titles.get(scores[0], scores[0])} on {asked}")
     table.add_column("")
     for name in ("before", "after", "95% interval", "change"):
         table.add_column(name, justify="right")
-    for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
-        before, after = summary.get(f"{prefix}{score}_before"), summary.get(f"{prefix}{score}_after")
-        interval = _interval(summary, f"{prefix}{score}_low_after", f"{prefix}{score}_high_after")
-        change = NOTHING if before is None or after is None else f"{float(after) - float(before):+.3f}"
-        table.add_row(name, _share(before), _share(after), interval, change, style="" if prefix else "bold")
+    for score in scores:
+        for mode, prefix in (("greedy", ""), ("sampled", "sampled_")):
+            before, after = summary.get(f"{prefix}{score}_before"), summary.get(f"{prefix}{score}_after")
+            interval = _interval(summary, f"{prefix}{score}_low_after", f"{prefix}{score}_high_after")
+            change = NOTHING if before is None or after is None else f"{float(after) - float(before):+.3f}"
+            first = score == scores[0]
+            label = mode if first else f"{titles.get(score, score).lower()}, {mode}"
+            style = "bold" if first and not prefix else ""
+            ends = first and bool(prefix) and len(scores) > 1
+            table.add_row(
+                Text(label), _share(before), _share(after), interval, change, style=style, end_section=ends
+            )
     parts = (("training", "failures"), ("evaluations", "failures_in_evaluations"))
     counted = [f"{part} {_failures(summary[key])}" for part, key in parts if key in summary]
     table.caption = "failures: " + ", ".join(counted) if counted else None
@@ -169,18 +181,19 @@ def print_evaluation(console: Console, results: Mapping[str, Any], name: str) ->
 def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Tabulate figures by mode, with reward, turns and tokens.
 
-    The scores are exact match with its 95% interval and F1, and the numbers that the environment reports, or
-    those alone where success is one of them.
+    The scores are exact match with its 95% interval and F1, where the environment scores them, and the
+    numbers that it reports.
     """
     table = _table("Evaluation")
     table.add_column("")
     reported = sorted({name for figures in results.values() for name in figures.get("metrics", {})})
-    scores = reported if "success" in reported else ["exact match", "95% interval", "F1", *reported]
+    matched = any(figures["em"] is not None for figures in results.values())
+    scores = ["exact match", "95% interval", "F1", *reported] if matched else reported
     for name in ("questions", *scores, "reward", "turns", "tokens", "failures"):
         table.add_column(name, justify="right")
     for mode, figures in results.items():
         cells = [_share(figures.get("metrics", {}).get(name)) for name in reported]
-        if "success" not in reported:
+        if matched:
             cells = [_share(figures["em"]), _interval(figures), _share(figures["f1"]), *cells]
         table.add_row(
             mode,

@@ -199,8 +199,8 @@ class ToolEnv(ForkableEnv):
         Returns:
             What is newly shown; the reward (0.0 before the end); terminated (answered, or malformed under
             "end"); truncated (the last turn did not answer); and an info with turn, outcome ("tool",
-            "tool_error", "malformed", "answer", "limit") and reason, at the end also em, f1, answer,
-            score_reason and task_id.
+            "tool_error", "malformed", "answer", "limit") and reason, at the end also em and f1 (where
+            the task has golden answers), answer, score_reason and task_id.
 
         Raises:
             EnvError: No episode is running.
@@ -273,6 +273,8 @@ class ToolEnv(ForkableEnv):
             "score_reason": score_reason,
             "task_id": episode.task.id,
         }
+        if not episode.task.golden_answers:  # nothing to match: 0 would look like a wrong answer
+            del info["em"], info["f1"]
         truncated = why == "max_turns"
         return last.observation, reward, not truncated, truncated, info
 

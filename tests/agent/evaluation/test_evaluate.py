@@ -1,5 +1,7 @@
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 from helpers.guess_env import CharTokenizer, GuessEnv, GuessingPolicy
 
@@ -135,6 +137,23 @@ def test_an_environment_that_scores_nothing_has_no_exact_match():
     trees = rollout(TASKS[:2], Unscored(), GuessingPolicy(), TREES, seed=0)
     assert "em" not in tree_metrics(trees)
     assert "reward" in tree_metrics(trees)
+    figures = summarise(trees)
+    assert (figures.em, figures.em_low, figures.em_high, figures.f1) == (None, None, None, None)
+    # Where every episode failed, nothing was scored either, but it was meant to be.
+    failed, _ = evaluate(TASKS[:2], Outage([9]), GuessingPolicy(), TREES, seed=0)
+    assert failed.em == 0.0
+
+
+def test_every_number_that_an_environment_reports_is_averaged():
+    class Reporting(GuessEnv):
+        def step(self, action):
+            observation, reward, terminated, truncated, info = super().step(action)
+            more = {"cost": np.float32(2.0), "won": True, "note": "text", "lost": float("nan")}
+            return observation, reward, terminated, truncated, {**info, "metrics": more}
+
+    figures, trees = evaluate(TASKS[:3], Reporting(), GuessingPolicy(), TREES, seed=0)
+    assert figures.metrics == {"cost": 2.0, "won": 1.0}
+    assert json.loads(json.dumps(trees[0].to_json()))
 
 
 class Outage(GuessEnv):
