@@ -172,8 +172,15 @@ def _make(config: Config, section: str, env_id: str, kwargs: Mapping[str, Any]) 
     data = {key: value for key, value in (("dataset", config.dataset), ("corpus", config.corpus)) if value}
     try:
         env: Env = gymnasium.make(env_id, disable_env_checker=True, **{**data, **kwargs})
-    except gymnasium.error.UnregisteredEnv as error:
+    except gymnasium.error.Error as error:
         raise ConfigError(f"{section}.id: {error}; `at2po envs` lists what there is") from error
+    except ModuleNotFoundError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise  # of the environment; that of the import of an id's module has a cause
+        raise ConfigError(
+            f"{section}.id: got {env_id!r}, but {error.__cause__}. Fix: install it, or set PYTHONPATH to the "
+            "folder that holds it"
+        ) from error
     except TypeError as error:
         raise ConfigError(f"{section}.kwargs: {env_id} refuses {dict(kwargs)!r}: {error}") from error
     if number_of_tasks(env) == 0:

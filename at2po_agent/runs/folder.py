@@ -151,11 +151,14 @@ def open_run(config: Config, *, resume: bool = False) -> Iterator[tuple[RunFolde
     Yields:
         The folder, and the configuration with `run.dir` filled in.
 
+    An exception in the block removes a new folder in which nothing was recorded yet; an interrupt does not.
+
     Raises:
         ConfigError: Another process uses the folder; a new run would meet an old one; a resumed run has no
             folder or was started with other settings.
     """
     path = _choose_folder(config, resume=resume)
+    new = not path.exists()
     lock = FileLock(str(path / LOCK_FILE))
     with disk_refusals(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -191,8 +194,19 @@ def open_run(config: Config, *, resume: bool = False) -> Iterator[tuple[RunFolde
             if changed:
                 replace_file(file, text)
         yield RunFolder(path, changed=changed), config
+    except Exception:
+        if new:  # a start that failed leaves nothing behind
+            with contextlib.suppress(OSError):
+                _remove_unused(path)
+        raise
     finally:
         lock.release()
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove a folder that holds nothing of a run but its configuration."""
+    if {file.name for file in path.iterdir()} <= {CONFIG_FILE, LOCK_FILE}:
+        shutil.rmtree(path)
 
 
 def newest_run(name: str) -> Path | None:

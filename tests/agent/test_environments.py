@@ -133,3 +133,16 @@ def test_the_hit_rate_is_that_of_the_step_alone():
     counters = EnvCounters()
     count(requests=1)
     assert "retrieval/cache_hit_rate" not in counters.figures()
+
+
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        ("no_such_module:Env-v0", "env.id: got .*, but No module named 'no_such_module'.*PYTHONPATH"),
+        ("at2po/HotpotQB-v0", "env.id: .*`at2po envs` lists"),
+        ("not an id", "env.id: .*`at2po envs` lists"),
+    ],
+)
+def test_an_id_that_cannot_be_found_is_one_clear_error(env_id, message):
+    with pytest.raises(ConfigError, match=message):
+        make_training_env(Config.model_validate({"env": {"id": env_id}}))
