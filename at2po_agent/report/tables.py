@@ -97,10 +97,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             table.add_row(
                 Text(label), _share(before), _share(after), interval, change, style=style, end_section=ends
             )
-    parts = (("training", "failures"), ("evaluations", "failures_in_evaluations"))
-    counted = [f"{part} {_failures(summary[key])}" for part, key in parts if key in summary]
-    table.caption = "failures: " + ", ".join(counted) if counted else None
-    table.caption_justify = "left"
+    keys = {"training": "failures", "evaluations": "failures_in_evaluations"}
+    _caption(table, {part: summary.get(key) for part, key in keys.items()})
     return table
 
 
@@ -189,7 +187,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     reported = sorted({name for figures in results.values() for name in figures.get("metrics", {})})
     matched = any(figures["em"] is not None for figures in results.values())
     scores = ["exact match", "95% interval", "F1", *reported] if matched else reported
-    for name in ("questions", *scores, "reward", "turns", "tokens", "failures"):
+    for name in ("questions", *scores, "reward", "turns", "tokens"):
         table.add_column(name, justify="right")
     for mode, figures in results.items():
         cells = [_share(figures.get("metrics", {}).get(name)) for name in reported]
@@ -202,8 +200,8 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
             _share(figures["reward"]),
             f"{figures['turns']:.2f}",
             f"{figures['tokens']:.1f}",
-            _failures(figures.get("failures")),
         )
+    _caption(table, {mode: figures.get("failures") for mode, figures in results.items()})
     return table
 
 
@@ -248,7 +246,6 @@ def detail_table(results: Mapping[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     for title in ("EM, %", "95% interval", "F1, %", "questions"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("failures")
     table.add_column("questions from", overflow="fold")
     origins = {"given": "given", "cache": "cache", "sample": "SAMPLE, not comparable"}
     for group in suite_groups(results["suite"]):
@@ -263,10 +260,7 @@ def detail_table(results: Mapping[str, Any]) -> Table:
                 where = Text(f"{origins[origin]} ({record['split']})", style=style)
                 asked = f"{figures['questions']:,} of {size:,}"
             interval = _interval(figures, scale=100)
-            failed = _failures(None if figures is None else figures.get("failures"))
-            table.add_row(
-                SHORT[key], _percent(figures), interval, _percent(figures, "f1"), asked, failed, where
-            )
+            table.add_row(SHORT[key], _percent(figures), interval, _percent(figures, "f1"), asked, where)
         average = results["averages"][group]
         cells = (_average(average), _interval(average, scale=100), "")
         if average is None:
@@ -274,7 +268,9 @@ def detail_table(results: Mapping[str, Any]) -> Table:
         else:
             asked, sets = f"{average['questions']:,}", f"{len(average['sets'])} of {len(GROUPS[group])} sets"
             sets += ", partial" if average["partial"] else ""
-        table.add_row(f"Avg. {group}", *cells, asked, "", sets, style="bold", end_section=True)
+        table.add_row(f"Avg. {group}", *cells, asked, sets, style="bold", end_section=True)
+    found = {SHORT[key]: one["figures"] for key, one in results["sets"].items() if one["figures"] is not None}
+    _caption(table, {name: figures.get("failures") for name, figures in found.items()})
     return table
 
 
@@ -286,11 +282,14 @@ def _share(value: Any) -> str:
     return NOTHING if value is None else f"{float(value):.3f}"
 
 
-def _failures(counts: Mapping[str, int] | None) -> str:
-    """What failed how often, such as "env_error 12"; "–" where it was not counted."""
-    if counts is None:
-        return NOTHING
-    return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "none"
+def _caption(table: Table, parts: Mapping[str, Mapping[str, int] | None]) -> None:
+    """Say below a table what failed how often in which part, such as "failures: greedy env_error 12"."""
+    said = []
+    for name, counts in parts.items():
+        if failed := ", ".join(f"{kind} {count}" for kind, count in (counts or {}).items() if count):
+            said.append(f"{name} {failed}")
+    if any(counts is not None for counts in parts.values()):  # files of older releases do not count them
+        table.caption, table.caption_justify = f"failures: {'; '.join(said) or 'none'}", "left"
 
 
 def _percent(figures: Mapping[str, Any] | None, key: str = "em") -> str:

@@ -591,10 +591,12 @@ def test_tables_of_evaluations_and_trees() -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=120)
     figures_of = {"questions": 200, "em": 0.5, "em_low": 0.431, "em_high": 0.569, "f1": 0.6, "reward": 0.4}
-    console.print(evaluation_table({"greedy": {**figures_of, "turns": 2.5, "tokens": 61.2}}))
+    broken = {"turns": 2.5, "tokens": 61.2, "failures": {"env_error": 12, "env_timeout": 0, "requests": 3}}
+    console.print(evaluation_table({"greedy": {**figures_of, **broken}}))
     console.print(tree_table([TreeRecord(small_tree(), "Who [b]founded[/b] it?")], "trees"))
     shown = screen.getvalue()
     assert "0.431 – 0.569" in shown
+    assert "failures: greedy env_error 12, requests 3" in shown
     assert "Who [b]founded[/b] it?" in shown
 
 
