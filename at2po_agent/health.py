@@ -6,13 +6,16 @@ rewards mean nothing. So the calls of each sample are tallied (`tally`), and the
 is thrown away: `HealthWatch` waits, probes the services, takes the sample again when they are back, and gives
 up after `health.give_up_after_s`.
 
+Failures below that are counted beside every score (`failures`), and a command whose share of them exceeds
+`health.fail_at` fails at its end (`check_failures`): a broken environment must not look like a bad model.
+
 A tool's complaint about what the policy wrote (wrong arguments, an empty query) is no failure of a service.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from at2po_agent.config.sections import HealthConfig
 from at2po_agent.environments import EnvCounters
@@ -34,7 +37,13 @@ _FIXES = {
 
 
 class ServiceError(At2poError):
-    """A service is down and has not come back in time."""
+    """A service is down and has not come back in time, or too much has failed.
+
+    Attributes:
+        summary: What `summary.json` holds, where the run was complete all the same.
+    """
+
+    summary: dict[str, Any] | None = None
 
 
 class Tally(NamedTuple):
@@ -51,6 +60,66 @@ class Tally(NamedTuple):
 
 Tallies = Mapping[str, Tally]
 """The calls of `tools`, `retrieval`, `steps` (of environments) and `requests` (to the policy)."""
+
+
+LOST = {"env_error": "env_error", "env_timeout": "env_timeout", "abort": "requests"}
+"""Outcomes of the episodes that failed, and the names under which they are counted."""
+
+
+def failures(trees: Sequence[Tree], tallies: Tallies) -> dict[str, Tally]:
+    """Count what failed in some episodes, for the tables that show their scores.
+
+    Returns:
+        env_error, env_timeout and requests: episodes that ended because the environment raised, because it
+        was late, and because the policy gave a request up; of all episodes. retrieval and tools: calls.
+    """
+    kinds = Counter(
+        str((tree.outcomes[leaf] or {}).get("outcome")) for tree in trees for leaf in tree.leaves()
+    )
+    lost = {name: Tally(kinds[kind], kinds.total()) for kind, name in LOST.items()}
+    return {**lost, **{name: tallies.get(name, Tally(0, 0)) for name in ("retrieval", "tools")}}
+
+
+def add_failures(first: Tallies, second: Tallies) -> dict[str, Tally]:
+    """Add what failed in two parts of a run."""
+    names = dict.fromkeys([*first, *second])
+    both = {name: (first.get(name, Tally(0, 0)), second.get(name, Tally(0, 0))) for name in names}
+    return {name: Tally(a.failed + b.failed, a.calls + b.calls) for name, (a, b) in both.items()}
+
+
+def failed_share(counted: Tallies) -> float:
+    """Compute the largest share that failed: of the episodes, or of the calls of retrieval or tools."""
+    lost = [counted[name] for name in LOST.values() if name in counted]
+    shares = [sum(one.failed for one in lost) / max(1, *(one.calls for one in lost))] if lost else [0.0]
+    calls = [counted[name] for name in ("retrieval", "tools") if name in counted]
+    return max(shares + [one.failed / one.calls for one in calls if one.calls >= FEW])
+
+
+def check_failures(what: str, counts: Mapping[str, int], share: float, config: HealthConfig) -> None:
+    """Refuse figures that say more about what broke than about the policy.
+
+    Args:
+        what: The part of the run, for the message.
+        counts: How often what failed.
+        share: What `failed_share` returned.
+        config: The share that is put up with.
+
+    Raises:
+        ServiceError: More than `health.fail_at` of it failed.
+    """
+    if config.fail_at is None or share <= config.fail_at:
+        return
+    said = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    raise ServiceError(
+        f"{what}: {share:.0%} failed ({said}), more than health.fail_at ({config.fail_at:g}), so its figures "
+        "are not the policy's alone. Fix: mend what failed, or raise health.fail_at"
+    )
+
+
+def first_traceback(trees: Sequence[Tree]) -> str | None:
+    """The traceback of the first step of an environment that raised; None where none did."""
+    outcomes = (tree.outcomes[leaf] or {} for tree in trees for leaf in tree.leaves())
+    return next((str(one["traceback"]) for one in outcomes if "traceback" in one), None)
 
 
 class Verdict(NamedTuple):
@@ -132,14 +201,22 @@ class HealthWatch:
         config: Thresholds and patience.
         report: Takes a line that a person should read.
         resume: The end of the error's message: how to go on by hand.
+        on_error: Takes the first traceback of each sample in which an environment raised.
 
     Attributes:
         history: Tallies of the samples so far that may still count, oldest first. A run keeps them in its
             checkpoints, because a resumed run has to judge as one in one piece does.
     """
 
-    def __init__(self, config: HealthConfig, report: Callable[[str], None], resume: str) -> None:
+    def __init__(
+        self,
+        config: HealthConfig,
+        report: Callable[[str], None],
+        resume: str,
+        on_error: Callable[[str], None] | None = None,
+    ) -> None:
         self._config = config
+        self._on_error = on_error
         self._report = report
         self._resume = resume
         self.history: list[Tallies] = []
@@ -175,6 +252,9 @@ class HealthWatch:
             counters = EnvCounters()
             result = sample()
             trees = trees_of(result)
+            traceback = first_traceback(trees)
+            if traceback is not None and self._on_error is not None:
+                self._on_error(traceback)
             tallies = tally(trees, counters.counts())
             verdict = self._judge([*self.history, tallies])
             if verdict.level != "pause":

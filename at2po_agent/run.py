@@ -15,6 +15,7 @@ from at2po_agent.agents.cold_start import cold_start, record_demonstrations
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import Env, make_cold_start_env
 from at2po_agent.evaluation.metrics import wilson_interval
+from at2po_agent.health import LOST, ServiceError
 from at2po_agent.policies.base import transcript_of
 from at2po_agent.runs.checkpoint import list_checkpoints
 from at2po_agent.runs.folder import RunFolder, open_run
@@ -56,6 +57,8 @@ def run_training(
         ConfigError: The folder is taken, or the configuration does not fit it.
         CheckpointError: A checkpoint cannot be written or read.
         EnvError: Foreign code called `sys.exit`.
+        ServiceError: A service stayed away; or more than `health.fail_at` of an evaluation, or of the whole
+            training, failed.
     """
     progress = progress or Progress()
     if config.run.dry_run:
@@ -94,7 +97,12 @@ def _run(
     config: Config, trainer: Trainer, folder: RunFolder, progress: Progress, *, resume: bool
 ) -> dict[str, Any]:
     if resume and list_checkpoints(folder.checkpoints):
-        restored = trainer.restore()
+        finished = folder.finished(config.train.steps)
+        restored = trainer.restore(rewind=finished is None)
+        if finished is not None:
+            progress.message(f"{folder.path}: the run is finished; a larger train.steps goes on with it")
+            trainer.check()
+            return {**finished, "folder": str(folder.path)}
         progress.message(f"resumed from {restored.path}, step {trainer.state.step}")
     else:
         folder.rewind_metrics(-1)
@@ -116,12 +124,23 @@ def _run(
         "parameters": sum(parameter.numel() for parameter in trainer.agent.model.parameters()),
         "seed": config.run.seed,
         "cold_start": state.cold_start,
+        "held_out_questions": trainer.split.held_out,
+        "failures": {name: failed for name, (failed, _) in state.failures.items()},
+        "failures_in_evaluations": {
+            name: sum(
+                one.get("failures", {}).get(name, 0) for one in (*state.before.values(), *after.values())
+            )
+            for name in (*LOST.values(), "retrieval", "tools")
+        },
     }
+    for one in after.values():
+        summary |= {"evaluated_questions": one["questions"], "seen_questions": one["seen"]}
     for moment, evaluations in (("before", state.before), ("after", after)):
         for mode, figures in evaluations.items():
             prefix = "" if mode == "greedy" else f"{mode}_"
-            for name in ("em", "em_low", "em_high", "f1"):
+            for name in ("em", "em_low", "em_high", "f1", "reward"):
                 summary[f"{prefix}{name}_{moment}"] = figures[name]
+            summary["metrics"] = sorted({*summary.get("metrics", ()), *figures["metrics"]})
             for name, value in figures["metrics"].items():
                 summary[f"{prefix}{name}_{moment}"] = value
             if "success" in figures["metrics"]:
@@ -129,6 +148,11 @@ def _run(
                 summary[f"{prefix}success_low_{moment}"] = low
                 summary[f"{prefix}success_high_{moment}"] = high
     folder.write_summary(summary)
+    try:
+        trainer.check()
+    except ServiceError as error:
+        error.summary = summary
+        raise
     return summary
 
 

@@ -20,13 +20,23 @@ from at2po_agent.environments import (
     Env,
     EnvCounters,
     TaskOrder,
+    TaskSplit,
     make_eval_env,
     make_training_env,
     number_of_tasks,
+    split_tasks,
 )
 from at2po_agent.evaluation.evaluate import Evaluation, evaluate_mode
 from at2po_agent.evaluation.metrics import intervention_shares, staleness_metrics, tree_metrics
-from at2po_agent.health import PROBES, HealthWatch, Tally
+from at2po_agent.health import (
+    PROBES,
+    HealthWatch,
+    Tally,
+    add_failures,
+    check_failures,
+    failed_share,
+    failures,
+)
 from at2po_agent.learning.step import TreeLearner, give_credit
 from at2po_agent.rollout import GrownTrees, rollout
 from at2po_agent.rollout.uncertainty import Thresholds, running_threshold
@@ -38,6 +48,7 @@ from at2po_agent.runs.progress import Clock, Progress
 from at2po_agent.runs.scalars import Scalars
 from at2po_agent.runs.seeding import RunPurpose, run_seed
 from at2po_agent.tree import Tree
+from at2po_env.errors import ConfigError
 
 
 @dataclass
@@ -58,6 +69,9 @@ class TrainerState:
         eta: Threshold of dynamical sampling, where `rollout.resampling.share` is set.
         clip_scale: Factor of the loss's bounds, where `algorithm.clip_share` is set.
         health: Failed and all calls of each service in the newest samples (`HealthWatch.history`).
+        trained_questions: How many questions are trained on; None where the environment draws them by seed,
+            and in checkpoints of older releases.
+        failures: Failed and all episodes and calls of the training so far (`health.failures`).
     """
 
     step: int = 0
@@ -73,6 +87,8 @@ class TrainerState:
     eta: float | None = None
     clip_scale: float = 1.0
     health: list[dict[str, tuple[int, int]]] = field(default_factory=list)
+    trained_questions: int | None = None
+    failures: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Trainer:
@@ -106,10 +122,13 @@ class Trainer:
         self._progress = progress
         self._env = env or make_training_env(config)
         self._eval_env = eval_env
-        self._order = TaskOrder(number_of_tasks(self._env), run_seed(config.run.seed, RunPurpose.TASKS))
+        if eval_env is None and config.eval.questions:
+            self._eval_env = make_eval_env(config)
+        self.split = self._share_out()
+        self._order = TaskOrder(self.split.training, run_seed(config.run.seed, RunPurpose.TASKS))
         self._learner = TreeLearner(agent.model, config, folder.path, progress.message)
         self._health = HealthWatch(
-            config.health, progress.message, f"then go on with: {folder.resume_command}"
+            config.health, progress.message, f"then go on with: {folder.resume_command}", self._keep_error
         )
         self._scalars: Scalars | None = None
         self._first_step = 0
@@ -172,6 +191,7 @@ class Trainer:
         self.state.step, self.state.cursor = number, collected.cursor
         self.state.clip_scale = self._learner.clip_scale
         self.state.sampled_tokens += collected.tokens
+        self._count_failures(failures(collected.sampled, self._health.history[-1]))
         figures |= self._follow_thresholds(collected)
         # Log: some trees with their credit, and one line of figures.
         config = self.config.train
@@ -199,14 +219,33 @@ class Trainer:
 
     def evaluate(self, mode: str) -> Evaluation:
         """Evaluate the current weights, `greedy` or `sampled`, and record the figures."""
-        if self._eval_env is None:
-            self._eval_env = make_eval_env(self.config)
-        go_on = f"then go on with: {self.folder.resume_command}"
+        assert self._eval_env is not None, "evaluations have questions"
         result = evaluate_mode(
-            self.config, mode, self._eval_env, self.agent.policy, self._progress, go_on=go_on
+            self.config,
+            mode,
+            self._eval_env,
+            self.agent.policy,
+            self._progress,
+            split=self.split,
+            go_on=f"then go on with: {self.folder.resume_command}",
+            on_error=self._keep_error,
         )
+        share, config = result.failed_share, self.config.health
+        if config.fail_at is not None and share > config.fail_at and self.state.step:
+            self.save()  # before its line is written, so that a resume evaluates again
         self._record({"kind": "eval", "mode": mode, "step": self.state.step, **result.to_json()})
+        check_failures(f"evaluation ({mode}) after step {self.state.step}", result.failures, share, config)
         return result
+
+    def check(self) -> None:
+        """Fail where too much failed in training.
+
+        Raises:
+            ServiceError: More than `health.fail_at` of its episodes or calls.
+        """
+        counted = {name: Tally(*one) for name, one in self.state.failures.items()}
+        counts = {name: one.failed for name, one in counted.items()}
+        check_failures("training", counts, failed_share(counted), self.config.health)
 
     def save(self) -> None:
         """Write a checkpoint of the current step, unless it was written or read before."""
@@ -217,6 +256,7 @@ class Trainer:
         self.state.health = [
             {name: (*one,) for name, one in tallies.items()} for tallies in self._health.history
         ]
+        self.state.trained_questions = self._trained_questions
         self.state.seconds = self.seconds
         self._started = time.monotonic()
         save_checkpoint(
@@ -231,8 +271,12 @@ class Trainer:
         )
         self._saved_step = self.state.step
 
-    def restore(self) -> Restored:
-        """Go back to the newest checkpoint that is whole; later lines of the metrics are set aside."""
+    def restore(self, *, rewind: bool = True) -> Restored:
+        """Go back to the newest checkpoint that is whole.
+
+        Args:
+            rewind: Whether to set later lines of the metrics aside; a finished run keeps them.
+        """
         restored = load_newest(
             self.folder.checkpoints,
             model=self.agent.model,
@@ -247,13 +291,21 @@ class Trainer:
                 f"{restored.path}: state.json holds no state of a training run ({error.errors()[0]['msg']}); "
                 f"delete the folder {restored.path} or restore the file"
             ) from error
+        trained, now = self.state.trained_questions, self._trained_questions
+        if now != trained and (trained is not None or self.split.held_out):
+            raise ConfigError(
+                f"{self.folder.path}: the run trained on {trained or 'all'} questions, and would go on with "
+                f"{now}: a change of eval or of the data has changed which are held out. Fix: undo it, or "
+                "start a new run"
+            )
         self._health.history = [
             {name: Tally(*one) for name, one in tallies.items()} for tallies in self.state.health
         ]
         self._learner.clip_scale = self.state.clip_scale
         self._saved_step = self.state.step
         self._first_step = self.state.step + 1
-        self.folder.rewind_metrics(self.state.step, self.state.metrics_lines)
+        if rewind:
+            self.folder.rewind_metrics(self.state.step, self.state.metrics_lines)
         if self.state.version is not None:
             self.agent.sampler.count_from(self.state.version - 1)  # the checkpoint's weights come next
         self.agent.sampler.weights_changed()
@@ -263,6 +315,27 @@ class Trainer:
         """Close the files that are open."""
         if self._scalars is not None:
             self._scalars.close()
+
+    def _count_failures(self, found: Mapping[str, Tally]) -> None:
+        before = {name: Tally(*one) for name, one in self.state.failures.items()}
+        self.state.failures = {name: (*one,) for name, one in add_failures(before, found).items()}
+
+    def _keep_error(self, traceback: str) -> None:
+        """Keep and show the first traceback of an environment; later ones say the same again."""
+        file = self.folder.keep_first_error(traceback)
+        if file is not None:
+            self._progress.message(f"the environment failed, first with this ({file}):\n{traceback.rstrip()}")
+
+    @property
+    def _trained_questions(self) -> int | None:
+        return None if self.split.training is None else len(self.split.training)
+
+    def _share_out(self) -> TaskSplit:
+        """Decide which questions are trained on; all of them where nothing is evaluated."""
+        if self._eval_env is None or not self.config.eval.questions:
+            count = number_of_tasks(self._env)
+            return TaskSplit(None if count is None else range(count), [], None)
+        return split_tasks(self.config, self._env, self._eval_env)
 
     def _collect(self, number: int, clock: Clock) -> Collected:
         if "rollout" in clock.phases:  # this is another attempt, after a pause

@@ -27,7 +27,7 @@ import gymnasium
 
 from at2po_env.data.qa import Tasks, as_tasks
 from at2po_env.episodes.tool_env import Reward, ToolEnv
-from at2po_env.errors import EnvError
+from at2po_env.errors import ConfigError, EnvError
 from at2po_env.tools.base import Tool
 from at2po_env.tools.function import as_tool
 from at2po_env.vector import TextVectorEnv, make_vector
@@ -65,7 +65,7 @@ def register_tool_env(
     id: str,
     *,
     tools: Sequence[Tool | Callable[..., Any]],
-    tasks: Tasks,
+    tasks: Tasks | Mapping[str, Tasks],
     reward: Reward = "tag",
     **options: Any,
 ) -> None:
@@ -78,7 +78,9 @@ def register_tool_env(
         id: The id, e.g. "my/Shop-v0".
         tools: Tools, or plain typed functions: signature = schema, docstring = description.
         tasks: A list of dicts `{"question", "golden_answers"}`, a `TaskSource`, the path of a FlashRAG file,
-            or a function that returns one of these; read at the first `make`.
+            or a function that returns one of these; read at the first `make`. Or a mapping from the names of
+            splits to any of these: `make(id, split=NAME)` takes one, by default the first. A run trains on
+            that one and evaluates on "test", else "dev", else the last.
         reward: A rule ("tag", "boxed", "structured") or a function of an `at2po_env.Ending`.
         **options: Further arguments of `ToolEnv` (protocol, prompt, max_turns, on_malformed); `make` may
             override them.
@@ -92,6 +94,8 @@ def register_tool_env(
         "reward": reward,
         **options,
     }
+    if isinstance(tasks, Mapping) and not (tasks and all(isinstance(name, str) for name in tasks)):
+        raise ConfigError(f"tasks of {id!r}: expected names of splits with their tasks, got {tasks!r:.200}")
     ToolEnv(**{**recipe, "tasks": [{"question": "?"}]})  # so that errors are raised now and not at make
     home = _home(sys._getframe(1))
     if home is None:
@@ -107,7 +111,7 @@ def register_tool_env(
             kwargs={"recipe": id, "module": home},
             **NO_WRAPPERS,
         )
-    _recipes[id] = recipe
+    _recipes[id] = {**recipe, "splits": dict(tasks) if isinstance(tasks, Mapping) else {None: tasks}}
 
 
 def _home(caller: FrameType) -> str | None:
@@ -120,16 +124,20 @@ def _home(caller: FrameType) -> str | None:
     return name if getattr(sys.modules.get(name), "__spec__", None) is not None else None
 
 
-def make_tool_env(*, recipe: str, module: str | None = None, **options: Any) -> ToolEnv:
+def make_tool_env(
+    *, recipe: str, module: str | None = None, split: str | None = None, **options: Any
+) -> ToolEnv:
     """Build a registered tool environment.
 
     Args:
         recipe: Its id.
         module: The module that registers it; it is imported if the recipe is not there yet.
+        split: One of the splits that it was registered with; None takes the first.
         **options: Arguments of `ToolEnv` over those registered.
 
     Raises:
         EnvError: It is not registered in this process.
+        ConfigError: It has no such split.
     """
     if recipe not in _recipes and module is not None:
         importlib.import_module(module)
@@ -139,8 +147,20 @@ def make_tool_env(*, recipe: str, module: str | None = None, **options: Any) -> 
             "calls register_tool_env first"
         )
     found = _recipes[recipe]
-    found["tasks"] = as_tasks(found["tasks"])  # read once per process, shared by all its environments
-    return ToolEnv(**{**found, **options})
+    splits: dict[str | None, Any] = found[
+        "splits"
+    ]  # tasks are read once per process, for all its environments
+    name = next(iter(splits)) if split is None else split
+    if name not in splits:
+        known = (
+            ", ".join(map(repr, splits)) if None not in splits else "none: its tasks were given as one list"
+        )
+        raise ConfigError(f"{recipe!r} has no split {split!r}. It has {known}")
+    splits[name] = as_tasks(splits[name])
+    arguments = {key: value for key, value in found.items() if key != "splits"}
+    env = ToolEnv(**{**arguments, "tasks": splits[name], **options})
+    env.splits = tuple(one for one in splits if one is not None)
+    return env
 
 
 def make_tool_env_vector(**options: Any) -> TextVectorEnv:

@@ -1,7 +1,8 @@
 """Steps many text environments concurrently; each fails for itself.
 
 Steps of tool environments wait (for retrieval servers, sandboxes, models), so each episode has a thread.
-Gymnasium's `AsyncVectorEnv` cannot be used: its shared memory silently turns text into garbage.
+Gymnasium's `AsyncVectorEnv` has a process for each instead, which loads data and index again. It refuses our
+texts in its shared memory, so it needs `shared_memory=False`, and one failing episode ends all.
 
 The error model: an exception in one environment (a bug in a tool, say, or `sys.exit`) ends that episode and
 no other. It is recorded in `infos["error"]` and `infos["traceback"]`, the episode is truncated, and the next

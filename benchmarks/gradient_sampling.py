@@ -159,7 +159,8 @@ class Player(NamedTuple):
         own = [f"model.path={policy}", f"run.seed={seed}", "cold_start.steps=0"]
         config = load_config(BASE, [*task, *own])
         env = make_training_env(config)
-        order = TaskOrder(number_of_tasks(env), run_seed(seed, RunPurpose.TASKS))
+        count = number_of_tasks(env)
+        order = TaskOrder(None if count is None else range(count), run_seed(seed, RunPurpose.TASKS))
         return cls(config, build_agent(config), env, order)
 
     def grow(self, tasks: Sequence[Options], shape: Mapping[str, Any], *, seed: int) -> list[Tree]:

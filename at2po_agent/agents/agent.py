@@ -1,9 +1,12 @@
 """Builds what learns from a configuration: a model, its tokenizer, and a policy that samples with it."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from at2po_agent.agents.cold_start import record_demonstrations
@@ -55,9 +58,13 @@ def build_agent(config: Config) -> Agent:
     Raises:
         MissingExtraError: vLLM is configured and not installed.
         PolicyError: The model cannot be served.
-        ConfigError: The chat template will not do, or no model can be loaded.
+        ConfigError: The chat template will not do, no model can be loaded, or there is no such device.
     """
     own = config.model
+    check_device(own.device)
+    for key, path in (("path", own.path), ("tokenizer", own.tokenizer)):
+        if path is not None:
+            check_model_path(f"model.{key}", path)
     if own.sampler == "vllm":
         require("vllm.v1", "vllm")  # before anything is loaded
     tokenizer = build_tokenizer(config)
@@ -87,6 +94,39 @@ def build_agent(config: Config) -> Agent:
         transcript=transcript,
     )
     return Agent(model, policy)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not have here.
+
+    Raises:
+        ConfigError: It has none of this name.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ConfigError(
+            f"model.device: got {device!r}, which torch cannot use here ({str(error).splitlines()[0]}). Fix: "
+            "model.device=cpu, or a machine and a build of torch that have it"
+        ) from error
+
+
+def check_model_path(key: str, path: str) -> None:
+    """Refuse a misspelt folder, so that the hub is not asked for it (which may take a minute).
+
+    A name of the hub is `NAME` or `OWNER/NAME`, so anything longer is a path, and so is a name in a folder
+    that is here.
+
+    Raises:
+        ConfigError: The path is no name of the hub, and there is nothing.
+    """
+    place = Path(path).expanduser()
+    is_path = place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    if not place.exists() and (is_path or ("/" in path and place.parent.is_dir())):
+        here = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
+        close = difflib.get_close_matches(place.name, here, n=2)
+        near = f"; did you mean {' or '.join(str(place.parent / name) for name in close)}?" if close else ""
+        raise ConfigError(f"{key}: there is no folder {path!r}{near}")
 
 
 def _writes_chats(own: ModelConfig) -> bool:

@@ -141,12 +141,17 @@ def train(
     """Train a policy, and evaluate it before and after; all results are kept in the run's folder."""
     need_agent_extra()
     from at2po_agent.config.loading import load_config
+    from at2po_agent.health import ServiceError
     from at2po_agent.report.live import make_listener
     from at2po_agent.run import run_training
 
     # A run's folder may have been moved since its configuration was written.
     given = [f"run.dir={config}", *(overrides or [])] if Path(config).is_dir() else overrides or []
-    loaded = load_config(config, given)
+
+    def note(text: str) -> None:
+        typer.echo(f"Note: {text}", err=True)
+
+    loaded = load_config(config, given, note=note)
     if smoke:
         loaded = load_config(config, [*smoke_overrides(loaded), *given])
     try:
@@ -155,6 +160,10 @@ def train(
     except KeyboardInterrupt as stop:
         _say_interrupted(stop, loaded)
         raise typer.Exit(EXIT_INTERRUPTED) from stop
+    except ServiceError as error:
+        if error.summary is not None:
+            _say_ending(config, Path(error.summary["folder"]), error.summary)
+        raise
     if "folder" in summary:
         _say_ending(config, Path(summary["folder"]), summary)
 

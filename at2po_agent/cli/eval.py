@@ -78,7 +78,7 @@ def evaluate_command(
     """Evaluate a policy on held-out questions, or on the published question sets."""
     need_agent_extra()
     from at2po_agent.evaluation.suite import suite_sources
-    from at2po_agent.evaluation.target import evaluate_policy, evaluation_config, open_policy
+    from at2po_agent.evaluation.target import check_results, evaluate_policy, evaluation_config, open_policy
     from at2po_agent.report.live import make_listener
     from at2po_agent.report.tables import print_evaluation, shown_path
 
@@ -106,10 +106,11 @@ def evaluate_command(
             raise typer.Exit(EXIT_INTERRUPTED) from stop
     if as_json and file is None:
         typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
-        return
-    print_evaluation(Console(), results, target)
-    for path in files:
-        typer.echo(shown_path(path))
+    else:
+        print_evaluation(Console(), results, target)
+        for path in files:
+            typer.echo(shown_path(path))
+    check_results(results, composed)
 
 
 def results_file(config: "Config", target: str, suite: str) -> Path:

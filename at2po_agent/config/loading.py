@@ -3,11 +3,12 @@
 The order of precedence does not depend on the order of the command line: defaults, the parts of the chosen
 preset, the file, single keys of the command line. A preset of the command line replaces the file's
 `algorithm` section and its expansion rule; the file's shape of the trees stays, so that algorithms are
-compared at equal leaves. Options of a part in a file replace the preset's; on the command line they change
-single ones.
+compared at equal leaves, unless the command line gives a shape: what it says holds. Options of a part in a
+file replace the preset's. On the command line `loss_options.NAME=VALUE` changes one of them, and
+`loss_options={}` replaces them all, as any mapping of free keys (`env.kwargs={}`) does.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from at2po_agent.config.sections import Config, RunConfig
 from at2po_env.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
+SHAPE = ("chains", "rounds", "forks")
 _SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -30,27 +32,36 @@ def shipped_configs() -> list[str]:
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
-def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(
+    name_or_path: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    note: Callable[[str], None] | None = None,
+) -> Config:
     """Read, compose and check a configuration.
 
     Args:
         name_or_path: A shipped name, a YAML file, or the folder of a run, which then is `run.dir`.
         overrides: `key=value` texts; `algorithm=NAME` chooses a preset.
+        note: Told what a preset of the command line makes of the file's shape of the trees, where it differs.
 
     Raises:
         ConfigError: The file cannot be read, or anything in it is wrong; all problems in one message.
     """
     path = find_config(name_or_path)
     problems: list[Problem] = []
-    typed = _parse_overrides(overrides, problems)
+    typed, replaced = _parse_overrides(overrides, problems)
     file = _read_yaml(path)
     if path.name == CONFIG_FILE and Path(name_or_path).is_dir():
         _check_whole(path, file)
         file = _merge(file, {"run": {"dir": str(name_or_path)}})
-    merged = _compose(file, typed, problems)
+    file, typed = _sections_only(file, problems), _sections_only(typed, problems)
+    merged = _compose(file, typed, replaced, problems)
     config = _validate(merged, problems)
     problems += composition_problems(merged)
     if config is not None and not problems:
+        if note is not None and (said := _shape_note(file, typed, config)):
+            note(said)
         return config
     from_command = {key for key, _ in flatten(typed)}
     lines = [f"{path}: 1 problem" if len(problems) == 1 else f"{path}: {len(problems)} problems"]
@@ -119,9 +130,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()}
 
 
-def _parse_overrides(overrides: Iterable[str], problems: list[Problem]) -> dict[str, Any]:
-    """Nest the values of `key=value` texts; `algorithm=NAME` becomes `algorithm.preset=NAME`."""
+def _parse_overrides(
+    overrides: Iterable[str], problems: list[Problem]
+) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """Nest the values of `key=value` texts; `algorithm=NAME` becomes `algorithm.preset=NAME`.
+
+    Returns:
+        The nested values; and the keys that were given a whole mapping of free keys, which replaces the
+        file's.
+    """
     typed = OmegaConf.create({})
+    replaced: list[tuple[str, ...]] = []
     for text in overrides:
         key, equals, _ = text.partition("=")
         if not equals or not key:
@@ -131,6 +150,10 @@ def _parse_overrides(overrides: Iterable[str], problems: list[Problem]) -> dict[
             one = OmegaConf.from_dotlist(
                 [text.replace("algorithm=", "algorithm.preset=", 1) if key == "algorithm" else text]
             )
+            if OmegaConf.is_dict(OmegaConf.select(one, key)) and not _is_section(tuple(key.split("."))):
+                replaced.append(tuple(key.split(".")))
+                OmegaConf.update(typed, key, OmegaConf.select(one, key), merge=False, force_add=True)
+                continue
             typed.merge_with(one)
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
             problems.append(Problem(key, f"cannot read {text!r}: {str(error).splitlines()[0]}"))
@@ -138,39 +161,115 @@ def _parse_overrides(overrides: Iterable[str], problems: list[Problem]) -> dict[
         container = OmegaConf.to_container(typed, resolve=True)
     except OmegaConfBaseException as error:
         problems.append(Problem("command line", str(error).splitlines()[0]))
-        return {}
+        return {}, []
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return {str(key): value for key, value in container.items()}, replaced
 
 
-def _compose(file: dict[str, Any], typed: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+def _is_section(path: tuple[str, ...]) -> bool:
+    """Tell whether a key names a group of settings, and not a mapping of free keys."""
+    model: Any = Config
+    for part in path:
+        field = model.model_fields.get(part)
+        model = field.annotation if field is not None else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return False
+    return True
+
+
+def _sections_only(values: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """Report sections that hold no keys, such as `rollout: 5`, and leave them out, empty ones too."""
+    kept = dict(values)
+    for name, value in values.items():
+        named = name == "algorithm" and isinstance(value, str)
+        if not _is_section((name,)) or isinstance(value, Mapping) or named:
+            continue
+        del kept[name]
+        if value is not None:
+            problems.append(Problem(name, f"got {value!r}, expected keys with values, such as {name}.KEY"))
+    return kept
+
+
+def _compose(
+    file: dict[str, Any], typed: dict[str, Any], replaced: list[tuple[str, ...]], problems: list[Problem]
+) -> dict[str, Any]:
     if isinstance(file.get("algorithm"), str):
         file = {**file, "algorithm": {"preset": file["algorithm"]}}
     chosen = section(typed, "algorithm").get("preset")
     if chosen is not None:
-        rollout = _foreign_rollout(section(file, "rollout"), PRESETS.get(str(chosen)))
+        given = section(typed, "rollout")
+        rollout = _foreign_rollout(section(file, "rollout"), PRESETS.get(str(chosen)), given)
         file = {**file, "algorithm": {"preset": chosen}, "rollout": rollout}
     name = chosen if chosen is not None else section(file, "algorithm").get("preset", "at2po")
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
         problems.append(Problem("algorithm.preset", f"no preset {name!r}{did_you_mean(str(name), PRESETS)}"))
-        return _merge(file, typed)
+        return _merge(_without(file, replaced), typed)
     base: dict[str, Any] = {"rollout": dict(preset.rollout), "algorithm": preset.algorithm()}
     written = [key for key in ("loss_options", "credit_options") if key in section(file, "algorithm")]
     base["algorithm"] |= {key: {} for key in written}
-    for layer in (file, typed):
-        base = _merge(_without_stale_options(base, layer), layer)
-    return base
+    base = _merge(_without_stale_options(base, file), file)
+    return _merge(_without(_without_stale_options(base, typed), replaced), typed)
 
 
-def _foreign_rollout(rollout: Mapping[str, Any], preset: Preset | None) -> dict[str, Any]:
-    """Keep from a file's rollout, under a preset of the command line, its limits and number of leaves."""
+def _foreign_rollout(
+    rollout: Mapping[str, Any], preset: Preset | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Keep from a file's rollout, under a preset of the command line, its limits and number of leaves.
+
+    The command line's own shape (`given`) decides alone where the preset grows chains, of which there are as
+    many as leaves: the file's forks would be added to them.
+    """
     kept = {key: value for key, value in rollout.items() if not key.startswith(("expansion", "overlong"))}
     for part in ("thinking", "resampling"):
         kept |= {part: {k: v for k, v in section(kept, part).items() if k != "enabled"}}
-    shape = [number for key in ("chains", "rounds", "forks") if isinstance(number := kept.get(key), int)]
-    if preset is not None and len(shape) == 3:
+    shape = [number for key in SHAPE if isinstance(number := kept.get(key), int)]
+    rule = None if preset is None else given.get("expansion", preset.rollout["expansion"])
+    if rule == "chains" and any(key in given for key in SHAPE):
+        kept |= {"forks": 0, "rounds": 0}
+    elif preset is not None and len(shape) == 3:
         kept |= preset.shape(shape[0] + shape[1] * shape[2])
+    return kept
+
+
+def _shape_note(file: Mapping[str, Any], typed: Mapping[str, Any], config: Config) -> str:
+    """Say what a preset of the command line makes of the shape that a file gives; "" where it is the same."""
+    preset, rollout = section(typed, "algorithm").get("preset"), config.rollout
+    given, before = section(typed, "rollout"), section(file, "rollout")
+    if preset is None or not all(isinstance(before.get(key), int) for key in SHAPE):
+        return ""
+    chains, rounds, forks = (before[key] for key in SHAPE)
+    changed = ", ".join(
+        f"rollout.{key} {before[key]} -> {getattr(rollout, key)}"
+        for key in SHAPE
+        if key not in given and getattr(rollout, key) != before[key]
+    )
+    if rollout.expansion == "chains":
+        if changed:
+            return f"{preset} grows chains and never forks, so that there are {rollout.leaves}: {changed}"
+        if rounds * forks and not any(key in given for key in SHAPE):
+            return (
+                f"{preset} grows chains and never forks: the {chains} + {rounds} x {forks} leaves of the "
+                f"file become {rollout.leaves} chains; rollout.chains=N gives another number"
+            )
+    elif changed:
+        return (
+            f"{preset} starts another share of the {chains + rounds * forks} leaves at the root, so that "
+            f"there are {rollout.leaves}: {changed}"
+        )
+    elif not rollout.rounds * rollout.forks:
+        return f"{preset} has nothing to fork: rollout.rounds x rollout.forks is 0; set both"
+    return ""
+
+
+def _without(values: Mapping[str, Any], paths: Iterable[tuple[str, ...]]) -> dict[str, Any]:
+    """Leave out what stands at some keys."""
+    kept = dict(values)
+    for first, *rest in paths:
+        if not rest:
+            kept.pop(first, None)
+        elif isinstance(inner := kept.get(first), Mapping):
+            kept[first] = _without(inner, [tuple(rest)])
     return kept
 
 

@@ -16,7 +16,7 @@ from at2po_agent.transcripts.window import WindowConfig
 class Section(BaseModel):
     """A frozen group of settings that refuses unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class EnvConfig(Section):
@@ -24,6 +24,13 @@ class EnvConfig(Section):
 
     id: str = Field("at2po/MiniWiki-v0", description="Gymnasium id.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments for gymnasium.make.")
+    held_out: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of the questions that are kept for evaluation, by a hash of their ids, where "
+        "evaluations have the same questions; 0 trains on all of them.",
+    )
 
 
 class EvalConfig(Section):
@@ -162,7 +169,6 @@ class AlgorithmConfig(Section):
     kl_weight: float = Field(
         0.0,
         ge=0,
-        allow_inf_nan=False,
         description="Weight of the KL to the policy before training.",
     )
     kl_estimator: KlEstimator = Field("k3", description="Estimator of the KL on sampled tokens.")
@@ -206,7 +212,6 @@ class TrainConfig(Section):
     importance_cap: float | None = Field(
         None,
         ge=1,
-        allow_inf_nan=False,
         description="Weigh each token's loss by the learner's probability over the sampler's, at most so "
         "much (truncated importance sampling); none does not weigh.",
     )
@@ -298,11 +303,16 @@ class HealthConfig(Section):
     pause_at: float | None = Field(
         0.5, gt=0, le=1, description="Pause from this share: save, probe, sample again; none never pauses."
     )
+    fail_at: float | None = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="A larger share of failed episodes, or of failed calls of tools or retrieval, fails the "
+        "command: that of an evaluation at once, that of the training at its end; none never fails.",
+    )
     window: int = Field(20, ge=1, description="The newest samples with so many calls of a service decide.")
     probe_every_s: float = Field(30.0, gt=0, description="Seconds between probes of a pause.")
-    give_up_after_s: float = Field(
-        1800.0, ge=0, allow_inf_nan=False, description="Seconds after which a pause ends the run."
-    )
+    give_up_after_s: float = Field(1800.0, ge=0, description="Seconds after which a pause ends the run.")
 
 
 class RunConfig(Section):

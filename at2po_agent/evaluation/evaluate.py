@@ -1,12 +1,13 @@
 """Evaluates a policy in an environment: one chain per question, no tree; greedy, or sampled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import gymnasium
 
 from at2po_agent.config.sections import Config
-from at2po_agent.environments import Env, first_tasks
+from at2po_agent.environments import Env, EnvCounters, TaskSplit, first_tasks
 from at2po_agent.evaluation.metrics import (
     METRIC_PREFIX,
     OUTCOME_PREFIX,
@@ -14,7 +15,7 @@ from at2po_agent.evaluation.metrics import (
     tree_metrics,
     wilson_interval,
 )
-from at2po_agent.health import PROBES, HealthWatch
+from at2po_agent.health import LOST, PROBES, HealthWatch, Tally, add_failures, failed_share, failures, tally
 from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import Options, RolloutConfig, rollout
 from at2po_agent.rollout.config import ResamplingConfig, ThinkingConfig
@@ -31,7 +32,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         questions: How many were asked.
-        em: Exact match.
+        em: Exact match; like its interval and F1 it is None where the environment scores none.
         em_low: Lower end of its 95% interval (Wilson).
         em_high: Upper end.
         f1: Token F1.
@@ -40,22 +41,29 @@ class Evaluation(NamedTuple):
         tokens: Sampled tokens of an episode.
         outcomes: How many episodes ended in which way.
         metrics: Means of the numbers that the environment reports, such as success; 0 for a skipped question.
+        seen: How many of the questions are trained on, too; None where that is not known, as with questions
+            that are drawn by seed.
+        failures: Episodes and calls that failed (`health.failures`).
+        failed_share: The largest share that failed (`health.failed_share`).
     """
 
     questions: int
-    em: float
-    em_low: float
-    em_high: float
-    f1: float
+    em: float | None
+    em_low: float | None
+    em_high: float | None
+    f1: float | None
     reward: float
     turns: float
     tokens: float
     outcomes: dict[str, int]
     metrics: dict[str, float]
+    seen: int | None = None
+    failures: Mapping[str, int] = MappingProxyType({})
+    failed_share: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """All figures as JSON values."""
-        return self._asdict()
+        return {**self._asdict(), "failures": dict(self.failures)}
 
 
 def evaluate(
@@ -96,6 +104,8 @@ def evaluate(
     unshaped = {"overlong_share": 0.0, "thinking": ThinkingConfig(), "resampling": ResamplingConfig()}
     chain = config.model_copy(update={**one_chain, **unshaped, "temperature": temperature})
     trees: list[Tree] = []
+    failed: dict[str, Tally] = {}
+    failed_of_batch: dict[str, Tally] = {}
     listener = progress or Progress()
 
     def begin() -> None:
@@ -109,23 +119,29 @@ def evaluate(
         return rollout(tasks[start : start + count], env, policy, chain, seed=seed + start, on_leaf=on_leaf)
 
     def ask_batch() -> list[Tree]:
-        return ask(batch, lambda: listener.advance(phase))
+        nonlocal failed_of_batch
+        counters = EnvCounters()
+        grown = ask(batch, lambda: listener.advance(phase))
+        failed_of_batch = failures(grown, tally(grown, counters.counts()))
+        return grown
 
     begin()
     while len(trees) < len(tasks):
         if health is None:
-            trees += ask_batch()
-            continue
-        answered, _ = health.sound(
-            ask_batch,
-            lambda grown: grown,
-            probe=lambda: ask(PROBES, None),
-            pausing=begin,
-            tick=lambda: listener.advance(phase, 0),
-        )
+            answered = ask_batch()
+        else:
+            answered, _ = health.sound(
+                ask_batch,
+                lambda grown: grown,
+                probe=lambda: ask(PROBES, None),
+                pausing=begin,
+                tick=lambda: listener.advance(phase, 0),
+            )
         trees += answered
+        failed = add_failures(failed, failed_of_batch)
     listener.finish(phase)
-    return summarise(trees), trees
+    counts = {name: one.failed for name, one in failed.items()}
+    return summarise(trees)._replace(failures=counts, failed_share=failed_share(failed)), trees
 
 
 def evaluate_mode(
@@ -135,11 +151,13 @@ def evaluate_mode(
     policy: Policy,
     progress: Progress,
     *,
+    split: TaskSplit | None = None,
     phase: str = "",
     temperature: float | None = None,
     go_on: str = "then run the same command again",
+    on_error: Callable[[str], None] | None = None,
 ) -> Evaluation:
-    """Ask a policy the first `eval.questions` questions of an environment.
+    """Ask a policy the questions of an evaluation.
 
     Args:
         config: Its limits and seed, and how many questions there are and run at once.
@@ -147,15 +165,17 @@ def evaluate_mode(
         env: The environment that asks.
         policy: The policy that answers.
         progress: Listener.
+        split: The questions; None asks the first `eval.questions` of the environment.
         phase: The name of the phase that the listener is told; "" means `evaluate (MODE)`.
         temperature: Sampling temperature; None takes the mode's.
         go_on: What to do after the fix where a service has died; the end of the error's message.
+        on_error: Takes the first traceback of a batch in which the environment raised.
 
     Raises:
         ServiceError: A service died and was still down after `health.give_up_after_s`.
     """
     result, _ = evaluate(
-        first_tasks(env, config.eval.questions),
+        first_tasks(env, config.eval.questions) if split is None else split.evaluation,
         env,
         policy,
         config.rollout,
@@ -164,9 +184,9 @@ def evaluate_mode(
         batch=config.eval.batch,
         progress=progress,
         phase=phase or f"evaluate ({mode})",
-        health=HealthWatch(config.health, progress.message, go_on),
+        health=HealthWatch(config.health, progress.message, go_on, on_error),
     )
-    return result
+    return result if split is None else result._replace(seen=split.seen)
 
 
 def summarise(trees: Sequence[Tree]) -> Evaluation:
@@ -174,19 +194,24 @@ def summarise(trees: Sequence[Tree]) -> Evaluation:
     figures = tree_metrics(trees)
     count = len(trees)
     answered = figures["leaves"] / count if count else 0.0
-    em = figures.get("em", 0.0) * answered
-    low, high = wilson_interval(em, count)
+    em: float | None = figures.get("em", 0.0) * answered
+    f1: float | None = figures.get("f1", 0.0) * answered
+    low: float | None
+    high: float | None
+    low, high = wilson_interval(em or 0.0, count)
     kinds = {
         key.removeprefix(OUTCOME_PREFIX): int(figures[key])
         for key in figures
         if key.startswith(OUTCOME_PREFIX)
     }
+    if "em" not in figures and set(kinds) - set(LOST):  # episodes that ended by themselves were not scored
+        em = low = high = f1 = None
     return Evaluation(
         questions=count,
         em=em,
         em_low=low,
         em_high=high,
-        f1=figures.get("f1", 0.0) * answered,
+        f1=f1,
         reward=figures.get("reward", 0.0),
         turns=figures.get("turns", 0.0),
         tokens=sampled_tokens(trees) / count if count else 0.0,

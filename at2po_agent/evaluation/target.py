@@ -17,10 +17,11 @@ import torch
 from at2po_agent.agents.agent import build_agent, in_windows
 from at2po_agent.config.loading import CONFIG_FILE, load_config
 from at2po_agent.config.sections import Config
-from at2po_agent.environments import make_eval_env
+from at2po_agent.environments import Env, TaskSplit, make_eval_env, make_training_env, split_tasks
 from at2po_agent.evaluation.evaluate import MODES, evaluate_mode
 from at2po_agent.evaluation.published import published_split
 from at2po_agent.evaluation.suite import Source, evaluate_suite, set_config, suite_sources, write_results
+from at2po_agent.health import check_failures
 from at2po_agent.policies.base import Policy
 from at2po_agent.policies.openai import OpenAIPolicy
 from at2po_agent.policies.openai.client import Server
@@ -32,7 +33,7 @@ from at2po_agent.runs.progress import Progress
 from at2po_agent.transcripts.inline import GrowingTranscript
 from at2po_env import HermesProtocol
 from at2po_env.data.catalog import QA_SETS
-from at2po_env.errors import ConfigError
+from at2po_env.errors import At2poError, ConfigError
 
 DEFAULT_CONFIG = "qwen3-4b-multihop"
 
@@ -169,15 +170,37 @@ def evaluate_policy(
         modes = {mode_name(config): config.served.temperature}
     else:
         modes = {mode: MODES[mode] for mode in (MODES if config.eval.sampled else ("greedy",))}
+    told: list[str] = []
+
+    def tell(traceback: str) -> None:
+        if not told:
+            progress.message(f"the environment failed, first with this:\n{traceback.rstrip()}")
+        told.append(traceback)
+
     env, results = make_eval_env(config), {}
-    for mode, temperature in modes.items():
-        figures = evaluate_mode(config, mode, env, policy, progress, temperature=temperature)
-        results[mode] = figures.to_json()
-    env.close()
+    with contextlib.closing(env):
+        split = _questions(config, env)
+        for mode, temperature in modes.items():
+            figures = evaluate_mode(config, mode, env, policy, progress, split=split, temperature=temperature)
+            results[mode] = figures.to_json()
     results |= costs(config, policy)
     for file in files:
         write_results(file, results)
     return results
+
+
+def check_results(results: Mapping[str, Any], config: Config) -> None:
+    """Refuse results of which too much failed; they are complete otherwise, and may be shown and kept.
+
+    Raises:
+        ServiceError: See `health.check_failures`.
+    """
+    if "sets" in results:
+        found = {name: one["figures"] for name, one in results["sets"].items() if one["figures"] is not None}
+    else:
+        found = {name: figures for name, figures in results.items() if name != "served"}
+    for name, figures in found.items():
+        check_failures(f"evaluation ({name})", figures["failures"], figures["failed_share"], config.health)
 
 
 def mode_name(config: Config) -> str:
@@ -193,6 +216,21 @@ def costs(config: Config, policy: Policy) -> Mapping[str, Any]:
     served = config.served
     asked = {"url": policy.server.url, "model": served.model or policy.model, "endpoint": served.endpoint}
     return {"served": {**asked, "temperature": served.temperature, **policy.stats.to_json()}}
+
+
+def _questions(config: Config, env: Env) -> TaskSplit:
+    """The questions that a run with this configuration is evaluated on, and how many it trains on, too.
+
+    A model that belongs to no run has trained on nothing that is known. It is asked what is held out where
+    the configuration trains on the very same environment, and the first questions elsewhere.
+    """
+    if config.eval.id in (None, config.env.id):
+        if config.run.dir is not None:
+            with contextlib.suppress(At2poError):  # the data of the training may be elsewhere
+                return split_tasks(config, make_training_env(config), env)
+        elif config.env.kwargs == {**config.env.kwargs, **config.eval.kwargs}:
+            return split_tasks(config, env, env)
+    return split_tasks(config, None, env)
 
 
 def _tool_schemas(config: Config, suite: str | None) -> Sequence[Mapping[str, Any]]:

@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from at2po_agent.report.run_folder import METRICS, NothingYetError, check_run_folder, read_metrics
+from at2po_agent.report.run_folder import (
+    METRICS,
+    NothingYetError,
+    asked_questions,
+    check_run_folder,
+    read_metrics,
+)
 from at2po_agent.types import FloatArray
 from at2po_env.errors import DataError, require
 
@@ -35,9 +41,11 @@ class RunCurves:
     Attributes:
         name: The run.
         training: Sampled exact match of each step's leaves, on training questions.
-        greedy: Greedy exact match on held-out questions.
-        sampled: Sampled exact match on held-out questions.
-        score: "Exact match", or "Success" where the environment reports that: then the curves show it.
+        greedy: Greedy exact match in evaluations.
+        sampled: Sampled exact match in evaluations.
+        score: "Success" where the environment reports it, else "Exact match" where it scores that, else
+            "Reward": the curves show it.
+        asked: The questions of the evaluations: "held-out questions", or what else they are.
     """
 
     name: str
@@ -45,6 +53,7 @@ class RunCurves:
     greedy: Series
     sampled: Series
     score: str = "Exact match"
+    asked: str = "held-out questions"
 
 
 def read_curves(run: Path) -> RunCurves:
@@ -60,7 +69,12 @@ def read_curves(run: Path) -> RunCurves:
             _series(records, {"kind": "train"}),
             _series(records, {"kind": "eval", "mode": "greedy"}),
             _series(records, {"kind": "eval", "mode": "sampled"}),
-            "Success" if any(_success(record) is not None for record in records) else "Exact match",
+            "Success"
+            if any(_success(record) is not None for record in records)
+            else "Exact match"
+            if any(record.get("em") is not None for record in records)
+            else "Reward",
+            next((asked_questions(one) for one in records if one.get("kind") == "eval"), "evaluation"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
@@ -100,8 +114,8 @@ def draw_run(run: Path, path: Path) -> Path:
     figure, axes = new_figure(2, 1, heights=(3.2, 1), sharex=True)
     top, bottom = axes[:, 0]
     _training(top, curves, COLOURS[0], label="sampled, training questions (moving mean ± std)")
-    _points(top, curves.sampled, COLOURS[0], label="sampled, held-out questions", look="s")
-    _points(top, curves.greedy, COLOURS[1], label="greedy, held-out questions", look="o-")
+    _points(top, curves.sampled, COLOURS[0], label=f"sampled, {curves.asked}", look="s")
+    _points(top, curves.greedy, COLOURS[1], label=f"greedy, {curves.asked}", look="o-")
     for index in sorted({0, len(curves.greedy.step) - 1} if len(curves.greedy.step) else ()):
         at = curves.greedy.step[index], curves.greedy.value[index]  # write the first and the last value there
         above = at[1] < 0.9
@@ -128,6 +142,7 @@ def _series(records: Sequence[Mapping[str, Any]], kind: Mapping[str, str]) -> Se
         tokens = float(record.get("sampled_tokens") or tokens) if record.get("kind") == "train" else tokens
         success = _success(record)
         score = record.get("em") if success is None else success
+        score = record.get("reward") if score is None else score
         if all(record.get(key) == value for key, value in kind.items()) and score is not None:
             step = float(record["step"])
             latest[step] = (step, tokens, float(score))
@@ -206,8 +221,9 @@ def _points(axes: Any, series: Series, colour: str, *, label: str, look: str) ->
 
 
 def _finish_scores(axes: Any, title: str) -> None:
-    axes.set_ylim(0, 1)
-    axes.set_yticks(np.linspace(0, 1, 6))
+    if not title.startswith("Reward"):  # a reward has a range of its own
+        axes.set_ylim(0, 1)
+        axes.set_yticks(np.linspace(0, 1, 6))
     axes.set_ylabel(title.partition(" ·")[0].lower())
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color="#1b1f24", pad=12)
     handles, labels = axes.get_legend_handles_labels()

@@ -45,8 +45,8 @@ FIGURES = ("training", *SCORES, "forks", "cost")
 FORMATS = ("png", "svg")
 KINDS = {
     "training": "line: sampled, training questions",
-    "greedy": "filled: greedy, held-out questions",
-    "sampled": "open: sampled, held-out questions",
+    "greedy": "filled: greedy, in evaluations",
+    "sampled": "open: sampled, in evaluations",
 }
 WIDE, MARKERS = (10.0, 7.6), "os^DvPX"
 PHASE_COLOURS = {
@@ -161,7 +161,7 @@ def _training(groups: Sequence[Group], name: str, notes: list[str]) -> tuple[dic
 
 
 def _scores(groups: Sequence[Group], name: str, notes: list[str]) -> tuple[list[Curve], Any]:
-    """A score in training and on held-out questions against steps, sampled tokens, tool calls and time."""
+    """A score in training and in evaluations against steps, sampled tokens, tool calls and time."""
     key, word = SCORES[name]
     numbers = [curve(group, key, kind) for kind in KINDS for group in groups]
     shown = [each for each in numbers if len(each.step)]

@@ -51,6 +51,22 @@ class TreeRecord:
     advantages: FloatArray | None = None
 
 
+def asked_questions(figures: Mapping[str, Any], questions: str = "questions", seen: str = "seen") -> str:
+    """Say which questions an evaluation asked: held-out ones, or how many of them are trained on, too.
+
+    Args:
+        figures: A record of an evaluation, or a summary.
+        questions: The key of their number.
+        seen: The key of how many are trained on, too; absent in files of older releases.
+    """
+    both, count = figures.get(seen), figures.get(questions)
+    if both is None:
+        return "questions not known to be held out"
+    if not both:
+        return "held-out questions"
+    return f"{count} questions, {'all' if both == count else both} of them trained on"
+
+
 def is_right(outcome: Mapping[str, Any]) -> bool:
     """Whether an episode succeeded, or its answer matches a golden answer exactly."""
     success = (outcome.get("metrics") or {}).get("success")

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from at2po_agent.evaluation.published import GROUPS, PUBLISHED, PUBLISHED_MODEL, SHORT, suite_groups
 from at2po_agent.report.live import duration
-from at2po_agent.report.run_folder import TreeRecord, is_right
+from at2po_agent.report.run_folder import TreeRecord, asked_questions, is_right
 
 NOTHING = "–"
 
@@ -67,23 +67,38 @@ def print_ending(
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """Tabulate exact match (or success, where the environment reports it) before and after training.
+    """Tabulate the scores before and after training.
 
-    "–" stands where nothing was measured.
+    First comes success where the environment reports it, else exact match, else the reward; then every other
+    number that the environment reports, and the reward. "–" stands where nothing was measured.
     """
-    worlds = any(
-        f"{prefix}success_{when}" in summary for prefix in ("", "sampled_") for when in ("before", "after")
-    )
-    score = "success" if worlds else "em"
-    table = _table("Success on held-out tasks" if worlds else "Exact match on held-out questions")
+
+    def measured(score: str) -> bool:
+        keys = (f"{prefix}{score}_{when}" for prefix in ("", "sampled_") for when in ("before", "after"))
+        return any(summary.get(key) is not None for key in keys)
+
+    titles = {"success": "Success", "em": "Exact match", "reward": "Reward"}
+    named = ("success", "em", *(name for name in summary.get("metrics", ()) if name not in titles), "reward")
+    scores = [score for score in named if measured(score)] or ["em"]
+    asked = asked_questions(summary, "evaluated_questions", "seen_questions")
+    table = _table(f"{titles.get(scores[0], scores[0])} on {asked}")
     table.add_column("")
     for name in ("before", "after", "95% interval", "change"):
         table.add_column(name, justify="right")
-    for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
-        before, after = summary.get(f"{prefix}{score}_before"), summary.get(f"{prefix}{score}_after")
-        interval = _interval(summary, f"{prefix}{score}_low_after", f"{prefix}{score}_high_after")
-        change = NOTHING if before is None or after is None else f"{float(after) - float(before):+.3f}"
-        table.add_row(name, _share(before), _share(after), interval, change, style="" if prefix else "bold")
+    for score in scores:
+        for mode, prefix in (("greedy", ""), ("sampled", "sampled_")):
+            before, after = summary.get(f"{prefix}{score}_before"), summary.get(f"{prefix}{score}_after")
+            interval = _interval(summary, f"{prefix}{score}_low_after", f"{prefix}{score}_high_after")
+            change = NOTHING if before is None or after is None else f"{float(after) - float(before):+.3f}"
+            first = score == scores[0]
+            label = mode if first else f"{titles.get(score, score).lower()}, {mode}"
+            style = "bold" if first and not prefix else ""
+            ends = first and bool(prefix) and len(scores) > 1
+            table.add_row(
+                Text(label), _share(before), _share(after), interval, change, style=style, end_section=ends
+            )
+    keys = {"training": "failures", "evaluations": "failures_in_evaluations"}
+    _caption(table, {part: summary.get(key) for part, key in keys.items()})
     return table
 
 
@@ -130,7 +145,11 @@ def print_evaluation(console: Console, results: Mapping[str, Any], name: str) ->
     if "suite" in results:
         print_suite(console, results, name if told is None else told["model"])
     else:
-        console.print(evaluation_table({mode: results[mode] for mode in results if mode != "served"}))
+        modes = {mode: results[mode] for mode in results if mode != "served"}
+        console.print(evaluation_table(modes))
+        if any(figures.get("seen") for figures in modes.values()):
+            asked = asked_questions(next(iter(modes.values())))
+            console.print(Text(f"Note: {asked}", style="yellow"), soft_wrap=True)
     if told is None:
         return
     table = _table(f"{told['model']} at {told['url']}")
@@ -160,18 +179,19 @@ def print_evaluation(console: Console, results: Mapping[str, Any], name: str) ->
 def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Tabulate figures by mode, with reward, turns and tokens.
 
-    The scores are exact match with its 95% interval and F1, and the numbers that the environment reports, or
-    those alone where success is one of them.
+    The scores are exact match with its 95% interval and F1, where the environment scores them, and the
+    numbers that it reports.
     """
     table = _table("Evaluation")
     table.add_column("")
     reported = sorted({name for figures in results.values() for name in figures.get("metrics", {})})
-    scores = reported if "success" in reported else ["exact match", "95% interval", "F1", *reported]
+    matched = any(figures["em"] is not None for figures in results.values())
+    scores = ["exact match", "95% interval", "F1", *reported] if matched else reported
     for name in ("questions", *scores, "reward", "turns", "tokens"):
         table.add_column(name, justify="right")
     for mode, figures in results.items():
         cells = [_share(figures.get("metrics", {}).get(name)) for name in reported]
-        if "success" not in reported:
+        if matched:
             cells = [_share(figures["em"]), _interval(figures), _share(figures["f1"]), *cells]
         table.add_row(
             mode,
@@ -181,6 +201,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{figures['turns']:.2f}",
             f"{figures['tokens']:.1f}",
         )
+    _caption(table, {mode: figures.get("failures") for mode, figures in results.items()})
     return table
 
 
@@ -248,6 +269,8 @@ def detail_table(results: Mapping[str, Any]) -> Table:
             asked, sets = f"{average['questions']:,}", f"{len(average['sets'])} of {len(GROUPS[group])} sets"
             sets += ", partial" if average["partial"] else ""
         table.add_row(f"Avg. {group}", *cells, asked, sets, style="bold", end_section=True)
+    found = {SHORT[key]: one["figures"] for key, one in results["sets"].items() if one["figures"] is not None}
+    _caption(table, {name: figures.get("failures") for name, figures in found.items()})
     return table
 
 
@@ -257,6 +280,16 @@ def _table(title: str, lines: box.Box = box.HEAVY_HEAD) -> Table:
 
 def _share(value: Any) -> str:
     return NOTHING if value is None else f"{float(value):.3f}"
+
+
+def _caption(table: Table, parts: Mapping[str, Mapping[str, int] | None]) -> None:
+    """Say below a table what failed how often in which part, such as "failures: greedy env_error 12"."""
+    said = []
+    for name, counts in parts.items():
+        if failed := ", ".join(f"{kind} {count}" for kind, count in (counts or {}).items() if count):
+            said.append(f"{name} {failed}")
+    if any(counts is not None for counts in parts.values()):  # files of older releases do not count them
+        table.caption, table.caption_justify = f"failures: {'; '.join(said) or 'none'}", "left"
 
 
 def _percent(figures: Mapping[str, Any] | None, key: str = "em") -> str:

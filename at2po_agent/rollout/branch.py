@@ -5,8 +5,11 @@ answer to it. Between the two, only the thread that steps the environment may to
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from at2po_agent.credit.groups import overlong_penalty
 from at2po_agent.rollout.config import RolloutConfig
@@ -168,6 +171,8 @@ class Branch:
         if stepped.fault:
             self.env_failed = True
             self._fail("env_timeout" if stepped.late else "env_error", stepped.fault)
+            if stepped.traceback and self.outcome is not None:
+                self.outcome["traceback"] = stepped.traceback
             return
         reward = self.origin.reward + stepped.reward
         if not math.isfinite(reward):
@@ -181,13 +186,16 @@ class Branch:
             cut = stepped.truncated and not stepped.terminated
             if cut and kind in ("tool", "tool_error", "", "terminated"):
                 kind = "limit"  # a wrapper's limit over a turn that would have gone on
+            scores = {key: info[key] for key in ("em", "f1", "answer") if key in info}
+            if "metrics" in info:
+                scores["metrics"] = _numbers(info["metrics"])
             self._end(
                 kind or "terminated",
                 str(info.get("reason", "")),
                 reward,
                 terminated=stepped.terminated,
                 truncated=stepped.truncated,
-                scores={key: info[key] for key in ("em", "f1", "answer", "metrics") if key in info},
+                scores=scores,
             )
             return
         action = self.turns[-1].turn.action
@@ -238,6 +246,14 @@ class Branch:
         if self.discarded:
             self.outcome["discarded"] = self.discarded
         self.outcome.update(scores or {})
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    """The finite numbers among what an environment reports; texts and arrays have no mean."""
+    given = metrics.items() if isinstance(metrics, Mapping) else ()
+    scalars = (int, float, np.number, np.bool_)
+    found = {str(name): float(value) for name, value in given if isinstance(value, scalars)}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _read_action(generation: Generation, tokenizer: Tokenizer) -> tuple[str, bool]:

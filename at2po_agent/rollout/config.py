@@ -10,7 +10,7 @@ from at2po_agent.rollout.uncertainty import SignalKind
 class SignalConfig(BaseModel):
     """T2PO's uncertainty of a token, for both interventions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: SignalKind = Field("paper", description="Signal of the paper, or that of the released code.")
     weight: float = Field(0.4, ge=0, le=1, description="a: weight of the entropy.")
@@ -20,7 +20,7 @@ class SignalConfig(BaseModel):
 class ThinkingConfig(BaseModel):
     """T2PO's thinking intervention; the forced tokens are not trained."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     enabled: bool = Field(False, description="End thinking that has stalled.")
     min_tokens: int = Field(32, ge=0, description="L_min: tokens of thinking before it can be ended.")
@@ -49,7 +49,7 @@ class ThinkingConfig(BaseModel):
 class ResamplingConfig(BaseModel):
     """T2PO's dynamical sampling: a turn as uncertain as the one before is discarded and sampled again."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     enabled: bool = Field(False, description="Discard repetitive turns before the environment steps.")
     threshold: float = Field(0.3, ge=0, description="eta: difference in uncertainty that a turn must make.")
@@ -70,7 +70,7 @@ class ResamplingConfig(BaseModel):
 class RolloutConfig(BaseModel):
     """How the tree of one question is grown; the defaults are AT²PO's published settings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     chains: int = Field(10, ge=1, description="M: chains that start at the prompt of a question.")
     forks: int = Field(6, ge=0, description="K: forks of one round of expansion.")
@@ -87,12 +87,8 @@ class RolloutConfig(BaseModel):
         6192, ge=1, description="Most tokens after the prompt, observations included; then the branch is cut."
     )
     max_prompt_tokens: int = Field(2000, ge=1, description="A question whose prompt is longer is left out.")
-    cut_reward: float = Field(
-        -1.0, allow_inf_nan=False, description="Reward of a branch cut by max_response_tokens."
-    )
-    error_reward: float = Field(
-        0.0, allow_inf_nan=False, description="Reward of a branch whose environment or policy failed."
-    )
+    cut_reward: float = Field(-1.0, description="Reward of a branch cut by max_response_tokens.")
+    error_reward: float = Field(0.0, description="Reward of a branch whose environment or policy failed.")
 
     overlong_share: float = Field(
         0.0, ge=0, le=1, description="Last share of max_response_tokens, over which the reward falls (DAPO)."
@@ -104,7 +100,6 @@ class RolloutConfig(BaseModel):
     tool_deadline_s: float | None = Field(
         None,
         gt=0,
-        allow_inf_nan=False,
         description="Seconds after which an environment's step is given up, and its branch ends.",
     )
     max_requests: int | None = Field(

@@ -5,6 +5,7 @@ recorded as the outcome of its branch. Everything else that goes wrong is a bug,
 """
 
 import time
+import traceback
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -33,6 +34,7 @@ class Stepped(NamedTuple):
         info: As returned.
         state: The environment after the step; None where the episode ended.
         fault: Why there is nothing of all this; empty otherwise.
+        traceback: Of the exception that is the fault; empty otherwise.
         late: Whether the fault is that the step was not back in time.
         seconds: How long it took.
     """
@@ -44,6 +46,7 @@ class Stepped(NamedTuple):
     info: Mapping[str, Any] = {}
     state: Snapshot | None = None
     fault: str = ""
+    traceback: str = ""
     late: bool = False
     seconds: float = 0.0
 
@@ -54,7 +57,10 @@ def take_step(env: Env, action: str) -> Stepped:
     try:
         observation, reward, terminated, truncated, info = env.step(action)
     except (Exception, SystemExit) as error:  # noqa: BLE001  a foreign environment's failure is data
-        return Stepped(fault=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return Stepped(
+            fault=f"{type(error).__name__}: {error}", traceback=traceback.format_exc(), seconds=seconds
+        )
     ended = bool(terminated or truncated)
     state = None if ended else snapshot(env)
     return Stepped(

@@ -13,11 +13,12 @@ from filelock import FileLock, Timeout
 
 from at2po_agent.config.loading import CONFIG_FILE, config_text, flatten, load_config
 from at2po_agent.config.sections import Config
-from at2po_agent.runs.checkpoint import changes
+from at2po_agent.runs.checkpoint import changes, list_checkpoints
 from at2po_agent.runs.disk import disk_refusals, replace_file, sync
 from at2po_env.errors import ConfigError
 
 METRICS_FILE, SUMMARY_FILE, LOCK_FILE = "metrics.jsonl", "summary.json", ".lock"
+FIRST_ERROR = "first_error.txt"
 CHECKPOINTS, TREES, TENSORBOARD = "checkpoints", "trees", "tensorboard"
 RUNS = Path("runs")
 MAY_CHANGE = (
@@ -28,10 +29,16 @@ MAY_CHANGE = (
 
 
 class RunFolder:
-    """Writes the files of a run; `open_run` makes it and holds the lock."""
+    """Writes the files of a run; `open_run` makes it and holds the lock.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The folder.
+        changed: Whether the configuration is another than that of the run before.
+    """
+
+    def __init__(self, path: Path, *, changed: bool = True) -> None:
         self.path = path
+        self._changed = changed
 
     @property
     def checkpoints(self) -> Path:
@@ -98,6 +105,34 @@ class RunFolder:
             folder.mkdir(exist_ok=True)
             replace_file(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
+    def keep_first_error(self, traceback: str) -> Path | None:
+        """Keep the first traceback of an environment that raised.
+
+        Returns:
+            The file; None where it was there already.
+        """
+        file = self.path / FIRST_ERROR
+        if file.exists():
+            return None
+        with disk_refusals(file):
+            replace_file(file, traceback)
+        return file
+
+    def finished(self, steps: int) -> dict[str, Any] | None:
+        """Read the summary of a run that has nothing left to do; None where it has.
+
+        Args:
+            steps: The training steps of the run.
+        """
+        file = self.path / SUMMARY_FILE
+        if self._changed or not file.is_file():
+            return None
+        try:
+            summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return summary if summary["steps"] == steps else None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
         with disk_refusals(self.path / SUMMARY_FILE):
@@ -116,11 +151,14 @@ def open_run(config: Config, *, resume: bool = False) -> Iterator[tuple[RunFolde
     Yields:
         The folder, and the configuration with `run.dir` filled in.
 
+    An exception in the block removes a new folder in which nothing was recorded yet; an interrupt does not.
+
     Raises:
         ConfigError: Another process uses the folder; a new run would meet an old one; a resumed run has no
             folder or was started with other settings.
     """
     path = _choose_folder(config, resume=resume)
+    new = not path.exists()
     lock = FileLock(str(path / LOCK_FILE))
     with disk_refusals(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -134,6 +172,12 @@ def open_run(config: Config, *, resume: bool = False) -> Iterator[tuple[RunFolde
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(path)})})
         if resume:
             _check_same_run(path, config)
+            done = max((int(one.name[5:]) for one in list_checkpoints(path / CHECKPOINTS)), default=0)
+            if done > config.train.steps:
+                raise ConfigError(
+                    f"train.steps: got {config.train.steps}, but the run in {path} has done {done} steps "
+                    f"already. Fix: give at least {done}, or start a new run in another run.dir"
+                )
         elif (path / METRICS_FILE).exists() or (path / CHECKPOINTS).exists():
             raise ConfigError(
                 f"{path}: holds a run already; add --resume to go on with it, or choose another run.dir"
@@ -146,11 +190,23 @@ def open_run(config: Config, *, resume: bool = False) -> Iterator[tuple[RunFolde
                         shutil.rmtree(stray)
                     else:
                         stray.unlink()
-            if not file.is_file() or file.read_bytes() != text.encode():
+            changed = not file.is_file() or file.read_bytes() != text.encode()
+            if changed:
                 replace_file(file, text)
-        yield RunFolder(path), config
+        yield RunFolder(path, changed=changed), config
+    except Exception:
+        if new:  # a start that failed leaves nothing behind
+            with contextlib.suppress(OSError):
+                _remove_unused(path)
+        raise
     finally:
         lock.release()
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove a folder that holds nothing of a run but its configuration."""
+    if {file.name for file in path.iterdir()} <= {CONFIG_FILE, LOCK_FILE}:
+        shutil.rmtree(path)
 
 
 def newest_run(name: str) -> Path | None:

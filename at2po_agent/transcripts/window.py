@@ -35,7 +35,7 @@ and </summary>: you will see only this summary and the last turns again."""
 class WindowConfig(BaseModel):
     """The prompt of each turn."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     turns: int = Field(2, ge=0, description="How many of the last turns a prompt shows.")
     memory: Literal["commands", "actions", "summary"] = Field(

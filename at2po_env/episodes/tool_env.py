@@ -78,10 +78,14 @@ class ToolEnv(ForkableEnv):
             "notice": it is answered with a notice and the episode goes on.
         render_mode: "ansi" makes `render` return the transcript.
 
+    Attributes:
+        splits: Names of the splits of tasks that it can be made with, where it was registered with several.
+
     Raises:
         ConfigError, ToolError, DataError: The arguments do not make an environment.
     """
 
+    splits: tuple[str, ...] = ()
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012 - Gymnasium declares it so
 
     def __init__(
@@ -195,8 +199,8 @@ class ToolEnv(ForkableEnv):
         Returns:
             What is newly shown; the reward (0.0 before the end); terminated (answered, or malformed under
             "end"); truncated (the last turn did not answer); and an info with turn, outcome ("tool",
-            "tool_error", "malformed", "answer", "limit") and reason, at the end also em, f1, answer,
-            score_reason and task_id.
+            "tool_error", "malformed", "answer", "limit") and reason, at the end also em and f1 (where
+            the task has golden answers), answer, score_reason and task_id.
 
         Raises:
             EnvError: No episode is running.
@@ -269,6 +273,8 @@ class ToolEnv(ForkableEnv):
             "score_reason": score_reason,
             "task_id": episode.task.id,
         }
+        if not episode.task.golden_answers:  # nothing to match: 0 would look like a wrong answer
+            del info["em"], info["f1"]
         truncated = why == "max_turns"
         return last.observation, reward, not truncated, truncated, info
 

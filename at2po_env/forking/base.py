@@ -239,6 +239,12 @@ def _unstack(env: gymnasium.Env[Any, Any]) -> tuple[list[Layer], ForkableEnv]:
         wrappers.append(layer)
         layer = layer.env
     if type(layer) not in _FORKABLE:
+        if isinstance(layer, gymnasium.vector.VectorEnv):
+            raise SnapshotError(
+                f"{type(layer).__name__} cannot be forked: it steps {layer.num_envs} episodes together and "
+                "is no episode itself. Fix: fork or capture the environments in it, such as "
+                "at2po_env.fork(envs.envs[0])"
+            )
         if not isinstance(layer, ForkableEnv):
             raise SnapshotError(
                 f"{type(layer).__name__} cannot be forked. Expected a subclass of at2po_env.ForkableEnv "

@@ -63,7 +63,12 @@ class UncapturableError(Exception):
 
 
 def is_config(value: object) -> bool:
-    """Return True for what is configuration by its type: callables, modules, specs, loggers."""
+    """Return True for what is configuration by its type: callables, modules, specs, loggers.
+
+    A method of C code that is bound to a generator or a container is state, as its owner is: forks copy it.
+    """
+    if type(value) is types.BuiltinMethodType and isinstance(value.__self__, _MUTABLE_OWNERS):
+        return False
     return callable(value) or isinstance(value, CONFIG_TYPES)
 
 

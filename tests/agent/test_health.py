@@ -5,7 +5,16 @@ import pytest
 from helpers.guess_env import CharTokenizer
 
 from at2po_agent.config.sections import HealthConfig
-from at2po_agent.health import HealthWatch, ServiceError, Tally, judge, tally
+from at2po_agent.health import (
+    HealthWatch,
+    ServiceError,
+    Tally,
+    add_failures,
+    check_failures,
+    failed_share,
+    judge,
+    tally,
+)
 from at2po_agent.policies.scripted import ScriptedPolicy
 from at2po_agent.rollout import RolloutConfig, rollout
 from at2po_env import register_tool_env, tool
@@ -175,3 +184,17 @@ def test_what_the_policy_wrote_wrongly_is_no_failure_of_a_service():
     assert [tree.outcomes[leaf]["tool_errors"] for tree in trees for leaf in tree.leaves()] == [2] * 5
     assert figures["health/tools"] == 0.0
     assert messages == []
+
+
+def test_the_largest_share_of_failures_decides_whether_figures_count():
+    fine = {"env_error": Tally(1, 100), "env_timeout": Tally(2, 100), "requests": Tally(2, 100)}
+    assert failed_share(fine) == pytest.approx(0.05)  # one episode fails in one way
+    assert failed_share({**fine, "retrieval": Tally(6, 60)}) == pytest.approx(0.1)
+    assert failed_share({**fine, "tools": Tally(7, 7)}) == pytest.approx(0.05)  # too few calls
+    assert failed_share({}) == 0.0
+    assert add_failures(fine, {"requests": Tally(3, 4)})["requests"] == Tally(5, 104)
+    counts = {name: one.failed for name, one in fine.items()}
+    check_failures("training", counts, 0.05, HealthConfig())
+    check_failures("training", counts, 1.0, HealthConfig(fail_at=None))
+    with pytest.raises(ServiceError, match=r"training: 6% failed \(env_error 1, env_timeout 2, requests 2\)"):
+        check_failures("training", counts, 0.06, HealthConfig())

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import torch
 from helpers import learners
 from helpers.guess_env import GuessEnv, SmallTokenizer
+from rich.console import Console
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from at2po_agent import run as run_module
@@ -28,6 +30,8 @@ from at2po_agent.learning.learner import TrainingError
 from at2po_agent.learning.step import next_clip_scale
 from at2po_agent.policies.base import Request, TrainablePolicy
 from at2po_agent.policies.hf.policy import HFPolicy
+from at2po_agent.report.curves import read_curves
+from at2po_agent.report.tables import summary_table
 from at2po_agent.run import run_training
 from at2po_agent.runs.disk import RunFolderError
 from at2po_agent.runs.folder import newest_run, open_run
@@ -52,7 +56,7 @@ def make_agent(config: Config) -> Agent:
 def settings(folder: Path, **changes: Any) -> Config:
     values: dict[str, Any] = {
         "run": {"dir": str(folder), "name": "guess", "seed": 1},
-        "env": {"id": "GuessEnv"},
+        "env": {"id": "GuessEnv", "held_out": 0},
         "eval": {"questions": 5, "every": 3},
         "rollout": {"chains": 4, "forks": 2, "rounds": 1, "max_turn_tokens": 2, "max_response_tokens": 60},
         "optimizer": {"lr": 1e-2},
@@ -394,7 +398,8 @@ def test_a_step_whose_server_died_is_collected_again_when_it_is_back(whole_run, 
     config = settings(folder, health__probe_every_s=0.1)
     summary = train(config, env=outage.env(), progress=outage)
     assert outage.newest_checkpoint == "step_000003\n"  # save_every is 2: the pause saved it
-    paused, back = outage.messages
+    shown, paused, back = outage.messages
+    assert "Traceback" in shown
     assert re.match(r"paused: 100% of steps fail \(ConnectionError: no server\)", paused)
     assert "answer again" in back
     assert summary["steps"] == 6
@@ -478,7 +483,8 @@ def test_failing_retrieval_shows_in_the_metrics(tmp_path):
             return super().step(action)
 
     changes = {"train__steps": 2, "eval__questions": 0, "health__pause_at": None}
-    train(settings(tmp_path / "run", **changes), env=Searching())
+    with pytest.raises(ServiceError, match=r"training: 100% failed \(retrieval \d+\)"):
+        train(settings(tmp_path / "run", **changes), env=Searching())
     for record in records(tmp_path / "run"):
         assert record["retrieval/requests"] == record["retrieval/failures"] >= record["nodes"]
     plain = tmp_path / "plain"
@@ -646,3 +652,87 @@ def test_threads_are_set(tmp_path):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+# --- which questions are trained on and asked ---------------------------------------------------------------
+
+
+def test_questions_that_are_asked_are_not_trained_on(tmp_path):
+    config = settings(
+        tmp_path / "run", env__held_out=0.3, train__steps=3, train__save_trees=9, train__save_trees_every=1
+    )
+    summary = train(config)
+    trained = {
+        Tree.from_json(json.loads(line)["tree"]).task_id
+        for file in (tmp_path / "run" / "trees").iterdir()
+        for line in file.read_text().splitlines()
+    }
+    held_out = summary["held_out_questions"]
+    assert 1 <= held_out < 9
+    assert len(trained) <= 10 - held_out
+    assert (summary["evaluated_questions"], summary["seen_questions"]) == (min(5, held_out), 0)
+    assert {record["seen"] for record in records(tmp_path / "run", "eval")} == {0}
+    # A resume that would train on them is refused, as it would be another run.
+    longer = settings(tmp_path / "run", env__held_out=0.3, train__steps=4, eval__questions=0)
+    with pytest.raises(ConfigError, match=f"trained on {10 - held_out} questions, and would go on with 10"):
+        train(longer, resume=True)
+
+
+def test_questions_that_are_both_asked_and_trained_on_are_said_to_be(whole_run):
+    summary = json.loads((whole_run / "summary.json").read_text())
+    assert (summary["evaluated_questions"], summary["seen_questions"]) == (5, 5)
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(summary_table(summary))
+    assert "Exact match on 5 questions, all of them trained on" in shown.getvalue()
+    assert "held-out" not in shown.getvalue()
+    assert read_curves(whole_run).asked == "5 questions, all of them trained on"
+
+
+# --- what broke must not look like a bad model --------------------------------------------------------------
+
+
+class Heard(Progress):
+    """Keeps the messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def test_failures_of_the_training_are_counted_and_fail_the_run_at_its_end(tmp_path):
+    config = settings(tmp_path / "run", eval__questions=0, health__pause_at=None, train__steps=3)
+    heard = Heard()
+    with pytest.raises(ServiceError, match=r"training: \d+% failed \(env_error \d+\)") as failed:
+        train(config, env=GuessEnv(broken_guess=5), progress=heard)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert failed.value.summary == summary
+    assert summary["failures"]["env_error"] == sum(
+        record.get("outcome/env_error", 0) for record in records(tmp_path / "run")
+    )
+    traceback = (tmp_path / "run" / "first_error.txt").read_text()
+    assert traceback.startswith("Traceback")
+    assert "RuntimeError: the server is down" in traceback
+    assert len([text for text in heard.messages if "Traceback" in text]) == 1
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(summary_table(summary))
+    assert f"failures: training env_error {summary['failures']['env_error']}" in shown.getvalue()
+
+
+def test_an_evaluation_in_which_the_environment_breaks_ends_the_run_at_once(tmp_path):
+    class NoReward(GuessEnv):
+        def step(self, action):
+            _, _, terminated, truncated, _ = answer = super().step(action)
+            if terminated or truncated:
+                raise ZeroDivisionError("of the reward function")
+            return answer
+
+    config = settings(tmp_path / "run", health__pause_at=None)
+    with pytest.raises(ServiceError, match=r"evaluation \(greedy\) after step 0: 100% failed"):
+        train(config, env=NoReward(), eval_env=NoReward())
+    assert [record["failures"]["env_error"] for record in records(tmp_path / "run", "eval")] == [5]
+    assert not records(tmp_path / "run", "train")
+    assert "ZeroDivisionError" in (tmp_path / "run" / "first_error.txt").read_text()
+    train(config, resume=True)  # mended
+    assert [record["failures"]["env_error"] for record in records(tmp_path / "run", "eval")] == [0] * 5

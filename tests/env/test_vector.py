@@ -13,8 +13,8 @@ from gymnasium.vector import AutoresetMode
 
 from at2po_env.contract.testing import PigEnv
 from at2po_env.episodes.infos import add_info, info_of
-from at2po_env.errors import EnvError
-from at2po_env.forking.base import fork
+from at2po_env.errors import EnvError, SnapshotError
+from at2po_env.forking.base import fork, snapshot
 from at2po_env.vector import TextVectorEnv, make_vector
 
 gymnasium.register(
@@ -270,6 +270,28 @@ def test_rendering_gives_one_text_each() -> None:
     envs.action_space.seed(0)
     first, second = envs.action_space.sample()
     assert first != second
+
+
+def test_a_vector_environment_is_not_forked_but_those_in_it_are() -> None:
+    envs = TextVectorEnv([PigEnv, PigEnv])
+    envs.reset(seed=0)
+    for refused in (fork, snapshot):
+        with pytest.raises(SnapshotError, match=r"steps 2 episodes together.*fork\(envs\.envs\[0\]\)"):
+            refused(envs)
+    child = fork(envs.envs[0])
+    assert child.step("roll")[0] == envs.step(("roll", "hold"))[0][0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_gymnasiums_processes_refuse_texts_in_shared_memory_alone() -> None:
+    # what docs/environments.md says of AsyncVectorEnv
+    with pytest.raises(ValueError, match="shared_memory=False"):
+        gymnasium.vector.AsyncVectorEnv([PigEnv, PigEnv])
+    envs = gymnasium.vector.AsyncVectorEnv([PigEnv, Fragile], shared_memory=False)
+    assert envs.reset(seed=1)[0] == ("Say roll or hold.",) * 2
+    with pytest.raises(ZeroDivisionError):
+        envs.step(("roll", "raise"))
+    envs.close(terminate=True)
 
 
 def test_infos_of_different_types_never_fail() -> None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class VLLMConfig(BaseModel):
     """Configures engines, their memory and their processes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     engines: int = Field(
         1, ge=0, description="Engines side by side; 0: as many as fit on the GPUs beside the learner's."

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from at2po_agent.agents.agent import build_agent, check_device, check_model_path
 from at2po_agent.agents.model import ModelShape, build_model, load_model, train_tokenizer
+from at2po_agent.config.sections import Config
 from at2po_agent.transcripts.tokenizer import HFTokenizer
 from at2po_env.errors import ConfigError, PolicyError
 
@@ -135,3 +137,26 @@ def test_a_tokenizer_without_an_end_is_refused() -> None:
     bare.eos_token = None
     with pytest.raises(PolicyError, match="no eos token"):
         HFTokenizer(bare)
+
+
+def test_a_device_that_is_not_here_is_one_clear_error() -> None:
+    for device in ("cuda:99", "nonsense"):
+        with pytest.raises(ConfigError, match=f"model.device: got '{device}', which torch cannot use here"):
+            check_device(device)
+    check_device("cpu")
+
+
+def test_a_misspelt_folder_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    for path in ("runs/quickstrat", "./runs/quickstrat", str(tmp_path / "runs" / "quickstrat")):
+        with pytest.raises(
+            ConfigError, match=r"model\.path: there is no folder .*did you mean .*quickstart\?"
+        ):
+            check_model_path("model.path", path)
+    with pytest.raises(ConfigError, match="there is no folder 'a/b/c'"):
+        check_model_path("model.path", "a/b/c")
+    for name in ("runs/quickstart", "Qwen/Qwen3-4B", "gpt2"):
+        check_model_path("model.path", name)
+    with pytest.raises(ConfigError, match="there is no folder"):
+        build_agent(Config.model_validate({"model": {"path": "./nothing"}}))

@@ -211,3 +211,70 @@ def test_t2po_has_its_published_settings_on_its_worlds(name, turns, tokens):
     assert (config.model.transcript, config.model.window.turns) == ("window", 2)
     assert config.rollout.thinking.enabled
     assert config.rollout.resampling.enabled
+
+
+# --- what the command line says holds -----------------------------------------------------------------------
+
+
+def shape(*overrides: str, file: str | Path = "quickstart") -> tuple[tuple[int, int, int], list[str]]:
+    """Chains, rounds, forks, and what was noted."""
+    notes: list[str] = []
+    rollout = load_config(file, overrides, note=notes.append).rollout
+    return (rollout.chains, rollout.rounds, rollout.forks), notes
+
+
+def test_chains_of_the_command_line_are_so_many_chains():
+    numbers, notes = shape("algorithm=grpo", "rollout.chains=6")  # the file has 6 + 2 x 3
+    assert numbers == (6, 0, 0)
+    assert notes == [
+        "grpo grows chains and never forks, so that there are 6: rollout.rounds 2 -> 0, rollout.forks 3 -> 0"
+    ]
+    assert shape("algorithm=at2po", "rollout.chains=4") == ((4, 2, 3), [])
+
+
+def test_a_preset_that_cannot_take_the_shape_of_the_file_says_what_it_makes_of_it():
+    numbers, notes = shape("algorithm=grpo")
+    assert numbers == (6, 2, 3)
+    assert notes[0].startswith(
+        "grpo grows chains and never forks: the 6 + 2 x 3 leaves of the file become 12"
+    )
+    numbers, notes = shape("algorithm=tree_grpo")  # a third of 12 leaves at the root
+    assert numbers == (4, 1, 8)
+    assert notes == [
+        "tree_grpo starts another share of the 12 leaves at the root, so that there are 12: "
+        "rollout.chains 6 -> 4, rollout.rounds 2 -> 1, rollout.forks 3 -> 8"
+    ]
+    assert shape() == ((6, 2, 3), [])
+
+
+def test_a_preset_that_forks_says_so_where_nothing_can_be_forked(tmp_path):
+    flat = write(tmp_path, "algorithm: grpo\nrollout: {chains: 6, rounds: 0, forks: 0}\n")
+    assert "has nothing to fork" in shape("algorithm=at2po", file=flat)[1][0]
+
+
+# --- values with one meaning or an error --------------------------------------------------------------------
+
+
+def test_a_mapping_of_free_keys_replaces_that_of_the_file():
+    config = load_config("quickstart", ["env.kwargs={}", "eval.kwargs={split: dev, a: 1}", "eval.kwargs.b=2"])
+    assert config.env.kwargs == {}
+    assert config.eval.kwargs == {"split": "dev", "a": 1, "b": 2}
+    assert load_config("quickstart", ["env.kwargs.worlds=3"]).env.kwargs["split"] == "train"
+    last = load_config("quickstart", ["env.kwargs.a=1", "env.kwargs={b: 2}"])
+    assert last.env.kwargs == {"b": 2}
+    assert load_config("quickstart", ["algorithm.loss_options={}"]).algorithm.loss_options == {}
+    assert load_config("quickstart", ["rollout={chains: 4}"]).rollout.forks == 3  # a section, not free keys
+
+
+@pytest.mark.parametrize("name", ["rollout", "train", "algorithm"])
+def test_a_section_without_keys_is_an_error_and_an_empty_one_is_none(tmp_path, name):
+    for overrides in ([], ["algorithm=grpo"], [f"{name}.x=1"]):
+        with pytest.raises(ConfigError, match=f"{name}: got 5, expected keys with values"):
+            load_config(write(tmp_path, f"{name}: 5\n"), overrides)
+    assert load_config(write(tmp_path, f"{name}:\n")).rollout == load_config(write(tmp_path, "{}\n")).rollout
+
+
+@pytest.mark.parametrize("word", ["optimizer.lr=1e400", "optimizer.lr=.nan", "rollout.temperature=.inf"])
+def test_numbers_have_to_be_finite(word):
+    with pytest.raises(ConfigError, match="finite number"):
+        load_config("quickstart", [word])

@@ -226,7 +226,7 @@ def collected(**algorithm):
             "train": load_config("quickstart").train.model_copy(update={"questions": 5}),
         }
     )
-    order = TaskOrder(10, 0)
+    order = TaskOrder(range(10), 0)
     return collect_trees(order, 0, GuessEnv(), WatchedPolicy(), config, step=1, on_leaf=lambda: None)
 
 

@@ -1,3 +1,7 @@
+import dataclasses
+import json
+
+import numpy as np
 import pytest
 from helpers.guess_env import CharTokenizer, GuessEnv, GuessingPolicy
 
@@ -133,6 +137,23 @@ def test_an_environment_that_scores_nothing_has_no_exact_match():
     trees = rollout(TASKS[:2], Unscored(), GuessingPolicy(), TREES, seed=0)
     assert "em" not in tree_metrics(trees)
     assert "reward" in tree_metrics(trees)
+    figures = summarise(trees)
+    assert (figures.em, figures.em_low, figures.em_high, figures.f1) == (None, None, None, None)
+    # Where every episode failed, nothing was scored either, but it was meant to be.
+    failed, _ = evaluate(TASKS[:2], Outage([9]), GuessingPolicy(), TREES, seed=0)
+    assert failed.em == 0.0
+
+
+def test_every_number_that_an_environment_reports_is_averaged():
+    class Reporting(GuessEnv):
+        def step(self, action):
+            observation, reward, terminated, truncated, info = super().step(action)
+            more = {"cost": np.float32(2.0), "won": True, "note": "text", "lost": float("nan")}
+            return observation, reward, terminated, truncated, {**info, "metrics": more}
+
+    figures, trees = evaluate(TASKS[:3], Reporting(), GuessingPolicy(), TREES, seed=0)
+    assert figures.metrics == {"cost": 2.0, "won": 1.0}
+    assert json.loads(json.dumps(trees[0].to_json()))
 
 
 class Outage(GuessEnv):
@@ -175,3 +196,25 @@ def test_an_evaluation_ends_where_a_service_stays_down():
     with pytest.raises(ServiceError, match=r"100% of steps fail.*again"):
         ask(give_up_after_s=0.0)
     assert ask(pause_at=None).outcomes == {"env_error": 10}
+
+
+def test_failures_are_counted_and_the_first_traceback_is_told():
+    told = []
+    config = Config(env={"id": "GuessEnv"}, eval={"questions": 10}, health={"pause_at": None})
+    figures = evaluate_mode(
+        config, "greedy", Outage([3]), GuessingPolicy(), Progress(), go_on="again", on_error=told.append
+    )
+    assert figures.failures == {"env_error": 3, "env_timeout": 0, "requests": 0, "retrieval": 0, "tools": 0}
+    assert figures.failed_share == 0.3
+    assert len(told) == 1
+    assert told[0].startswith("Traceback")
+    assert told[0].rstrip().endswith("OSError: the world is down")
+
+
+def test_requests_that_the_policy_gave_up_are_failures():
+    class Silent(GuessingPolicy):
+        def answer(self, request):
+            return dataclasses.replace(super().answer(request), stop_reason="abort")
+
+    figures, _ = evaluate(TASKS[:2], GuessEnv(), Silent(), TREES, seed=0)
+    assert (figures.failures["requests"], figures.failed_share) == (2, 1.0)

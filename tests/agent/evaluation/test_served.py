@@ -171,7 +171,10 @@ def test_answers_that_were_given_up_are_told(folder: Path) -> None:
         return chat(ANSWER)
 
     with serving(model) as fake:
-        shown = run(fake.url, "--model", "tiny", *HOTPOT)
+        refused = run(fake.url, "--model", "tiny", *HOTPOT)
+        shown = run(fake.url, "--model", "tiny", *HOTPOT, "health.fail_at=0.2")
+    assert refused.exit_code == 2
+    assert "17% failed (requests 1)" in refused.output
     assert shown.exit_code == 0, shown.output
     assert "Note: 1 answers were given up and count as wrong (content filter 1)" in shown.stdout
     assert "the server refuses temperature" in shown.stdout

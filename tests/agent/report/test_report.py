@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -590,31 +591,61 @@ def test_tables_of_evaluations_and_trees() -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=120)
     figures_of = {"questions": 200, "em": 0.5, "em_low": 0.431, "em_high": 0.569, "f1": 0.6, "reward": 0.4}
-    console.print(evaluation_table({"greedy": {**figures_of, "turns": 2.5, "tokens": 61.2}}))
+    broken = {"turns": 2.5, "tokens": 61.2, "failures": {"env_error": 12, "env_timeout": 0, "requests": 3}}
+    console.print(evaluation_table({"greedy": {**figures_of, **broken}}))
     console.print(tree_table([TreeRecord(small_tree(), "Who [b]founded[/b] it?")], "trees"))
     shown = screen.getvalue()
     assert "0.431 – 0.569" in shown
+    assert "failures: greedy env_error 12, requests 3" in shown
     assert "Who [b]founded[/b] it?" in shown
 
 
 def test_a_world_is_scored_by_its_own_numbers() -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=120)
-    figures = {"questions": 40, "em": 0.0, "em_low": 0.0, "em_high": 0.1, "f1": 0.0, "reward": 0.7}
+    figures = {"questions": 40, "em": None, "em_low": None, "em_high": None, "f1": None, "reward": 0.7}
     reported = {"success": 0.625, "score": 0.71}
     row = {**figures, "turns": 6.0, "tokens": 80.0, "metrics": reported}
     console.print(evaluation_table({"greedy": row}))
-    summary = {"sampled_success_before": 0.25, "sampled_success_after": 0.5}
-    console.print(summary_table({**summary, "sampled_em_after": 0.0}))
+    summary = {"sampled_success_before": 0.25, "sampled_success_after": 0.5, "seen_questions": 0}
+    console.print(summary_table({**summary, "sampled_em_after": None}))
     shown = screen.getvalue()
     assert "exact match" not in shown
     assert "Exact match" not in shown
-    assert "Success on held-out tasks" in shown
+    assert "Success on held-out questions" in shown
     for cell in ("0.625", "0.710", "0.700", "0.250", "0.500", "+0.250"):
         assert cell in shown
     assert is_right({"metrics": {"success": 1.0}})
     assert not is_right({"metrics": {"success": 0.0}, "em": 1.0})
     assert is_right({"em": 1.0})
+
+
+def test_own_rewards_and_numbers_stand_in_the_summary_beside_exact_match() -> None:
+    def shown(**summary: Any) -> str:
+        screen = io.StringIO()
+        Console(file=screen, width=120).print(summary_table({"seen_questions": 0, **summary}))
+        return screen.getvalue()
+
+    rewards = {"reward_before": -0.25, "reward_after": 1.5, "sampled_reward_after": 0.125}
+    own = shown(**rewards, em_before=None, em_after=None)
+    assert "Reward on held-out questions" in own
+    assert "xact match" not in own
+    assert re.search(r"greedy +│ -0.250 │ 1.500 │ +– │ \+1.750", own)
+    both = shown(**rewards, em_before=0.5, em_after=0.75, metrics=["steps"], steps_after=4.5)
+    assert "Exact match on held-out questions" in both
+    assert re.search(r"reward, sampled +│ +– │ 0.125", both)
+    assert re.search(r"steps, greedy +│ +– │ 4.500", both)
+
+
+def test_a_run_that_scores_rewards_alone_is_drawn_by_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    own = [{**one, "em": None, "reward": 3.0} for one in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in own))
+    curves = read_curves(run)
+    assert curves.score == "Reward"
+    assert set(curves.greedy.value) == set(curves.training.value) == {3.0}
+    assert draw_run(run, tmp_path / "curve.png").is_file()
 
 
 @settings(max_examples=20)

@@ -167,3 +167,21 @@ def test_a_file_is_replaced_whole(tmp_path):
     replace_file(tmp_path / "a", b"b")
     assert (tmp_path / "a").read_bytes() == b"b"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_start_that_fails_leaves_no_folder_and_one_that_recorded_something_stays(tmp_path):
+    with pytest.raises(ConfigError), open_run(config_of(tmp_path / "run")):
+        raise ConfigError("the data is missing")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(KeyboardInterrupt), open_run(config_of(tmp_path / "stopped")):
+        raise KeyboardInterrupt
+    assert (tmp_path / "stopped" / "config.yaml").is_file()  # `--resume` starts it again
+    begun = open_run(config_of(tmp_path / "begun"))
+    folder, _ = begun.__enter__()
+    folder.append_metrics({"kind": "eval", "step": 0})
+    assert not begun.__exit__(ConfigError, ConfigError("later"), None)
+    assert (tmp_path / "begun" / "metrics.jsonl").is_file()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError), open_run(config_of(tmp_path / "mine")):
+        raise ConfigError("the data is missing")
+    assert (tmp_path / "mine").is_dir()  # it was there before

@@ -131,9 +131,28 @@ def test_no_evaluation_is_written_twice(whole_run, tmp_path, phase, number):
         train(folder, progress=KillAt(phase, number))
     train(folder, resume=True)
     assert lines(folder) == lines(whole_run)
-    train(folder, resume=True)  # a finished run measures again, and writes the same
+    train(folder, resume=True)  # a finished run has nothing left to do
     assert lines(folder) == lines(whole_run)
     assert weights(folder) == weights(whole_run)
+
+
+def test_a_finished_run_is_not_evaluated_again(tmp_path):
+    folder = tmp_path / "run"
+    summary = train(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    heard = KillAt("evaluate (greedy)", 1)
+    assert train(folder, resume=True, progress=heard) == summary
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    longer = train(folder, resume=True, steps=3)
+    assert longer["steps"] == 3
+
+
+def test_a_run_cannot_be_resumed_below_the_steps_that_are_done(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    with pytest.raises(ConfigError, match=r"train.steps: got 1, but the run in .* has done 2 steps"):
+        train(folder, resume=True, steps=1)
+    assert "steps: 2" in (folder / "config.yaml").read_text()
 
 
 def test_the_shares_of_failed_calls_go_on_counting(tmp_path):

@@ -651,3 +651,20 @@ def test_tools_are_described_as_chat_endpoints_take_them() -> None:
     }
     prompt, _ = env.reset(seed=0)
     assert json.dumps(search, ensure_ascii=False) in prompt  # what the prompt says is the same text
+
+
+def test_without_golden_answers_there_is_no_exact_match():
+    @tool()
+    def look(word: str) -> str:
+        """Look a word up.
+
+        Args:
+            word: Anything.
+        """
+        return word
+
+    env = ToolEnv(tasks=[{"question": "?"}], tools=[look], reward=lambda _: 0.5)
+    env.reset(seed=0)
+    _, reward, _, _, info = env.step("<answer> x </answer>")
+    assert reward == 0.5
+    assert not {"em", "f1"} & set(info)

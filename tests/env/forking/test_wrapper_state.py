@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +17,7 @@ from gymnasium.spaces import Box
 
 from at2po_env.contract.testing import PigEnv
 from at2po_env.errors import SnapshotError
-from at2po_env.forking.base import restore, snapshot
+from at2po_env.forking.base import fork, restore, snapshot
 from at2po_env.forking.snapshots import Snapshot
 from at2po_env.forking.wrapper_state import read_data, write_data
 from at2po_env.wrappers import FullTranscript, NumericView
@@ -283,3 +286,21 @@ def test_an_observation_space_that_raises_refuses() -> None:
     env.env.observation_space = type("Odd", (Box,), {"contains": lambda *_: 1 / 0})(0, 256, (6,), np.int32)
     with pytest.raises(SnapshotError, match="observation_queue cannot be read: division"):
         restore(env, Snapshot.from_json(json.dumps(data)))
+
+
+def test_methods_of_c_code_that_carry_state_are_copied_by_forks_and_not_lost_by_json() -> None:
+    class Holding(gymnasium.Wrapper[Any, Any, Any, Any]):
+        def __init__(self, env: Any, call: Any) -> None:
+            super().__init__(env)
+            self.call = call
+
+    for call in (random.Random(0).random, [3, 2, 1].pop, {}.get):
+        env = Holding(PigEnv(), call)
+        env.reset(seed=0)
+        assert fork(env).call.__self__ is not call.__self__
+        with pytest.raises(SnapshotError, match=r"Holding\.call holds a .*fork_config"):
+            snapshot(env).to_json()
+    for call in (math.sqrt, len, str.upper, "abc".upper, operator.itemgetter(1)):
+        env = Holding(PigEnv(), call)
+        env.reset(seed=0)
+        snapshot(env).to_json()
