@@ -172,9 +172,14 @@ class AlgorithmConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with a constant learning rate."""
+    """AdamW and its learning rate."""
 
     lr: float = Field(1e-6, gt=0, description="Learning rate after the warmup.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="Keep the rate after the warmup, or let it fall so that it would be 0 one step after "
+        "train.steps.",
+    )
     warmup_steps: int = Field(0, ge=0, description="Training steps over which the rate rises linearly.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
