@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from at2po_agent.cli.config import config_command
 from at2po_agent.cli.eval import EXIT_INTERRUPTED, evaluate_command, need_agent_extra
+from at2po_agent.cli.export import export_command
 from at2po_agent.cli.retrieval import app as retrieval_app
 from at2po_agent.cli.serving import app as serving_app
 from at2po_env.errors import At2poError, DataError
@@ -193,6 +194,15 @@ app.command(
         "at2po config --schema",
     ),
 )(config_command)
+
+app.command(
+    "export",
+    epilog=_examples(
+        "at2po export runs/quickstart",
+        "at2po export runs/qwen3-4b-multihop --step 240 --out model --max-shard-size 2GB",
+        "at2po export runs/qwen3-4b-multihop --push OWNER/NAME",
+    ),
+)(export_command)
 
 
 @app.command(
