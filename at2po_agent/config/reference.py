@@ -40,13 +40,15 @@ class Setting(NamedTuple):
 
 
 def settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Setting]:
-    """Yield all settings in the order of the sections."""
+    """Yield all settings in the order of the sections; a section that may be none is one itself."""
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
+        value = field.get_default(call_default_factory=True)
         if (group := group_of(field)) is not None:
+            if value is None:
+                yield Setting(key, _type(field.annotation), "", _shown(value), field.description or "")
             yield from settings(group, f"{key}.")
             continue
-        value = field.get_default(call_default_factory=True)
         yield Setting(key, _type(field.annotation), _limits(field), _shown(value), field.description or "")
 
 
@@ -135,6 +137,8 @@ def _type(annotation: Any) -> str:
     names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
     if annotation in names:
         return names[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     return {list: "list", tuple: "list", dict: "mapping"}.get(origin or annotation, str(annotation))
 
 

@@ -69,6 +69,7 @@ def evaluation_config(target: str, overrides: Sequence[str], config: str | None 
             )
         check_checkpoint(checkpoints[0])
         own += [f"model.path={checkpoints[0]}", "model.random_init=false", "model.tokenizer=null"]
+        own += ["model.lora=null"]  # the adapters of a checkpoint are merged when it is loaded
         config = config or str(run)
     else:
         own += [f"model.path={target}", "model.random_init=false", "model.sampler=hf"]

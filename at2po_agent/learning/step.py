@@ -22,7 +22,7 @@ from at2po_agent.packing.batch import Batch, move
 from at2po_agent.packing.rows import pack_rows
 from at2po_agent.packing.trees import check_model, pack_trees
 from at2po_agent.runs.progress import Clock
-from at2po_agent.runs.seeding import RunPurpose, run_generator
+from at2po_agent.runs.seeding import RunPurpose, run_generator, run_seed
 from at2po_agent.tree import Tree
 from at2po_env.errors import ConfigError
 
@@ -185,10 +185,13 @@ class TreeLearner:
         # its branches before it changes a weight.
         mismatch = None if measured else Mismatch()
         updates: list[dict[str, float]] = []
-        for epoch in range(config.epochs):
-            for i in range(len(batches)) if epoch == 0 else generator.permutation(len(batches)):
-                first = None if updates else mismatch
-                updates.append(learner.update(batches[i], old[i], references[i], mismatch=first))
+        device = next(learner.model.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], device_type="cuda"):
+            torch.manual_seed(run_seed(self._config.run.seed, RunPurpose.DROPOUT, step))
+            for epoch in range(config.epochs):
+                for i in range(len(batches)) if epoch == 0 else generator.permutation(len(batches)):
+                    first = None if updates else mismatch
+                    updates.append(learner.update(batches[i], old[i], references[i], mismatch=first))
         if mismatch is not None:
             measured = mismatch.read()
         clock.lap("update")

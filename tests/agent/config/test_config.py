@@ -1,5 +1,6 @@
 import ast
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -20,14 +21,15 @@ def sections(parent: type[BaseModel] = Config, prefix: str = "") -> dict[str, ty
     """Groups of settings by dotted name, groups within groups included."""
     found: dict[str, type[BaseModel]] = {}
     for name, field in parent.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= {f"{prefix}{name}": field.annotation}
-            found |= sections(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):  # X, and X of `X | None`
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= {f"{prefix}{name}": kind}
+                found |= sections(kind, f"{prefix}{name}.")
     return found
 
 
 def test_groups_within_groups_are_found():
-    assert {"model", "model.chat", "rollout", "rollout.thinking"} <= sections().keys()
+    assert {"model", "model.chat", "model.lora", "rollout", "rollout.thinking"} <= sections().keys()
 
 
 def test_every_field_has_a_help_text():
