@@ -179,7 +179,7 @@ app.command(
     epilog=_examples(
         "at2po eval runs/quickstart",
         "at2po eval runs/quickstart eval.questions=500 --json",
-        "at2po eval Qwen/Qwen3-4B --config qwen3-4b-multihop dataset=dev.jsonl corpus=wiki-18.jsonl",
+        "at2po eval Qwen/Qwen3-4B dataset=dev.jsonl corpus=wiki-18.jsonl",
         "at2po eval runs/qwen3-4b-multihop --suite all --json all.json eval.questions=500",
         "at2po eval http://localhost:8000/v1 --model NAME --env at2po/HotpotQA-v0",
         "at2po eval https://HOST/v1 --model NAME served.api_key_env=OPENAI_API_KEY --suite all",

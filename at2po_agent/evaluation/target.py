@@ -34,7 +34,7 @@ from at2po_env import HermesProtocol
 from at2po_env.data.catalog import QA_SETS
 from at2po_env.errors import ConfigError
 
-DEFAULT_CONFIG = "qwen3-4b-multihop"
+DEFAULT_CONFIG = "at2po-search"
 
 
 def is_address(target: str) -> bool:
