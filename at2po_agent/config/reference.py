@@ -85,7 +85,7 @@ def commented_yaml(values: Mapping[str, Any], section: type[BaseModel] = Config,
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a configuration file, for editors; a file may name an algorithm in one word."""
+    """The JSON schema of a configuration file, for editors; an algorithm may be one word."""
     found = Config.model_json_schema()
     section = found["properties"]["algorithm"]
     preset = {"type": "string", "description": "Name of a preset."}
@@ -93,6 +93,8 @@ def schema() -> dict[str, Any]:
         "anyOf": [preset, {"$ref": section.pop("$ref")}],
         "description": section.get("description", ""),
     }
+    base = {"type": "string", "description": "File or shipped configuration, from which this one differs."}
+    found["properties"] = {"base": base, **found["properties"]}
     return {
         **found,
         "$schema": "https://json-schema.org/draft/2020-12/schema",
