@@ -12,12 +12,14 @@ import torch
 
 from at2po_agent.agents.agent import Agent, build_agent, build_weights
 from at2po_agent.agents.cold_start import cold_start, record_demonstrations
+from at2po_agent.agents.model import add_adapters, without_adapters
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import Env, make_cold_start_env
 from at2po_agent.evaluation.metrics import wilson_interval
 from at2po_agent.health import LOST, ServiceError
 from at2po_agent.policies.base import transcript_of
-from at2po_agent.runs.checkpoint import list_checkpoints
+from at2po_agent.policies.weights import is_adapted
+from at2po_agent.runs.checkpoint import list_checkpoints, save_base
 from at2po_agent.runs.folder import RunFolder, open_run
 from at2po_agent.runs.interrupts import InterruptibleProgress, Interrupts, StopRequested, TrainingInterrupted
 from at2po_agent.runs.progress import Progress
@@ -108,20 +110,38 @@ def _run(
         folder.rewind_metrics(-1)
         if config.cold_start.steps:
             _cold_start(config, trainer, progress)
+        own = config.model
+        if is_adapted(trainer.agent.model) and (
+            own.path is None or own.random_init or config.cold_start.steps
+        ):
+            save_base(folder.path, trainer.agent.model)
         for mode in _modes(config):
             trainer.state.before[mode] = trainer.evaluate(mode).to_json()
         trainer.save()  # the checkpoint of step 0 keeps the cold start and the first evaluation
     trainer.train()
-    state = trainer.state
     after = {mode: trainer.evaluate(mode).to_json() for mode in _modes(config)}
+    summary = _summary(config, trainer, after)
+    folder.write_summary(summary)
+    try:
+        trainer.check()
+    except ServiceError as error:
+        error.summary = summary
+        raise
+    return summary
+
+
+def _summary(config: Config, trainer: Trainer, after: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What `summary.json` holds, from the evaluations after training and what the trainer knows."""
+    state = trainer.state
     summary: dict[str, Any] = {
         "name": config.run.name,
-        "folder": str(folder.path),
+        "folder": str(trainer.folder.path),
         "algorithm": config.algorithm.preset,
         "steps": state.step,
         "sampled_tokens": state.sampled_tokens,
         "wall_seconds": trainer.seconds,
         "parameters": sum(parameter.numel() for parameter in trainer.agent.model.parameters()),
+        "trained_parameters": sum(parameter.numel() for parameter in _learning(trainer.agent.model)),
         "seed": config.run.seed,
         "cold_start": state.cold_start,
         "held_out_questions": trainer.split.held_out,
@@ -147,12 +167,6 @@ def _run(
                 low, high = wilson_interval(figures["metrics"]["success"], figures["questions"])
                 summary[f"{prefix}success_low_{moment}"] = low
                 summary[f"{prefix}success_high_{moment}"] = high
-    folder.write_summary(summary)
-    try:
-        trainer.check()
-    except ServiceError as error:
-        error.summary = summary
-        raise
     return summary
 
 
@@ -167,7 +181,8 @@ def _cold_start(config: Config, trainer: Trainer, progress: Progress) -> None:
         progress=progress,
         transcript=transcript_of(agent.policy),
     )
-    figures = cold_start(agent.model, demonstrations, config.cold_start, rng=rng, progress=progress)
+    with without_adapters(agent.model) as model:
+        figures = cold_start(model, demonstrations, config.cold_start, rng=rng, progress=progress)
     trainer.state.cold_start = {**figures, "seconds": time.monotonic() - started}
     agent.sampler.weights_changed()
 
@@ -182,19 +197,26 @@ def plan_run(config: Config) -> dict[str, Any]:
     """Count what a run would need, with the model on torch's meta device: nothing is allocated.
 
     Returns:
-        parameters; weights_gb, gradients_gb and optimizer_gb (two moments); leaves and most tokens of a step
-        (responses at their limit, prompts included, prefixes once per leaf); updates of a step; steps.
+        parameters and trained_parameters; weights_gb, gradients_gb and optimizer_gb (two moments); leaves
+        and most tokens of a step (responses at their limit, prompts included, prefixes once per leaf);
+        updates of a step; steps.
     """
     model = build_weights(config.model, seed=0, vocab_size=config.model.vocab_size, device="meta")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    gigabytes = parameters * getattr(torch, config.model.dtype).itemsize / 1e9
+    if config.model.lora is not None:
+        model = add_adapters(model, config.model.lora, seed=0)
+    learning = _learning(model)
+    weights_gb, learning_gb = (
+        round(sum(one.numel() * one.element_size() for one in parameters) / 1e9, 2)
+        for parameters in (list(model.parameters()), learning)
+    )
     train, rollout = config.train, config.rollout
     leaves = train.questions * rollout.leaves
     return {
-        "parameters": parameters,
-        "weights_gb": round(gigabytes, 2),
-        "gradients_gb": round(gigabytes, 2),
-        "optimizer_gb": round(2 * gigabytes, 2),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_parameters": sum(parameter.numel() for parameter in learning),
+        "weights_gb": weights_gb,
+        "gradients_gb": learning_gb,
+        "optimizer_gb": 2 * learning_gb,
         "leaves_per_step": leaves,
         "most_tokens_per_step": leaves * (rollout.max_prompt_tokens + rollout.max_response_tokens),
         "updates_per_step": train.epochs * max(1, train.questions // train.minibatch_questions),
@@ -202,12 +224,17 @@ def plan_run(config: Config) -> dict[str, Any]:
     }
 
 
+def _learning(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def describe_plan(config: Config, plan: dict[str, Any]) -> str:
     """The plan as a few lines for a person."""
     memory = plan["weights_gb"] + plan["gradients_gb"] + plan["optimizer_gb"]
     shape, questions, algorithm = config.rollout, config.train.questions, config.algorithm
+    share = f", {plan['trained_parameters']:,} of them in adapters that learn" if config.model.lora else ""
     lines = [
-        f"model      {plan['parameters']:,} parameters in {config.model.dtype}",
+        f"model      {plan['parameters']:,} parameters in {config.model.dtype}{share}",
         f"memory     {memory:,.1f} GB for weights, gradients and AdamW; activations and sampler come on top",
         f"one step   {questions} questions x {shape.leaves} leaves = {plan['leaves_per_step']:,} "
         f"episodes, at most {plan['most_tokens_per_step']:,} tokens, {plan['updates_per_step']} updates",

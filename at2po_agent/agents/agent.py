@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from at2po_agent.agents.cold_start import record_demonstrations
-from at2po_agent.agents.model import ModelShape, build_model, load_model, train_tokenizer
+from at2po_agent.agents.model import (
+    ModelShape,
+    adapter_settings,
+    add_adapters,
+    build_model,
+    load_model,
+    train_tokenizer,
+)
 from at2po_agent.config.sections import Config, ModelConfig
 from at2po_agent.environments import make_cold_start_env, make_training_env
 from at2po_agent.policies.base import Policy, TrainablePolicy, as_trainable
@@ -83,13 +90,15 @@ def build_agent(config: Config) -> Agent:
     transcript = in_windows(written, config)
     seed = run_seed(config.run.seed, RunPurpose.MODEL)
     model = build_weights(own, seed=seed, vocab_size=len(tokenizer), eos_id=tokenizer.eos_id)
+    if own.lora is not None:
+        model = add_adapters(model, own.lora, seed=run_seed(config.run.seed, RunPurpose.ADAPTERS))
     if own.sampler == "hf":
         return Agent(model, HFPolicy(model, tokenizer, slots=own.slots, transcript=transcript))
     policy = VLLMPolicy(
         model,
         tokenizer,
         config=engine_config(config, most=getattr(model.config, "max_position_embeddings", None)),
-        path=None if own.random_init else own.path,
+        path=None if own.random_init or (own.path and adapter_settings(own.path)) else own.path,
         slots=own.slots,
         transcript=transcript,
     )

@@ -201,6 +201,8 @@ def _optimizers(model: torch.nn.Module, config: ColdStartConfig) -> list[tuple[t
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
         (matrices if inner else rest).append(parameter)
     return [

@@ -1,22 +1,30 @@
-"""Makes models and tokenizers: from a shape and a seed, or from a folder of weights.
+"""Makes models, adapters and tokenizers: from a shape and a seed, or from a folder of weights.
 
 This module knows neither policies nor training; a model is a plain `transformers` causal language model.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from at2po_agent.config.sections import LoraConfig
+from at2po_agent.policies.weights import is_adapted
+from at2po_agent.runs.checkpoint import STATE, base_folder
 from at2po_agent.transcripts.tokenizer import HFTokenizer
-from at2po_env.errors import ConfigError
+from at2po_env.errors import ConfigError, require
 
 Architecture: TypeAlias = Literal["qwen3", "qwen2", "llama"]
 TokenizerKind: TypeAlias = Literal["bpe", "words"]
@@ -119,8 +127,10 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model from a folder (or a name that the local hub cache holds).
 
+    A folder of adapters gives the model that they were trained on, with the adapters merged into its weights.
+
     Args:
-        path: Folder with `config.json` and, unless `random_init`, the weights.
+        path: Folder with `config.json` and, unless `random_init`, the weights; or adapters of peft.
         dtype: Number format of the weights.
         device: The device of the model; `meta` reads the configuration and allocates nothing.
         random_init: Draw random weights of this shape from the seed instead of reading them.
@@ -133,14 +143,103 @@ def load_model(
         ConfigError: The folder holds no such model.
     """
     try:
-        config = AutoConfig.from_pretrained(str(path))
+        adapter = adapter_settings(path)
+        source = str(path)
+        if adapter is not None:
+            base = base_folder(Path(path))
+            own = (Path(path) / STATE).is_file() and base.is_dir()
+            source = str(base if own else adapter["base_model_name_or_path"])
+        config = AutoConfig.from_pretrained(source)
         if random_init or device == "meta":
             return _random_model(config, seed=seed, dtype=dtype, device=device)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        if adapter is not None:
+            peft = require("peft", "lora")
+            with _no_deprecations():
+                loaded = peft.PeftModel.from_pretrained(loaded, str(path)).merge_and_unload()
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"no model can be loaded from {str(path)!r}: {error}") from error
     model: PreTrainedModel = loaded.to(device).eval()
     return model
+
+
+def adapter_settings(path: str | Path) -> dict[str, Any] | None:
+    """The settings of the adapters in a folder (or under a name of the hub); None where it holds a model."""
+    file = find_adapter_config_file(str(path))
+    return None if file is None else dict(json.loads(Path(file).read_text(encoding="utf-8")))
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> nn.Module:
+    """Put fresh adapters into a model, which then computes what it did: every B begins at 0.
+
+    Args:
+        model: Changed in place; its weights no longer learn.
+        config: Rank, scale, dropout, and where.
+        seed: Decides every A; torch's generator stays as it was.
+
+    Returns:
+        peft's model around it, in eval mode; only the adapters have gradients.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        ConfigError: The model has no such layers, or a target is one of its embeddings.
+    """
+    peft = require("peft", "lora")
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.targets,
+    )
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices, device_type="cuda"), _no_deprecations():
+            torch.manual_seed(seed)
+            adapted: nn.Module = peft.get_peft_model(model, settings).eval()
+    except ValueError as error:
+        layers = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
+        raise ConfigError(
+            f"model.lora.targets: got {config.targets}, expected all-linear or names of linear layers: "
+            f"{', '.join(layers)} ({error})"
+        ) from error
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if any(hasattr(module, "base_layer") for module in (model.get_input_embeddings(), output)):
+        raise ConfigError(
+            f"model.lora.targets: got {config.targets}, which has an embedding; only the linear layers "
+            "between the embeddings take adapters. Fix: model.lora.targets=all-linear"
+        )
+    return adapted
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Give the model under the adapters, whose weights learn until the end of the block; else the model."""
+    if not is_adapted(model):
+        yield model
+        return
+    base: nn.Module = model.get_base_model()  # type: ignore[operator]  # peft's
+    own = [parameter for name, parameter in base.named_parameters() if ".lora_" not in name]
+    with model.disable_adapter():  # type: ignore[operator]  # peft's
+        try:
+            for parameter in own:
+                parameter.requires_grad_(True)
+            yield base
+        finally:
+            for parameter in own:
+                parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _no_deprecations() -> Iterator[None]:
+    """Silence what peft warns of transformers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
 
 
 def _random_model(config: Any, *, seed: int, dtype: DType, device: str) -> PreTrainedModel:

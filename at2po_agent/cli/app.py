@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from at2po_agent.cli.config import config_command
 from at2po_agent.cli.eval import EXIT_INTERRUPTED, evaluate_command, need_agent_extra
+from at2po_agent.cli.export import export_command
 from at2po_agent.cli.retrieval import app as retrieval_app
 from at2po_agent.cli.serving import app as serving_app
 from at2po_env.errors import At2poError, DataError
@@ -187,7 +188,7 @@ app.command(
     epilog=_examples(
         "at2po eval runs/quickstart",
         "at2po eval runs/quickstart eval.questions=500 --json",
-        "at2po eval Qwen/Qwen3-4B --config qwen3-4b-multihop dataset=dev.jsonl corpus=wiki-18.jsonl",
+        "at2po eval Qwen/Qwen3-4B dataset=dev.jsonl corpus=wiki-18.jsonl",
         "at2po eval runs/qwen3-4b-multihop --suite all --json all.json eval.questions=500",
         "at2po eval http://localhost:8000/v1 --model NAME --env at2po/HotpotQA-v0",
         "at2po eval https://HOST/v1 --model NAME served.api_key_env=OPENAI_API_KEY --suite all",
@@ -202,6 +203,15 @@ app.command(
         "at2po config --schema",
     ),
 )(config_command)
+
+app.command(
+    "export",
+    epilog=_examples(
+        "at2po export runs/quickstart",
+        "at2po export runs/qwen3-4b-multihop --step 240 --out model --max-shard-size 2GB",
+        "at2po export runs/qwen3-4b-multihop --push OWNER/NAME",
+    ),
+)(export_command)
 
 
 @app.command(

@@ -49,8 +49,7 @@ def evaluate_command(
         str | None,
         typer.Option(
             "--config",
-            help="Configuration to use. The default is the run's own, or qwen3-4b-multihop for a model that "
-            "belongs to no run.",
+            help="Configuration to use. The default is the run's own, or at2po-search for a model of no run.",
         ),
     ] = None,
     suite: Annotated[

@@ -1,5 +1,8 @@
 """Reads configurations (a YAML file with `key=value` on top) and reports all problems at once.
 
+A file may name another one as its `base`, and then holds only what differs. A preset that it chooses replaces
+parts of the base as one of the command line replaces parts of the file.
+
 The order of precedence does not depend on the order of the command line: defaults, the parts of the chosen
 preset, the file, single keys of the command line. A preset of the command line replaces the file's
 `algorithm` section and its expansion rule; the file's shape of the trees stays, so that algorithms are
@@ -51,7 +54,7 @@ def load_config(
     path = find_config(name_or_path)
     problems: list[Problem] = []
     typed, replaced = _parse_overrides(overrides, problems)
-    file = _read_yaml(path)
+    file = _read_file(path)
     if path.name == CONFIG_FILE and Path(name_or_path).is_dir():
         _check_whole(path, file)
         file = _merge(file, {"run": {"dir": str(name_or_path)}})
@@ -118,6 +121,35 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _read_file(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a file, merged over its `base`: a path beside it, or what `find_config` finds."""
+    file = _read_yaml(path)
+    if isinstance(file.get("algorithm"), str):
+        file = {**file, "algorithm": {"preset": file["algorithm"]}}
+    if "base" not in file:
+        return file
+    name, chain = file.pop("base"), (*above, path.resolve())
+    beside = path.parent / str(name)
+    try:
+        found = (beside if beside.is_file() else find_config(str(name))).resolve()
+    except ConfigError as error:
+        raise ConfigError(f"{path}: base: {error}") from error
+    if found in chain:
+        loop = " -> ".join(one.name for one in (*chain, found))
+        raise ConfigError(f"{path}: base: {loop} leads back to itself; take one base out")
+    base, own = _read_file(found, chain), section(file, "algorithm")
+    algorithm, rollout = dict(section(base, "algorithm")), dict(section(base, "rollout"))
+    if "preset" in own:
+        given = section(file, "rollout")
+        algorithm, rollout = {}, _foreign_rollout(rollout, PRESETS.get(str(own["preset"])), given)
+    for part in ("loss", "credit"):  # options of a part that the file replaces
+        if part in own and own[part] != algorithm.get(part):
+            algorithm.pop(f"{part}_options", None)
+    if section(file, "rollout").get("expansion", rollout.get("expansion")) != rollout.get("expansion"):
+        rollout.pop("expansion_options", None)
+    return _merge({**base, "algorithm": algorithm, "rollout": rollout}, file)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -193,8 +225,6 @@ def _sections_only(values: Mapping[str, Any], problems: list[Problem]) -> dict[s
 def _compose(
     file: dict[str, Any], typed: dict[str, Any], replaced: list[tuple[str, ...]], problems: list[Problem]
 ) -> dict[str, Any]:
-    if isinstance(file.get("algorithm"), str):
-        file = {**file, "algorithm": {"preset": file["algorithm"]}}
     chosen = section(typed, "algorithm").get("preset")
     if chosen is not None:
         given = section(typed, "rollout")

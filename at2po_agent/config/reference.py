@@ -40,13 +40,15 @@ class Setting(NamedTuple):
 
 
 def settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Setting]:
-    """Yield all settings in the order of the sections."""
+    """Yield all settings in the order of the sections; a section that may be none is one itself."""
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
+        value = field.get_default(call_default_factory=True)
         if (group := group_of(field)) is not None:
+            if value is None:
+                yield Setting(key, _type(field.annotation), "", _shown(value), field.description or "")
             yield from settings(group, f"{key}.")
             continue
-        value = field.get_default(call_default_factory=True)
         yield Setting(key, _type(field.annotation), _limits(field), _shown(value), field.description or "")
 
 
@@ -83,7 +85,7 @@ def commented_yaml(values: Mapping[str, Any], section: type[BaseModel] = Config,
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a configuration file, for editors; a file may name an algorithm in one word."""
+    """The JSON schema of a configuration file, for editors; an algorithm may be one word."""
     found = Config.model_json_schema()
     section = found["properties"]["algorithm"]
     preset = {"type": "string", "description": "Name of a preset."}
@@ -91,6 +93,8 @@ def schema() -> dict[str, Any]:
         "anyOf": [preset, {"$ref": section.pop("$ref")}],
         "description": section.get("description", ""),
     }
+    base = {"type": "string", "description": "File or shipped configuration, from which this one differs."}
+    found["properties"] = {"base": base, **found["properties"]}
     return {
         **found,
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -135,6 +139,8 @@ def _type(annotation: Any) -> str:
     names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
     if annotation in names:
         return names[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     return {list: "list", tuple: "list", dict: "mapping"}.get(origin or annotation, str(annotation))
 
 

@@ -67,6 +67,21 @@ class ChatConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """Low-rank adapters: a matrix W of the model acts as `W + alpha / rank * B A`, and only A and B learn."""
+
+    rank: int = Field(16, ge=1, description="Rank of the products B A.")
+    alpha: float = Field(32.0, gt=0, description="Scale of the products, divided by the rank.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of an adapter's inputs that an update leaves out."
+    )
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="Names of the linear layers that get adapters, such as [q_proj, v_proj]; all-linear "
+        "takes all but the output embedding.",
+    )
+
+
 class ModelConfig(Section):
     """The policy's model: weights from a path, or a Qwen3-shaped one made here."""
 
@@ -114,6 +129,10 @@ class ModelConfig(Section):
     window: WindowConfig = Field(
         default_factory=WindowConfig, description="The prompt of a turn, with transcript = window."
     )
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train low-rank adapters and leave the weights as they are; none trains all weights.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Number format of the weights."
     )
@@ -128,6 +147,16 @@ class ModelConfig(Section):
     def _heads_divide(self) -> Self:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_take_the_adapters(self) -> Self:
+        served = self.vllm.lora_rank
+        if self.lora is not None and 0 < served < self.lora.rank:
+            raise ValueError(
+                f"vllm.lora_rank ({served}) is smaller than lora.rank ({self.lora.rank}); raise it, or set "
+                "it to 0, which sends merged weights"
+            )
         return self
 
     @model_validator(mode="after")
@@ -178,9 +207,14 @@ class AlgorithmConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with a constant learning rate."""
+    """AdamW and its learning rate."""
 
     lr: float = Field(1e-6, gt=0, description="Learning rate after the warmup.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="Keep the rate after the warmup, or let it fall so that it would be 0 one step after "
+        "train.steps.",
+    )
     warmup_steps: int = Field(0, ge=0, description="Training steps over which the rate rises linearly.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
@@ -347,3 +381,12 @@ class Config(Section):
     served: ServedConfig = Field(default_factory=ServedConfig, description="Served model to evaluate.")
     health: HealthConfig = Field(default_factory=HealthConfig, description="Services that die.")
     run: RunConfig = Field(default_factory=RunConfig, description="Folder, seed, threads.")
+
+    @model_validator(mode="after")
+    def _engines_follow_the_cold_start(self) -> Self:
+        if self.model.lora is not None and self.model.vllm.lora_rank and self.cold_start.steps:
+            raise ValueError(
+                "cold_start changes the weights under the adapters, and with model.vllm.lora_rank the "
+                "engines get new adapters alone; set model.vllm.lora_rank=0, which sends merged weights"
+            )
+        return self

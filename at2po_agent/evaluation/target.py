@@ -35,7 +35,7 @@ from at2po_env import HermesProtocol
 from at2po_env.data.catalog import QA_SETS
 from at2po_env.errors import At2poError, ConfigError
 
-DEFAULT_CONFIG = "qwen3-4b-multihop"
+DEFAULT_CONFIG = "at2po-search"
 
 
 def is_address(target: str) -> bool:
@@ -70,6 +70,7 @@ def evaluation_config(target: str, overrides: Sequence[str], config: str | None 
             )
         check_checkpoint(checkpoints[0])
         own += [f"model.path={checkpoints[0]}", "model.random_init=false", "model.tokenizer=null"]
+        own += ["model.lora=null"]  # the adapters of a checkpoint are merged when it is loaded
         config = config or str(run)
     else:
         own += [f"model.path={target}", "model.random_init=false", "model.sampler=hf"]

@@ -24,6 +24,7 @@ from at2po_agent.learning.mismatch import Mismatch
 from at2po_agent.losses import LossTotals, RatioLevel, drift_metrics, get_loss, kl_penalty, make_loss
 from at2po_agent.losses.kl import Estimator
 from at2po_agent.packing.batch import Batch, MicroBatch, move
+from at2po_agent.policies.weights import adapter_dropouts
 from at2po_env.errors import At2poError, ConfigError
 
 LossFunction = Callable[..., tuple[Tensor, Mapping[str, Any]]]
@@ -187,8 +188,10 @@ class Learner:
         objective, device = self.objective, self._device
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        self.model.train(self.checkpointing)
         entropies = self.entropies(batch) if objective.needs_entropy else None
+        self.model.train(self.checkpointing)
+        for dropout in adapter_dropouts(self.model):
+            dropout.train()
         totals = LossTotals.of(batch.turn_ids, entropies)
         old = move(old_log_probs, device)
         ref = None if ref_log_probs is None else move(ref_log_probs, device)

@@ -1,6 +1,7 @@
 """The frozen reference: the policy as it was before training, for KL terms in the loss or in the reward.
 
-Its weights lie in the run's folder, so that a resumed run measures from the same point.
+Its weights lie in the run's folder, so that a resumed run measures from the same point. Under adapters they
+are those of the learner itself, with the adapters off: no second copy is made.
 """
 
 import copy
@@ -10,19 +11,32 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
+from torch import Tensor
 
 from at2po_agent.learning.learner import Learner
 from at2po_agent.losses.kl import Estimator, token_kl
 from at2po_agent.packing.batch import Batch
 from at2po_agent.packing.rows import pack_rows
+from at2po_agent.policies.weights import is_adapted
 from at2po_agent.runs.checkpoint import CheckpointError
 from at2po_agent.tree import Tree
 
 FILE = "reference.safetensors"
 
 
+class _WithoutAdapters(Learner):
+    """Scores with a learner's model as it was before its adapters learnt."""
+
+    def __init__(self, learner: Learner) -> None:
+        vars(self).update(vars(learner))
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        with self.model.disable_adapter():  # type: ignore[operator]  # peft's
+            return super().log_probs(batch)
+
+
 def reference_learner(learner: Learner, folder: Path, *, started: bool) -> Learner:
-    """The learner with a frozen copy of its model as it was before training.
+    """The learner with its model as it was before training: a frozen copy, or without its adapters.
 
     Args:
         learner: Holds the model that is trained.
@@ -32,6 +46,8 @@ def reference_learner(learner: Learner, folder: Path, *, started: bool) -> Learn
     Raises:
         CheckpointError: They are not, or do not fit the model.
     """
+    if is_adapted(learner.model):
+        return _WithoutAdapters(learner)
     reference = copy.copy(learner)
     reference.model = copy.deepcopy(learner.model).requires_grad_(False).eval()
     file = folder / FILE

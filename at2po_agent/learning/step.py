@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import get_scheduler
 
-from at2po_agent.config.sections import AlgorithmConfig, Config
+from at2po_agent.config.sections import AlgorithmConfig, Config, OptimizerConfig
 from at2po_agent.credit.registry import Credit, credit_rules
 from at2po_agent.learning.learner import Learner, Objective, checkpoint_activations, make_optimizer
 from at2po_agent.learning.mismatch import Mismatch, importance_weights
@@ -21,7 +22,7 @@ from at2po_agent.packing.batch import Batch, move
 from at2po_agent.packing.rows import pack_rows
 from at2po_agent.packing.trees import check_model, pack_trees
 from at2po_agent.runs.progress import Clock
-from at2po_agent.runs.seeding import RunPurpose, run_generator
+from at2po_agent.runs.seeding import RunPurpose, run_generator, run_seed
 from at2po_agent.tree import Tree
 from at2po_env.errors import ConfigError
 
@@ -48,6 +49,26 @@ def next_clip_scale(scale: float, clipped: float, share: float) -> float:
     return scale * math.sqrt(min(max(clipped / share, 0.25), 4.0))
 
 
+def learning_rates(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
+    """The learning rate of each step, counted from 1, by transformers' schedules.
+
+    `lr * step / warmup` up to the last step of the warmup, or up to step 1 without one. Then, with the share
+    p of the steps from there to the one after the last: lr, `lr (1 - p)` or `lr (1 + cos(pi p)) / 2`. So no
+    step is lost to a rate of 0. It is a function of the step alone, and a resumed run needs no state of it.
+
+    Args:
+        config: The optimiser's settings.
+        steps: Steps of the run.
+    """
+    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # only the shape of the schedule counts
+    schedule = get_scheduler(
+        name, nothing, num_warmup_steps=max(config.warmup_steps, 1), num_training_steps=steps + 1
+    )
+    (shape,) = schedule.lr_lambdas
+    return lambda step: config.lr * float(shape(step))
+
+
 class TreeLearner:
     """Trains a model on the trees of one step after another.
 
@@ -60,6 +81,7 @@ class TreeLearner:
 
     def __init__(self, model: nn.Module, config: Config, folder: Path, report: Callable[[str], None]) -> None:
         self.optimizer = make_optimizer(model, config.optimizer)
+        self._rate = learning_rates(config.optimizer, config.train.steps)
         self._config = config
         self._folder = folder
         self._report = report
@@ -124,7 +146,7 @@ class TreeLearner:
             sampler and learner (`Mismatch.read`), where a token could be compared.
         """
         config, learner = self._config.train, self._learner
-        rate = self._config.optimizer.lr * min(1.0, step / max(self._config.optimizer.warmup_steps, 1))
+        rate = self._rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if not trees:
@@ -163,10 +185,13 @@ class TreeLearner:
         # its branches before it changes a weight.
         mismatch = None if measured else Mismatch()
         updates: list[dict[str, float]] = []
-        for epoch in range(config.epochs):
-            for i in range(len(batches)) if epoch == 0 else generator.permutation(len(batches)):
-                first = None if updates else mismatch
-                updates.append(learner.update(batches[i], old[i], references[i], mismatch=first))
+        device = next(learner.model.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], device_type="cuda"):
+            torch.manual_seed(run_seed(self._config.run.seed, RunPurpose.DROPOUT, step))
+            for epoch in range(config.epochs):
+                for i in range(len(batches)) if epoch == 0 else generator.permutation(len(batches)):
+                    first = None if updates else mismatch
+                    updates.append(learner.update(batches[i], old[i], references[i], mismatch=first))
         if mismatch is not None:
             measured = mismatch.read()
         clock.lap("update")

@@ -5,10 +5,14 @@ path), the tokenizer, `optimizer.safetensors`, and `state.json`, which lists eve
 and holds a digest of the run's configuration. It is written into a temporary folder, synced, and renamed.
 Nothing is unpickled, nothing valid is overwritten.
 
+Of a model with adapters it holds the adapters alone, as peft saves them. What they were trained on is the
+model that the run started from, or, where the run made or changed that, its folder `base` (`save_base`).
+
 This module does not know the meaning of the state; the trainer does.
 """
 
 import contextlib
+import copy
 import errno
 import hashlib
 import json
@@ -24,12 +28,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from at2po_agent.policies.weights import named_weights
+from at2po_agent.policies.weights import adapter_weights, base_weights, is_adapted, named_weights
 from at2po_agent.runs.disk import replace_file, sync
 from at2po_env.errors import At2poError
 
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+ADAPTER = "adapter_model.safetensors"
 
 
 class CheckpointError(At2poError):
@@ -106,6 +111,35 @@ def save_checkpoint(
             old.rename(deleted)
             shutil.rmtree(deleted)
     return target
+
+
+def base_folder(checkpoint: Path) -> Path:
+    """Where the run of a checkpoint keeps the model under its adapters, if it made or changed that model."""
+    return checkpoint.absolute().parent.parent / "base"
+
+
+def save_base(run: Path, model: nn.Module) -> None:
+    """Write the model under the adapters of a run into the run's folder, whole or not at all.
+
+    Raises:
+        CheckpointError: The disk is full or refuses.
+    """
+    target = run / "base"
+    temporary = run / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir()
+        weights = {name: tensor.contiguous() for name, tensor in base_weights(model).items()}
+        save_file(weights, temporary / MODEL, metadata={"format": "pt"})
+        model.config.save_pretrained(str(temporary))  # type: ignore[union-attr, operator]  # transformers'
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        if target.exists():  # of a start that was stopped before its first checkpoint
+            shutil.rmtree(target)
+        temporary.rename(target)
+        sync(run)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _cannot_write(target, error) from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -221,12 +255,11 @@ def load_checkpoint(
     """
     state = check_checkpoint(path)
     try:
-        tensors = load_file(path / MODEL)
-        _fill_model(model, tensors, path / MODEL)
+        _fill_weights(model, path)
         if optimizer is not None:
             scalars = _read_state(path, "")["optimizer"]
             _fill_optimizer(optimizer, load_file(path / OPTIMIZER), scalars)
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+    except (SafetensorError, RuntimeError, ValueError, KeyError, FileNotFoundError) as error:
         raise CheckpointError(
             f"{path}: its weights do not fit this model ({error}); "
             "resume with the configuration it was saved with"
@@ -257,9 +290,17 @@ def _write_files(
     state: Mapping[str, Any],
     config: Mapping[str, str],
 ) -> None:
-    weights = {name: tensor.contiguous() for name, tensor in named_weights(model).items()}
-    save_file(weights, folder / MODEL, metadata={"format": "pt"})
-    settings = getattr(model, "config", None)
+    adapted, base = is_adapted(model), base_folder(folder)
+    named = adapter_weights(model) if adapted else named_weights(model)
+    weights = {name: tensor.contiguous() for name, tensor in named.items()}
+    save_file(weights, folder / (ADAPTER if adapted else MODEL), metadata={"format": "pt"})
+    if adapted:
+        about: Any = copy.copy(model.peft_config["default"])  # type: ignore[index]  # peft's
+        about.inference_mode = True
+        if base.is_dir():
+            about.base_model_name_or_path = str(base)
+        about.save_pretrained(str(folder))  # and no config.json, or transformers would not look for a base
+    settings = None if adapted else getattr(model, "config", None)
     if isinstance(settings, Savable):
         settings.save_pretrained(str(folder))
     if tokenizer is not None:
@@ -274,18 +315,43 @@ def _write_files(
     tensors, scalars = _split_optimizer(optimizer)
     save_file(tensors, folder / OPTIMIZER)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    # A check of the checkpoint covers the model under its adapters too.
+    described = [*names, *([os.path.relpath(base / MODEL, folder)] if adapted and base.is_dir() else [])]
     body = {
         "version": FORMAT_VERSION,
         "step": step,
         "state": dict(state),
         "config": {"sha256": config_digest(config), "values": dict(config)},
         "optimizer": scalars,
-        "files": {name: _describe(folder / name) for name in names},
+        "files": {name: _describe(folder / name) for name in described},
     }
     (folder / STATE).write_text(json.dumps(body, indent=1, allow_nan=False), encoding="utf-8")
     for name in [*names, STATE]:
         sync(folder / name)
     sync(folder)
+
+
+def _fill_weights(model: nn.Module, path: Path) -> None:
+    """Fill a model from the folder of a checkpoint: the adapters and what is under them, or all weights."""
+    if not is_adapted(model):
+        _fill_model(model, load_file(path / MODEL), path / MODEL)
+        return
+    base = base_folder(path) / MODEL
+    if base.is_file():
+        inner = base_weights(model)
+        _copy_weights(inner, load_file(base), base)
+    _copy_weights(adapter_weights(model), load_file(path / ADAPTER), path / ADAPTER)
+
+
+def _copy_weights(own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Copy tensors into those of the same names, which are all."""
+    missing = [name for name in own if name not in tensors or tensors[name].shape != own[name].shape]
+    foreign = [name for name in tensors if name not in own]
+    if missing or foreign:
+        raise ValueError(f"{file.name} lacks {missing[:3]} and has foreign {foreign[:3]}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
 
 def _fill_model(model: nn.Module, tensors: Mapping[str, torch.Tensor], file: Path) -> None:

@@ -243,9 +243,14 @@ def _choose_folder(config: Config, *, resume: bool) -> Path:
 
 
 def fixed_settings(config: Config) -> dict[str, str]:
-    """Return the settings that a resumed run has to keep: JSON texts by dotted key."""
-    values = flatten(config.model_dump(mode="json", exclude={"served"}))
-    return {key: json.dumps(value) for key, value in values if not key.startswith(MAY_CHANGE)}
+    """Return the settings that a resumed run has to keep: JSON texts by dotted key.
+
+    A learning rate that falls towards the end of the run fixes `train.steps` too.
+    """
+    values = dict(flatten(config.model_dump(mode="json", exclude={"served"})))
+    kept = [key for key in values if not key.startswith(MAY_CHANGE)]
+    kept += ["train.steps"] if config.optimizer.schedule != "constant" else []
+    return {key: json.dumps(values[key]) for key in kept}
 
 
 def _check_same_run(path: Path, config: Config) -> None:

@@ -17,6 +17,8 @@ class RunPurpose(IntEnum):
     ROLLOUT = 4
     MINIBATCHES = 5
     EVALUATION = 6
+    ADAPTERS = 7
+    DROPOUT = 8
 
 
 def run_seed(seed: int, purpose: RunPurpose, *position: int) -> int:

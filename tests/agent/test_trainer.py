@@ -428,7 +428,33 @@ def test_prompts_that_are_all_too_long_are_an_error(tmp_path):
 def test_the_learning_rate_warms_up_linearly(tmp_path):
     train(settings(tmp_path / "run", optimizer__warmup_steps=4, eval__questions=0))
     rates = [record["learning_rate"] for record in records(tmp_path / "run")]
-    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+    assert rates == [0.01 * share for share in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)]
+
+
+# 6 steps; the rate would be 0 at step 7, and falls from the last step of the warmup on, at least from step 1.
+# linear, warmup 2: lr from step 2 on, then a fifth less each step, (7 - s) / (7 - 2).
+# cosine, no warmup: (1 + cos(pi (s - 1) / 6)) / 2, where cos takes 1, sqrt(3)/2, 1/2, 0, -1/2, -sqrt(3)/2.
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "shares"),
+    [
+        ("linear", 2, [0.5, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", 0, [1.0, 0.5 + 3**0.5 / 4, 0.75, 0.5, 0.25, 0.5 - 3**0.5 / 4]),
+    ],
+)
+def test_a_falling_learning_rate_ends_with_the_run_and_resumes_bit_for_bit(
+    tmp_path, schedule, warmup, shares
+):
+    falling = {"optimizer__schedule": schedule, "optimizer__warmup_steps": warmup, "eval__questions": 0}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(settings(whole, **falling))
+    assert [record["learning_rate"] for record in records(whole)] == pytest.approx([0.01 * x for x in shares])
+    with pytest.raises(TrainingInterrupted):
+        train(settings(stopped, **falling), progress=StopAt(3))
+    with pytest.raises(ConfigError, match=r"train\.steps: was 6, is 8"):  # it would be another curve
+        train(settings(stopped, **falling, train__steps=8), resume=True)
+    train(settings(stopped, **falling), resume=True)
+    assert records(stopped) == records(whole)
+    assert final_weights(stopped) == final_weights(whole)
 
 
 def test_recomputed_log_probs_agree_with_the_sampler(whole_run, tmp_path):

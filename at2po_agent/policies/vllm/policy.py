@@ -27,8 +27,8 @@ from at2po_agent.policies.vllm.engine import Engine, Finished
 from at2po_agent.policies.vllm.process import RemoteEngine
 from at2po_agent.policies.vllm.routing import Router
 from at2po_agent.policies.vllm.spec import EngineSpec, Limits, place_engines
-from at2po_agent.policies.vllm.weights import SharedSender, TransferSender, call_all, is_adapted, save_model
-from at2po_agent.policies.weights import check_weights, named_weights
+from at2po_agent.policies.vllm.weights import SharedSender, TransferSender, call_all, save_model
+from at2po_agent.policies.weights import check_weights, is_adapted, merged_weights, named_weights
 from at2po_agent.transcripts.inline import InlineTranscript, Transcript
 from at2po_agent.transcripts.tokenizer import Tokenizer
 from at2po_agent.types import Generation
@@ -254,12 +254,14 @@ class VLLMPolicy(SteppingPolicy):
     def _send(self) -> None:
         if self.model is None:
             call_all(self._engines, "reload")
-        elif is_adapted(self.model):
+        elif not is_adapted(self.model):
+            self._send_weights(named_weights(self.model))
+        elif not self.config.lora_rank:
+            self._send_weights(merged_weights(self.model))
+        else:
             with tempfile.TemporaryDirectory(prefix="at2po-adapter-") as folder:
                 self.model.save_pretrained(folder)  # type: ignore[operator]  # peft's
                 self._send_adapter(folder)
-        else:
-            self._send_weights(named_weights(self.model))
 
     def _send_adapter(self, path: str | Path | None) -> None:
         self._adapters += 1

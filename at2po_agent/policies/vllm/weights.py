@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from at2po_agent.policies.vllm.shared_files import note_files
-from at2po_agent.policies.weights import named_weights
+from at2po_agent.policies.weights import base_weights, is_adapted
 from at2po_env.errors import PolicyError
 
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -64,11 +64,6 @@ def call_all(engines: Sequence[EngineCalls], method: str, *arguments: Any) -> li
     return [engine.end() for engine in engines]
 
 
-def is_adapted(model: nn.Module) -> bool:
-    """True if a model carries adapters of peft."""
-    return hasattr(model, "peft_config")
-
-
 def save_model(model: nn.Module, folder: str) -> None:
     """Write configuration and weights as vLLM reads them; adapters of peft are left out.
 
@@ -83,11 +78,7 @@ def save_model(model: nn.Module, folder: str) -> None:
     config = copy.deepcopy(inner.config)
     config.architectures = [type(inner).__name__]
     config.save_pretrained(folder)
-    weights = {
-        name.replace(".base_layer.", "."): tensor.contiguous().cpu()
-        for name, tensor in named_weights(inner).items()
-        if ".lora_" not in name
-    }
+    weights = {name: tensor.contiguous().cpu() for name, tensor in base_weights(model).items()}
     save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 

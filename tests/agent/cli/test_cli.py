@@ -29,7 +29,7 @@ TINY = [
     *("rollout.chains=2", "rollout.forks=1", "rollout.rounds=1", "rollout.max_turn_tokens=8"),
     *("model.hidden_size=32", "model.layers=1", "model.ffn_size=32", "run.threads=1"),
 ]
-COMMANDS = ("train", "eval", "view", "plot", "config", "envs", "data")
+COMMANDS = ("train", "eval", "export", "view", "plot", "config", "envs", "data")
 
 
 @pytest.fixture

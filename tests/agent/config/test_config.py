@@ -1,5 +1,6 @@
 import ast
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -7,7 +8,18 @@ from pydantic import BaseModel
 import at2po_agent
 from at2po_agent.config.loading import config_text, find_config, flatten, load_config, shipped_configs
 from at2po_agent.config.sections import Config
+from at2po_agent.environments import make_training_env
+from at2po_agent.run import plan_run
 from at2po_env.errors import ConfigError
+from at2po_env.retrieval.base import Passage
+from at2po_env.retrieval.bm25.retriever import Bm25Retriever
+from at2po_env.retrieval.server.running import serving
+
+PUBLISHED_SHAPES = {  # parameters, as the models' cards count them
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen2.5-7b": 7_615_616_512,
+}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -20,14 +32,15 @@ def sections(parent: type[BaseModel] = Config, prefix: str = "") -> dict[str, ty
     """Groups of settings by dotted name, groups within groups included."""
     found: dict[str, type[BaseModel]] = {}
     for name, field in parent.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= {f"{prefix}{name}": field.annotation}
-            found |= sections(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):  # X, and X of `X | None`
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= {f"{prefix}{name}": kind}
+                found |= sections(kind, f"{prefix}{name}.")
     return found
 
 
 def test_groups_within_groups_are_found():
-    assert {"model", "model.chat", "rollout", "rollout.thinking"} <= sections().keys()
+    assert {"model", "model.chat", "model.lora", "rollout", "rollout.thinking"} <= sections().keys()
 
 
 def test_every_field_has_a_help_text():
@@ -60,8 +73,8 @@ def test_every_field_is_read_somewhere():
     [
         "quickstart",
         "hotpotqa-tiny",
-        "qwen3-4b-multihop",
-        "qwen3-4b-singlehop",
+        "at2po-search",
+        *(f"{model}-{task}" for model in PUBLISHED_SHAPES for task in ("multihop", "singlehop")),
         "qwen3-4b-webshop",
         "qwen3-4b-household",
     ],
@@ -71,15 +84,49 @@ def test_shipped_configurations_are_valid(name):
     assert load_config(name).run.name == name
 
 
-def test_the_published_settings_are_the_published_ones():
-    config = load_config("qwen3-4b-multihop")
+@pytest.mark.parametrize("model", PUBLISHED_SHAPES)
+@pytest.mark.parametrize(
+    ("task", "env", "splits"),
+    [("multihop", "HotpotQA", ("train", "dev")), ("singlehop", "NaturalQuestions", ("train", "test"))],
+)
+def test_the_published_settings_are_the_published_ones(model, task, env, splits):
+    config = load_config(f"{model}-{task}")
+    assert config.env.id == f"at2po/{env}-v0"
+    assert (config.env.kwargs["split"], config.eval.kwargs["split"]) == splits
+    # 6 searches and an answer; the best 3 passages of E5 over wiki-18, which a server has
+    assert (config.env.kwargs["max_turns"], config.env.kwargs["topk"]) == (7, 3)
+    assert config.env.kwargs["retriever"] == "http://localhost:8000"
+    assert (config.algorithm.preset, config.algorithm.keep, config.rollout.expansion) == (
+        "at2po",
+        "all",
+        "entropy",
+    )
+    assert (config.rollout.alpha, config.rollout.temperature, config.rollout.top_p) == (0.05, 1.0, 1.0)
+    assert (config.algorithm.loss, config.algorithm.kl_weight, config.train.epochs) == ("atpo", 0.0, 1)
     assert (config.rollout.chains, config.rollout.forks, config.rollout.rounds) == (10, 6, 2)
     assert config.algorithm.loss_options == {"clip_low": 3e-3, "clip_high": 4e-3}
     assert config.algorithm.credit_options == {"value_mode": "child_softmax", "advantage_mode": "node_value"}
     assert (config.train.questions, config.train.minibatch_questions, config.train.steps) == (64, 8, 240)
     assert config.train.old_log_probs == "recompute"
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-6, 0.01)
+    assert (config.optimizer.schedule, config.optimizer.warmup_steps) == ("constant", 0)
+    assert config.optimizer.max_grad_norm == 1.0
     assert (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens) == (2000, 6192)
+
+
+@pytest.mark.parametrize(("model", "parameters"), PUBLISHED_SHAPES.items())
+def test_the_shapes_are_those_of_the_published_models(model, parameters):
+    assert plan_run(load_config(f"{model}-multihop"))["parameters"] == parameters
+
+
+def test_the_published_configurations_search_at_their_server(tmp_path):
+    (tmp_path / "nq.jsonl").write_text('{"id": "0", "question": "Who?", "golden_answers": ["Ada"]}\n')
+    with serving(Bm25Retriever.from_passages([Passage("0", "Ada", "Ada wrote the first program.")])) as url:
+        data = f"dataset={tmp_path / 'nq.jsonl'}"
+        env = make_training_env(load_config("qwen2.5-7b-singlehop", [f"env.kwargs.retriever={url}", data]))
+        env.reset(options={"index": 0})
+        shown, *_ = env.step("<think> Who? </think><search> Ada </search>")
+    assert "first program" in shown
 
 
 def test_the_command_line_goes_before_the_file(tmp_path):
@@ -174,6 +221,49 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
 def test_an_override_that_says_nothing_is_named(override):
     with pytest.raises(ConfigError, match="1 problem"):
         load_config("quickstart", [override])
+
+
+def test_a_file_holds_only_what_differs_from_its_base(tmp_path):
+    (tmp_path / "below.yaml").write_text(
+        "algorithm: {preset: grpo, loss: gspo, loss_options: {clip_low: 0.1}}\n"
+        "rollout: {chains: 4, expansion_options: {}}\ntrain: {questions: 9}\n"
+        "env: {kwargs: {hops: [1], worlds: 2}}\n"
+    )
+    config = load_config(write(tmp_path, "base: below.yaml\ntrain: {steps: 3}\nenv: {kwargs: {hops: [2]}}\n"))
+    assert (config.train.questions, config.train.steps, config.rollout.chains) == (9, 3, 4)
+    assert config.env.kwargs == {"hops": [2], "worlds": 2}
+    assert (config.algorithm.loss, config.algorithm.loss_options) == ("gspo", {"clip_low": 0.1})
+    # The base of a base, the name of a shipped one, and the command line on top.
+    (tmp_path / "below.yaml").write_text("base: quickstart\ntrain: {steps: 7}\n")
+    config = load_config(tmp_path / "mine.yaml", ["train.questions=5"])
+    assert (config.train.steps, config.train.questions, config.model.layers) == (3, 5, 3)
+
+
+def test_a_part_of_another_base_loses_the_options_of_the_one_that_it_replaces(tmp_path):
+    (tmp_path / "below.yaml").write_text(
+        "algorithm: {preset: grpo, loss: gspo, loss_options: {clip_low: 0.1}}\n"
+        "rollout: {expansion: random, chains: 4, forks: 2, rounds: 1}\n"
+    )
+    config = load_config(write(tmp_path, "base: below.yaml\nalgorithm: {loss: grpo}\n"))
+    assert (config.algorithm.loss, config.algorithm.loss_options) == (
+        "grpo",
+        {"clip_low": 0.2, "clip_high": 0.2},
+    )
+    config = load_config(write(tmp_path, "base: below.yaml\nalgorithm: at2po\n"))
+    assert (config.algorithm.loss, config.algorithm.loss_options["clip_low"]) == ("atpo", 3e-3)
+    assert (config.rollout.expansion, config.rollout.leaves) == ("entropy", 6)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("quickstrt", "base: no configuration 'quickstrt'.*did you mean quickstart"),
+        ("mine.yaml", "leads back to itself"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_named(tmp_path, base, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, f"base: {base}\n"))
 
 
 def test_an_empty_file_means_defaults(tmp_path):

@@ -8,14 +8,18 @@ from pydantic import TypeAdapter
 
 from at2po_agent.config.loading import flatten, load_config, shipped_configs
 from at2po_agent.config.reference import commented_yaml, schema, search, settings, settings_tables, write_page
-from at2po_agent.config.sections import Config
+from at2po_agent.config.sections import Config, LoraConfig
 
 PAGE = ROOT / "docs" / "settings.md"
 
 
 def test_every_setting_is_listed_once_with_its_default():
     listed = {one.key: one for one in settings()}
+    assert len(listed) == len(list(settings()))
     values = dict(flatten(Config().model_dump(mode="json")))
+    adapters = {f"model.lora.{name}": value for name, value in LoraConfig().model_dump().items()}
+    assert values["model.lora"] is None
+    values |= adapters  # the settings of a section that may be none, with their defaults once it is there
     assert listed.keys() == values.keys()
     assert all(one.meaning for one in listed.values())
     assert listed["optimizer.lr"].limits == "above 0"
@@ -48,11 +52,11 @@ def test_a_commented_file_is_the_same_configuration(name, tmp_path):
 def test_the_schema_allows_the_shipped_files_and_refuses_what_is_unknown():
     found = schema()
     json.dumps(found)
-    assert set(found["properties"]) == set(Config.model_fields)
+    assert set(found["properties"]) == {"base", *Config.model_fields}
     assert found["additionalProperties"] is False
     assert found["properties"]["algorithm"]["anyOf"][0]["type"] == "string"  # `algorithm: at2po`
     assert found["$defs"]["OptimizerConfig"]["properties"]["lr"]["exclusiveMinimum"] == 0
-    assert TypeAdapter(Config).json_schema()["properties"].keys() == found["properties"].keys()
+    assert TypeAdapter(Config).json_schema()["properties"].keys() == found["properties"].keys() - {"base"}
 
 
 def test_the_page_shows_the_settings_as_they_are(tmp_path):

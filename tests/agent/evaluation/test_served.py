@@ -239,7 +239,8 @@ def test_another_environment_keeps_limits_and_drops_what_was_said_of_the_first()
     other = evaluation_config(url, ["eval.kwargs.hops=1", "env.id=at2po/MiniWiki-v0"])
     assert (other.eval.id, other.eval.kwargs, other.env.kwargs) == ("at2po/MiniWiki-v0", {"hops": 1}, {})
     bamboogle = evaluation_config(url, ["env.kwargs.topk=5", "env.id=at2po/Bamboogle-v0"])
-    assert bamboogle.eval.kwargs == {"topk": 5, "max_turns": 7, "split": "test"}
+    shared = {"topk": 5, "max_turns": 7, "retriever": "bm25"}
+    assert bamboogle.eval.kwargs == {**shared, "split": "test"}
     dev = evaluation_config(url, ["eval.kwargs.split=dev", "env.id=at2po/HotpotQA-v0"])
     assert dev.eval.kwargs["split"] == "dev"
     with pytest.raises(ConfigError, match="no_such"):

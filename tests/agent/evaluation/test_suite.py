@@ -157,7 +157,7 @@ def write_questions(file: Path, answers: list[str]) -> None:
 
 def config_for(folder: Path, *more: str) -> Config:
     data = [f"dataset={folder / 'qa'}", f"corpus={folder / 'corpus.jsonl'}"]
-    return load_config("qwen3-4b-multihop", [*data, *more])
+    return load_config("at2po-search", [*data, *more])
 
 
 def scripted() -> ScriptedPolicy:
@@ -259,9 +259,7 @@ def test_a_folder_without_any_set_is_an_error(folder: Path):
 def test_figures_from_the_sample_are_marked_as_not_comparable(folder: Path):
     del folder  # an empty cache, and no dataset
     with pytest.warns(At2poSampleWarning, match="ship with at2po"):
-        results = evaluate_suite(
-            load_config("qwen3-4b-singlehop"), "singlehop", Progress(), policy=scripted()
-        )
+        results = evaluate_suite(load_config("at2po-search"), "singlehop", Progress(), policy=scripted())
     assert {one["origin"] for one in results["sets"].values()} == {"sample"}
     assert results["passages"]["origin"] == "sample"
     text = print_of(results)

@@ -16,12 +16,15 @@ from helpers.forests import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from at2po_agent.agents.model import add_adapters
+from at2po_agent.config.sections import LoraConfig
 from at2po_agent.learning.learner import checkpoint_activations
 from at2po_agent.losses import loss_names, make_loss
 from at2po_agent.packing.prefixes import Layout, lay_out
 from at2po_agent.packing.rows import pack_rows
 from at2po_agent.packing.tree_attention import tree_attention
 from at2po_agent.packing.trees import check_model, pack_trees
+from at2po_agent.policies.weights import adapter_weights
 from at2po_agent.tree import Tree
 from at2po_agent.types import Turn
 from at2po_env.errors import ConfigError
@@ -134,6 +137,18 @@ def test_low_rank_adapters():
         adapter.target_modules = set(targets)
         model = peft.get_peft_model(tiny_model(dtype=torch.float32), adapter)
         assert compare(model, 7, "atpo", 40) < 1e-5
+
+
+def test_adapters_of_the_configuration():
+    model = add_adapters(tiny_model(dtype=torch.float32), LoraConfig(rank=2), seed=1)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # fresh ones have B = 0, and no gradient would reach A
+        for parameter in adapter_weights(model).values():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    check_model(model)
+    assert compare(model, 7, "atpo", 40) < 1e-5
+    checkpoint_activations(model)
+    assert compare(model, 7, "grpo", 40, checkpointing=True) < 1e-5
 
 
 def test_log_probs_and_entropies_of_branches_in_float64():

@@ -61,6 +61,12 @@ def test_an_adapter_of_a_folder_can_be_used_and_left(engine, tmp_path: Path):
     assert worst_error(tiny_model(seed=4), REQUESTS, engine.generate(REQUESTS)) < TOLERANCE
 
 
+def test_engines_that_serve_no_adapters_sample_with_merged_weights(learner):
+    with running(learner) as policy:
+        policy.weights_changed()
+        assert worst_error(learner, REQUESTS, policy.generate(REQUESTS)) < TOLERANCE
+
+
 def test_engines_without_room_for_adapters_refuse_them(shared_policy, tmp_path: Path):
     with pytest.raises(PolicyError, match="lora_rank"):
         shared_policy.use_adapter(tmp_path)

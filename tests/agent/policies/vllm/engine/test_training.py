@@ -58,7 +58,12 @@ register_credit("vllm_test_signs", signs)
 def test_the_published_configuration_trains_with_random_weights(tmp_path: Path, asynchronous: str) -> None:
     config = load_config(
         "qwen3-4b-multihop",
-        [*TINY, f"run.dir={tmp_path / 'run'}", f"model.vllm.asynchronous={asynchronous}"],
+        [
+            *TINY,
+            "env.kwargs.retriever=bm25",
+            f"run.dir={tmp_path / 'run'}",
+            f"model.vllm.asynchronous={asynchronous}",
+        ],
     )
     assert config.model.sampler == "vllm"
     summary = run_training(config)
