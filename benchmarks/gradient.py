@@ -48,6 +48,7 @@ from benchmarks.gradient_sampling import (
 LEAVES = (4, 6, 8, 12)
 GROUPS = 20
 _MEAN = {"normalization": "mean"}
+_CAPPED = {"cap": 1.0}
 
 
 def chains(leaves: int) -> dict[str, Any]:
@@ -66,6 +67,7 @@ ROWS = [
     *[Row(f"chains {n}, group", chains(n), "group") for n in LEAVES[:-1]],
     *[Row(f"chains {n}, group mean", chains(n), "group", _MEAN) for n in LEAVES],
     *[Row(f"chains {n}, surprisal", chains(n), "surprisal") for n in LEAVES],
+    *[Row(f"chains {n}, surpo", chains(n), "surprisal", _CAPPED) for n in LEAVES],
     Row("chains 12, gigpo", chains(12), "gigpo"),
     *[
         Row(f"entropy tree, {mode}", ENTROPY, "tree", {"advantage_mode": mode})
@@ -76,6 +78,8 @@ ROWS = [
     Row("random tree, group", RANDOM, "group"),
     Row("entropy tree, surprisal", ENTROPY, "surprisal"),
     Row("random tree, surprisal", RANDOM, "surprisal"),
+    Row("entropy tree, surpo", ENTROPY, "surprisal", _CAPPED),
+    Row("random tree, surpo", RANDOM, "surprisal", _CAPPED),
     Row("tree_grpo", TREE_GRPO, "tree_grpo"),
     Row("arpo, group", ARPO, "group"),
     Row("aepo, group", {**ARPO, "expansion": "aepo"}, "group"),

@@ -69,7 +69,7 @@ def build_agent(config: Config) -> Agent:
     """
     own = config.model
     check_device(own.device)
-    for key, path in (("path", own.path), ("tokenizer", own.tokenizer)):
+    for key, path in (("path", None if own.random_init else own.path), ("tokenizer", own.tokenizer)):
         if path is not None:
             check_model_path(f"model.{key}", path)
     if own.sampler == "vllm":

@@ -142,7 +142,7 @@ def test_without_the_agent_extra_training_names_it(tmp_path: Path) -> None:
         (["eval", "quickstart", "--config", "nothing"], "no configuration 'nothing'"),
         (["view", "nowhere"], "nowhere: no trees there"),
         (["plot", "nowhere"], "nowhere: no such folder"),
-        (["plot", ".", "--x", "hours"], "expected steps or tokens"),
+        (["plot", ".", "--only", "hours"], "no figure named 'hours'"),
         (["data", "get", "nothing"], "There is no data set 'nothing'"),
         (["data", "path", "hotpotqa"], "Fix: at2po data get hotpotqa"),
     ],
