@@ -76,7 +76,7 @@ $(TRL_VENV)/.installed: pyproject.toml constraints.txt constraints-trl.txt
 
 test-trl: $(TRL_VENV)/.installed  ## TRL's trainer with our environments, trees and loss: CPU, offline, minutes
 	@$(TRL_VENV)/bin/python -c 'import datasets, trl'
-	@HF_HUB_OFFLINE=1 $(TRL_VENV)/bin/python -m pytest tests/agent/integrations tests/test_examples.py $(ARGS)
+	@HF_HUB_OFFLINE=1 $(TRL_VENV)/bin/python -m pytest tests/agent/integrations tests/benchmarks/test_peers_benchmark.py tests/test_examples.py $(ARGS)
 
 lint: install  ## format, lint, types, import contracts, spelling
 	@$(BIN)/ruff format --check .
