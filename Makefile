@@ -6,8 +6,9 @@ RETRIEVAL_VENV ?= .venv-retrieval
 ARGS ?=
 VLLM_VENV ?= .venv-vllm
 WORLDS_VENV ?= .venv-worlds
+TRL_VENV ?= .venv-trl
 
-.PHONY: quickstart test test-retrieval test-vllm test-worlds lint install clean
+.PHONY: quickstart test test-retrieval test-vllm test-worlds test-trl lint install clean
 
 # One stamp per (requirements, project metadata): editing either reinstalls, nothing else does.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -67,6 +68,16 @@ test-worlds: $(WORLDS_VENV)/.installed  ## the household beside TextWorld, TextW
 	@$(WORLDS_VENV)/bin/python -W ignore -c 'import alfworld, fast_downward, textworld'
 	@$(WORLDS_VENV)/bin/python -m pytest tests/envs/household/test_household_textworld.py tests/env/wrappers/test_replay.py $(ARGS)
 
+$(TRL_VENV)/.installed: pyproject.toml constraints.txt constraints-trl.txt
+	@test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
+	@echo "Installing TRL into $(TRL_VENV) (once; about 1.5 GB with PyTorch) ..."
+	@$(TRL_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -c constraints-trl.txt -e '.[agent,trl]' pytest pytest-timeout
+	@touch $@
+
+test-trl: $(TRL_VENV)/.installed  ## TRL's trainer with our environments, trees and loss: CPU, offline, minutes
+	@$(TRL_VENV)/bin/python -c 'import datasets, trl'
+	@HF_HUB_OFFLINE=1 $(TRL_VENV)/bin/python -m pytest tests/agent/integrations tests/benchmarks/test_peers_benchmark.py tests/test_examples.py $(ARGS)
+
 lint: install  ## format, lint, types, import contracts, spelling
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -75,4 +86,4 @@ lint: install  ## format, lint, types, import contracts, spelling
 	@$(BIN)/codespell
 
 clean:
-	rm -rf $(VENV) $(RETRIEVAL_VENV) $(VLLM_VENV) $(WORLDS_VENV) build *.egg-info
+	rm -rf $(VENV) $(RETRIEVAL_VENV) $(VLLM_VENV) $(WORLDS_VENV) $(TRL_VENV) build *.egg-info

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -97,6 +99,18 @@ def repeat(operation: Callable[[], Any], number: int) -> Case:
             operation()
 
     return Case(run, number)
+
+
+def peak_kb() -> int:
+    """The peak resident set of this process so far.
+
+    Linux hands `ru_maxrss` down to new processes, so a child of a large process would not see itself grow.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def command_line(description: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:

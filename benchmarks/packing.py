@@ -20,13 +20,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +40,7 @@ from at2po_agent.packing.prefixes import SortedBranches, cut_branches, lower_bou
 from at2po_agent.packing.rows import RowBatch, pack_rows
 from at2po_agent.packing.trees import check_model, pack_trees
 from at2po_agent.tree import Tree
-from benchmarks._timing import Case, command_line, measure, report
+from benchmarks._timing import Case, command_line, measure, peak_kb, report
 from benchmarks.random_trees import TreeShape, advantages, random_tree
 
 BUDGET = 16_384
@@ -152,21 +150,9 @@ def _measure_peak(name: str, way: str) -> float:
     tiny = TreeShape(2, 0, turns=(1, 1), prompt=(4, 4), action=(4, 4))
     passes(model, random_tree(tiny, vocabulary=SHAPE.vocab_size, seed=0))[way]()
     run = passes(model, random_tree(CASES[name], vocabulary=SHAPE.vocab_size, seed=0))[way]
-    before = _peak_kb()
+    before = peak_kb()
     run()
-    return (_peak_kb() - before) / 1024
-
-
-def _peak_kb() -> int:
-    """The peak resident set so far.
-
-    Linux hands `ru_maxrss` down to new processes, so a child of a large process would not see itself grow.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak_kb() - before) / 1024
 
 
 def on_gpu(rounds: int) -> dict[str, Any] | str:

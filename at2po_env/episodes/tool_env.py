@@ -127,6 +127,7 @@ class ToolEnv(ForkableEnv):
             prompt = "boxed" if reward in ("boxed", "at2po") else "tag"
         described = self.protocol.describe(list(self.tools.values()))
         self._prompt = make_prompt(prompt, tools=described, calls=max_turns - 1)
+        self._answer_form = r"\boxed{%s}" if reward in ("boxed", "at2po") else "%s"
         self._score = _score_function(reward, self.protocol.call_tags)
         self._blank_result = self.protocol.format_result("") if isinstance(reward, str) else None
         self._parse = getattr(self.protocol, "parse_call", self.protocol.parse)
@@ -330,6 +331,11 @@ class ToolEnv(ForkableEnv):
         tools = self.tools.values()
         calls = [ToolCall(tool.name, example_arguments(tool.Arguments), "why") for tool in tools]
         return [*map(self.protocol.format_call, calls), "<think>why</think><answer>none</answer>"]
+
+    def format_answer(self, text: str, *, think: str = "") -> str:
+        r"""Write a final answer as the reward reads it: in an `<answer>` block, in `\boxed{}` or plain."""
+        thought = f"<think>{think}</think>" if think else ""
+        return f"{thought}<answer> {self._answer_form.replace('%s', text)} </answer>"
 
     @property
     def tool_schemas(self) -> list[dict[str, Any]]:

@@ -160,7 +160,8 @@ class HFPolicy(SteppingPolicy):
         """The model's weights were changed in place: forget all KV and count up `version`.
 
         Requests under way go on with the new weights, their KV computed afresh. A change that autograd's
-        version counters show (any optimiser's, `copy_`, `load_state_dict`) is noticed without this call.
+        version counters show (`copy_`, `load_state_dict`, an optimiser's unless it is fused) is noticed
+        without this call.
         """
         with torch.inference_mode():
             self._batcher.version += 1

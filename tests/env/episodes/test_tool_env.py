@@ -668,3 +668,11 @@ def test_without_golden_answers_there_is_no_exact_match():
     _, reward, _, _, info = env.step("<answer> x </answer>")
     assert reward == 0.5
     assert not {"em", "f1"} & set(info)
+
+
+@pytest.mark.parametrize("reward", ["boxed", "at2po", "tag", "structured"])
+def test_an_answer_is_written_as_the_reward_reads_it(reward: str) -> None:
+    env = ToolEnv(tasks=TASKS, tools=[SearchTool(Shelf(), topk=1)], reward=reward)
+    env.reset(options={"index": 0})
+    _, earned, terminated, _, info = env.step(env.format_answer(GOLD, think="I know."))
+    assert (earned, terminated, info["em"], info["answer"]) == (1.0, True, 1.0, GOLD)
