@@ -80,6 +80,7 @@ def rollout(
     expansion: Expansion | None = None,
     thresholds: Thresholds | None = None,
     on_leaf: Callable[[], None] | None = None,
+    places: Sequence[int] | None = None,
 ) -> GrownTrees:
     """Grow one tree for each task.
 
@@ -97,6 +98,8 @@ def rollout(
         expansion: The rule; None takes the registered rule that `config.expansion` names.
         thresholds: Of T2PO's interventions, where `config` gives a share of the turns instead of a number.
         on_leaf: Called whenever a branch has ended; what it raises stops the rollout.
+        places: The place of each task in a larger batch of which these tasks are a share; a place decides the
+            draws of its tree, so the shares give the trees of the whole. None counts from 0.
 
     Returns:
         One tree per task, in order; a tree without leaves where the prompt was too long.
@@ -141,7 +144,7 @@ def rollout(
             seed=seed,
             vocab_size=vocab_size,
         )
-        for index, options in enumerate(tasks)
+        for index, options in zip(range(len(tasks)) if places is None else places, tasks, strict=True)
     ]
     scheduler = Scheduler(
         questions, policy, config, env=env, transcript=transcript, watch=watch, on_leaf=on_leaf
@@ -194,7 +197,7 @@ class Scheduler:
         watch: Callable[[Sequence[str]], Watch | None],
         on_leaf: Callable[[], None] | None,
     ) -> None:
-        self._questions = questions
+        self._questions = {question.index: question for question in questions}
         self._tokenizer = policy.tokenizer
         self._transcript = transcript
         self._config = config
@@ -211,7 +214,7 @@ class Scheduler:
     def run(self) -> None:
         """Grow all trees to their ends. An exception leaves no request and no thread behind."""
         try:
-            for question in self._questions:
+            for question in self._questions.values():
                 self._ready.extend(question.first_round())
             while self._ready or self._asked or self.steps.pending:
                 self._advance()

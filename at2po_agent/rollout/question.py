@@ -60,7 +60,7 @@ class Question:
     everything that breaks ties by index, do not depend on which branch finished first.
 
     Args:
-        index: Its place in the batch.
+        index: Its place in the batch, which decides its draws.
         pool: Makes environments; its own is reset to the question here. A question that cannot be opened is a
             fault of data or configuration, so what `reset` raises is passed on (`sys.exit` as an EnvError).
         options: Options for `reset`, such as `{"index": 3}`; None lets the seed draw the question.

@@ -34,6 +34,15 @@ def test_results_do_not_depend_on_which_branch_finishes_first(order):
     assert dumps(streamed) == dumps(waves)
 
 
+def test_a_share_of_the_questions_grows_the_trees_of_the_whole():
+    whole = rollout(tasks(5), GuessEnv(), GuessingPolicy(), SHAPE, seed=7)
+    odd = [tasks(5)[place] for place in (1, 3)]
+    share = rollout(odd, GuessEnv(), GuessingPolicy(), SHAPE, seed=7, places=(1, 3))
+    assert dumps(share) == dumps([whole[1], whole[3]])
+    elsewhere = rollout(odd, GuessEnv(), GuessingPolicy(), SHAPE, seed=7)
+    assert dumps(elsewhere) != dumps(share)
+
+
 def test_another_seed_gives_other_trees():
     one, two = (rollout(tasks(2), GuessEnv(), GuessingPolicy(), SHAPE, seed=seed) for seed in (0, 1))
     assert dumps(one) != dumps(two)
