@@ -55,6 +55,13 @@ class MicroBatch(BranchRows, Protocol):
 class Batch(BranchRows, Protocol):
     """A minibatch on the host."""
 
+    @property
+    def trees(self) -> Tensor:
+        """int64[B]: the tree of each branch."""
+
+    def tokens(self, rows: Tensor) -> int:
+        """How many tokens the model computes for some branches, int64[R], that go through it at once."""
+
     def with_advantages(self, advantages: Tensor) -> Self:
         """The same branches with other advantages, float32[B, T]."""
 

@@ -31,6 +31,7 @@ class BranchTokens(NamedTuple):
         advantages: float32[T], 0 where not trained.
         log_probs: float32[T], nats, as sampled; 0 where not trained.
         starts: Where its sequences begin, in increasing order; the first is 0.
+        tree: Index of its tree among those that were given.
     """
 
     ids: IntArray
@@ -38,6 +39,7 @@ class BranchTokens(NamedTuple):
     advantages: Float32Array
     log_probs: Float32Array
     starts: tuple[int, ...] = (0,)
+    tree: int = 0
 
     @property
     def sequences(self) -> list[IntArray]:
@@ -79,7 +81,9 @@ def tree_branches(
     if overflow not in get_args(Overflow):
         raise ValueError(f"overflow must be one of {get_args(Overflow)}, got {overflow!r}")
     branches = [
-        branch for tree, given in zip(trees, advantages, strict=True) for branch in _branches(tree, given)
+        branch._replace(tree=index)
+        for index, (tree, given) in enumerate(zip(trees, advantages, strict=True))
+        for branch in _branches(tree, given)
     ]
     if max_length is not None:
         branches = _limit(branches, max_length, overflow)
@@ -168,4 +172,5 @@ def _truncate(branch: BranchTokens, max_length: int) -> BranchTokens:
         branch.advantages[kept],
         branch.log_probs[kept],
         tuple(starts.tolist()),
+        branch.tree,
     )

@@ -37,6 +37,7 @@ class RowBatch:
         sampled_log_probs: float32, nats, as sampled; 0 where not trained.
         places: Not [B, T] but int64[S]: places of the trained tokens in the flattened rows, or None. `to`
             finds them on the host: on another device that would wait for it.
+        of_trees: Not [B, T] but int64[B]: the tree of each row, or None where each is a tree of its own.
     """
 
     input_ids: Tensor
@@ -46,6 +47,7 @@ class RowBatch:
     advantages: Tensor
     sampled_log_probs: Tensor
     places: Tensor | None = None
+    of_trees: Tensor | None = None
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(getattr(self, name).shape) for name in _PER_TOKEN}
@@ -56,6 +58,15 @@ class RowBatch:
     def lengths(self) -> Tensor:
         """int64[B]: tokens of each row without padding."""
         return self.attention_mask.sum(dim=1)
+
+    @property
+    def trees(self) -> Tensor:
+        """int64[B]: the tree of each row."""
+        return torch.arange(len(self.input_ids)) if self.of_trees is None else self.of_trees
+
+    def tokens(self, rows: Tensor) -> int:
+        """Tokens of some rows, without padding."""
+        return int(self.lengths[rows].sum())
 
     def with_advantages(self, advantages: Tensor) -> Self:
         """The same rows with other advantages."""
@@ -139,7 +150,7 @@ class RowBatch:
         return out.index_put((places,), per_token).view(self.input_ids.shape)
 
 
-_PER_TOKEN = tuple(field.name for field in fields(RowBatch) if field.name != "places")
+_PER_TOKEN = tuple(field.name for field in fields(RowBatch) if field.name not in ("places", "of_trees"))
 
 
 def pack_rows(
@@ -189,4 +200,5 @@ def pack_rows(
         turn_ids=torch.from_numpy(turn_ids),
         advantages=torch.from_numpy(given),
         sampled_log_probs=torch.from_numpy(log_probs),
+        of_trees=torch.tensor([branch.tree for branch in branches]),
     )

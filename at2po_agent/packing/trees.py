@@ -109,6 +109,15 @@ class PackedBatch:
         """Tokens of all branches."""
         return sum(len(branch.ids) for branch in self.branches)
 
+    @property
+    def trees(self) -> Tensor:
+        """int64[B]: the tree of each branch."""
+        return torch.tensor([branch.tree for branch in self.branches])
+
+    def tokens(self, rows: Tensor) -> int:
+        """Tokens of some branches when every shared one counts once."""
+        return self.prefixes.keep(rows.numpy()).unique_tokens
+
     def with_advantages(self, advantages: Tensor) -> Self:
         """The same branches with other advantages."""
         return replace(self, advantages=advantages)

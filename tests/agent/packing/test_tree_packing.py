@@ -46,6 +46,17 @@ def make_tree() -> Tree:
     return tree
 
 
+def test_both_forms_tell_the_tree_and_the_cost_of_branches():
+    forest = [make_tree(), make_tree()]  # the second repeats the first, and is a tree of its own all the same
+    given = [np.zeros(5)] * 2
+    rows, packed = pack_rows(forest, given), pack_trees(forest, given)
+    assert rows.trees.tolist() == packed.trees.tolist() == [0, 0, 0, 1, 1, 1]
+    # Branches of 7, 7 and 6 tokens; 1 to 6 are shared by two of them, 1 to 5 by all three.
+    for branches, as_rows_cost, as_tree_cost in (([0, 1, 2], 20, 9), ([3, 5], 13, 8), ([4], 7, 7)):
+        assert rows.tokens(torch.tensor(branches)) == as_rows_cost
+        assert packed.tokens(torch.tensor(branches)) == as_tree_cost
+
+
 def test_a_tree_by_hand():
     # sorted: 1 2 3 4 5 6 7 | 8 | 9; siblings share what they saw, and the 6 that two of them wrote
     batch = pack_trees([make_tree()], [[0.0, 0.5, 1.0, 2.0, 3.0]])
