@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from at2po_agent.cluster.sampling import Rollout
 from at2po_agent.config.sections import Config
 from at2po_agent.credit.groups import is_informative
 from at2po_agent.environments import Env, TaskOrder
@@ -50,6 +51,7 @@ def collect_trees(
     step: int,
     thresholds: Thresholds | None = None,
     on_leaf: Callable[[], None],
+    grow: Rollout = rollout,
 ) -> Collected:
     """Sample the trees of a step.
 
@@ -65,6 +67,7 @@ def collect_trees(
         step: Number of the step; with `run.seed` it decides every draw.
         thresholds: Of T2PO's interventions, where a share of the turns is configured.
         on_leaf: Called whenever a branch has ended.
+        grow: Grows the trees; `rollout`, or a share of it on each learner.
 
     Raises:
         TrainingError: Every prompt was too long; or the environment failed in every branch, and
@@ -76,7 +79,7 @@ def collect_trees(
     for attempt in range(algorithm.oversampling if dynamic else 1):
         seed = run_seed(config.run.seed, RunPurpose.ROLLOUT, step, attempt)
         tasks = order.options(collected.cursor, count)
-        trees = rollout(tasks, env, policy, config.rollout, seed=seed, thresholds=thresholds, on_leaf=on_leaf)
+        trees = grow(tasks, env, policy, config.rollout, seed=seed, thresholds=thresholds, on_leaf=on_leaf)
         # Questions of which every branch failed teach nothing: say why instead of going on.
         outcomes = [tree.outcomes[leaf] or {} for tree in trees for leaf in tree.leaves()]
         if not outcomes:

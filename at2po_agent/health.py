@@ -15,6 +15,7 @@ A tool's complaint about what the policy wrote (wrong arguments, an empty query)
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from at2po_agent.config.sections import HealthConfig
@@ -202,6 +203,7 @@ class HealthWatch:
         report: Takes a line that a person should read.
         resume: The end of the error's message: how to go on by hand.
         on_error: Takes the first traceback of each sample in which an environment raised.
+        together: Does some work and returns when all processes of the run have done it; None does it.
 
     Attributes:
         history: Tallies of the samples so far that may still count, oldest first. A run keeps them in its
@@ -214,7 +216,9 @@ class HealthWatch:
         report: Callable[[str], None],
         resume: str,
         on_error: Callable[[str], None] | None = None,
+        together: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
+        self._together = together or (lambda work: work())
         self._config = config
         self._on_error = on_error
         self._report = report
@@ -281,7 +285,9 @@ class HealthWatch:
         """Sleep and probe until the services answer."""
         config = self._config
         give_up = down_since + config.give_up_after_s
-        while True:
+
+        def sleep(verdict: Verdict, trees: Sequence[Tree]) -> None:
+            """Wait for the next probe."""
             next_probe = time.monotonic() + config.probe_every_s
             while (now := time.monotonic()) < next_probe:
                 if now >= give_up:
@@ -292,6 +298,9 @@ class HealthWatch:
                     )
                 time.sleep(max(0.0, min(1.0, next_probe - now, give_up - now)))
                 tick()
+
+        while True:
+            self._together(partial(sleep, verdict, trees))
             counters = EnvCounters()
             trees = probe()
             found = self._judge([tally(trees, counters.counts())], few=1)

@@ -1,11 +1,12 @@
 """Makes a whole run: cold start, evaluation, training, evaluation, summary.
 
-A signal stops it after a whole step, and it can be resumed.
+A signal stops it after a whole step, and it can be resumed. With several learners each of them makes the run.
 """
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch
 from at2po_agent.agents.agent import Agent, build_agent, build_weights
 from at2po_agent.agents.cold_start import cold_start, record_demonstrations
 from at2po_agent.agents.model import add_adapters, without_adapters
+from at2po_agent.cluster.launch import tell_folder
+from at2po_agent.cluster.learners import Learners, join
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import Env, make_cold_start_env
 from at2po_agent.evaluation.metrics import wilson_interval
@@ -20,7 +23,7 @@ from at2po_agent.health import LOST, ServiceError
 from at2po_agent.policies.base import transcript_of
 from at2po_agent.policies.weights import is_adapted
 from at2po_agent.runs.checkpoint import list_checkpoints, save_base
-from at2po_agent.runs.folder import RunFolder, open_run
+from at2po_agent.runs.folder import ReadOnlyFolder, RunFolder, open_run
 from at2po_agent.runs.interrupts import InterruptibleProgress, Interrupts, StopRequested, TrainingInterrupted
 from at2po_agent.runs.progress import Progress
 from at2po_agent.runs.seeding import RunPurpose, run_generator
@@ -67,9 +70,15 @@ def run_training(
         plan = plan_run(config)
         progress.message(describe_plan(config, plan))
         return plan
-    with open_run(config, resume=resume) as (folder, config), Interrupts(folder) as interrupts:
+    with (
+        join(config) as (learners, config),
+        _open_together(config, learners, resume=resume) as (folder, config),
+        Interrupts(folder) as interrupts,
+    ):
         started = time.monotonic()
-        listener = InterruptibleProgress(progress, interrupts)
+        listener = InterruptibleProgress(
+            progress if learners.first else Progress(), interrupts, lambda: learners.may_stop
+        )
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         try:
@@ -77,16 +86,24 @@ def run_training(
             own = contextlib.nullcontext() if isinstance(agent, Agent) else contextlib.closing(ready.sampler)
             with own:
                 trainer = Trainer(
-                    config, ready, folder, listener, env=env, eval_env=eval_env, started=started
+                    config,
+                    ready,
+                    folder,
+                    listener,
+                    env=env,
+                    eval_env=eval_env,
+                    started=started,
+                    learners=learners,
                 )
                 with contextlib.closing(trainer):
-                    return _run(config, trainer, folder, listener, resume=resume)
+                    return _run(config, trainer, folder, listener, learners, resume=resume)
         except SystemExit as error:  # of foreign code; the run would end as if all were well
             raise EnvError(
                 f"an environment, an expert or other code of the run called sys.exit({error.code!r}). "
                 "Fix: let it raise an error instead"
             ) from error
         except StopRequested as stop:
+            learners.together(lambda: None)  # the first may still be writing, and ends last
             command = folder.resume_command
             saved = f"stopped; everything is saved. Go on with: {command}"
             lost = f"stopped before the first checkpoint; start again with: {command}"
@@ -95,11 +112,30 @@ def run_training(
             ) from stop
 
 
+@contextlib.contextmanager
+def _open_together(config: Config, learners: Learners, *, resume: bool) -> Iterator[tuple[RunFolder, Config]]:
+    """`open_run` on the first learner; the others get its folder to read, and its configuration."""
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(open_run(config, resume=resume)) if learners.first else None
+        if opened is not None:
+            tell_folder(opened[0])
+        config = learners.together(lambda: config if opened is None else opened[1])[0]
+        yield opened or (ReadOnlyFolder(Path(str(config.run.dir))), config)
+
+
 def _run(
-    config: Config, trainer: Trainer, folder: RunFolder, progress: Progress, *, resume: bool
+    config: Config,
+    trainer: Trainer,
+    folder: RunFolder,
+    progress: Progress,
+    learners: Learners,
+    *,
+    resume: bool,
 ) -> dict[str, Any]:
     if resume and list_checkpoints(folder.checkpoints):
-        finished = folder.finished(config.train.steps)
+        finished, *_ = learners.together(
+            lambda: folder.finished(config.train.steps) if learners.first else None
+        )
         restored = trainer.restore(rewind=finished is None)
         if finished is not None:
             progress.message(f"{folder.path}: the run is finished; a larger train.steps goes on with it")
@@ -109,10 +145,17 @@ def _run(
     else:
         folder.rewind_metrics(-1)
         if config.cold_start.steps:
-            _cold_start(config, trainer, progress)
+            started = time.monotonic()
+            parts = learners.together(
+                lambda: _cold_start(config, trainer.agent, progress) if learners.first else {}
+            )
+            trainer.state.cold_start = {**parts[0], "seconds": time.monotonic() - started}
+            trainer.weights_changed()
         own = config.model
-        if is_adapted(trainer.agent.model) and (
-            own.path is None or own.random_init or config.cold_start.steps
+        if (
+            learners.first
+            and is_adapted(trainer.agent.model)
+            and (own.path is None or own.random_init or config.cold_start.steps)
         ):
             save_base(folder.path, trainer.agent.model)
         for mode in _modes(config):
@@ -170,9 +213,8 @@ def _summary(config: Config, trainer: Trainer, after: dict[str, dict[str, Any]])
     return summary
 
 
-def _cold_start(config: Config, trainer: Trainer, progress: Progress) -> None:
-    started = time.monotonic()
-    agent, rng = trainer.agent, run_generator(config.run.seed, RunPurpose.COLD_START)
+def _cold_start(config: Config, agent: Agent, progress: Progress) -> dict[str, float]:
+    rng = run_generator(config.run.seed, RunPurpose.COLD_START)
     demonstrations = record_demonstrations(
         make_cold_start_env(config),
         agent.tokenizer,
@@ -182,9 +224,7 @@ def _cold_start(config: Config, trainer: Trainer, progress: Progress) -> None:
         transcript=transcript_of(agent.policy),
     )
     with without_adapters(agent.model) as model:
-        figures = cold_start(model, demonstrations, config.cold_start, rng=rng, progress=progress)
-    trainer.state.cold_start = {**figures, "seconds": time.monotonic() - started}
-    agent.sampler.weights_changed()
+        return cold_start(model, demonstrations, config.cold_start, rng=rng, progress=progress)
 
 
 def _modes(config: Config) -> tuple[str, ...]:

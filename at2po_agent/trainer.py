@@ -1,8 +1,9 @@
 """The training loop: collect trees -> credit -> learn -> log; evaluate and save on the way.
 
 Read `Trainer.train` and `Trainer.step`. Everything random comes from `run.seed` and the number of the step,
-so a checkpoint needs no generator: a resumed run does bit for bit what an uninterrupted one does. This module
-knows no command line and draws no bars.
+so a checkpoint needs no generator: a resumed run does bit for bit what an uninterrupted one does. Of several
+learners each has a trainer that does all of this; they share the work, and the first writes the files. This
+module knows no command line and draws no bars.
 """
 
 import time
@@ -13,6 +14,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from at2po_agent.agents.agent import Agent
+from at2po_agent.cluster.learners import Learners
+from at2po_agent.cluster.sampling import shared_rollout
 from at2po_agent.collect import Collected, collect_trees
 from at2po_agent.config.sections import Config
 from at2po_agent.credit.registry import Credit
@@ -38,7 +41,7 @@ from at2po_agent.health import (
     failures,
 )
 from at2po_agent.learning.step import TreeLearner, give_credit
-from at2po_agent.rollout import GrownTrees, rollout
+from at2po_agent.rollout import GrownTrees
 from at2po_agent.rollout.uncertainty import Thresholds, running_threshold
 from at2po_agent.runs.checkpoint import CheckpointError, Restored, load_newest, save_checkpoint
 from at2po_agent.runs.disk import disk_refusals
@@ -102,6 +105,7 @@ class Trainer:
         env: The environment that is trained on; None makes the configured one.
         eval_env: The environment of evaluations; None makes the configured one.
         started: `time.monotonic()` when the run began; None means now.
+        learners: The processes that train together; None for this process alone.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class Trainer:
         env: Env | None = None,
         eval_env: Env | None = None,
         started: float | None = None,
+        learners: Learners | None = None,
     ) -> None:
         self.config = config
         self.agent = agent
@@ -126,9 +131,15 @@ class Trainer:
             self._eval_env = make_eval_env(config)
         self.split = self._share_out()
         self._order = TaskOrder(self.split.training, run_seed(config.run.seed, RunPurpose.TASKS))
-        self._learner = TreeLearner(agent.model, config, folder.path, progress.message)
+        self._learners = learners or Learners()
+        self._grow = shared_rollout(self._learners)
+        self._learner = TreeLearner(agent.model, config, folder.path, progress.message, self._learners)
         self._health = HealthWatch(
-            config.health, progress.message, f"then go on with: {folder.resume_command}", self._keep_error
+            config.health,
+            progress.message,
+            f"then go on with: {folder.resume_command}",
+            self._keep_error,
+            self._learners.together,
         )
         self._scalars: Scalars | None = None
         self._first_step = 0
@@ -157,7 +168,7 @@ class Trainer:
                 self._evaluate_if_due()
                 if config.save_every and self.state.step % config.save_every == 0:
                     self.save()
-                self._progress.advance("train")
+                self._learners.together(lambda: self._progress.advance("train"))
         except StopRequested:
             self.save()
             raise
@@ -229,6 +240,7 @@ class Trainer:
             split=self.split,
             go_on=f"then go on with: {self.folder.resume_command}",
             on_error=self._keep_error,
+            learners=self._learners,
         )
         share, config = result.failed_share, self.config.health
         if config.fail_at is not None and share > config.fail_at and self.state.step:
@@ -259,16 +271,19 @@ class Trainer:
         self.state.trained_questions = self._trained_questions
         self.state.seconds = self.seconds
         self._started = time.monotonic()
-        save_checkpoint(
-            self.folder.checkpoints,
-            step=self.state.step,
-            model=self.agent.model,
-            optimizer=self._learner.optimizer,
-            tokenizer=getattr(self.agent.tokenizer, "hf", None),
-            state=vars(self.state),
-            keep=self.config.train.keep_checkpoints,
-            config=fixed_settings(self.config),
-        )
+        if self._learners.first:
+            save_checkpoint(
+                self.folder.checkpoints,
+                step=self.state.step,
+                model=self.agent.model,
+                optimizer=self._learner.optimizer,
+                tokenizer=getattr(self.agent.tokenizer, "hf", None),
+                state=vars(self.state),
+                keep=self.config.train.keep_checkpoints,
+                config=fixed_settings(self.config),
+            )
+        else:
+            self._learner.optimizer.state_dict()  # hands its part to the first
         self._saved_step = self.state.step
 
     def restore(self, *, rewind: bool = True) -> Restored:
@@ -308,8 +323,13 @@ class Trainer:
             self.folder.rewind_metrics(self.state.step, self.state.metrics_lines)
         if self.state.version is not None:
             self.agent.sampler.count_from(self.state.version - 1)  # the checkpoint's weights come next
-        self.agent.sampler.weights_changed()
+        self.weights_changed()
         return restored
+
+    def weights_changed(self) -> None:
+        """Let sampler and learner take over the model's weights, which something else changed."""
+        self._learner.weights_changed()
+        self.agent.sampler.weights_changed()
 
     def close(self) -> None:
         """Close the files that are open."""
@@ -351,6 +371,7 @@ class Trainer:
             step=number,
             thresholds=Thresholds(self.state.epsilon, self.state.eta),
             on_leaf=lambda: self._progress.advance(phase),
+            grow=self._grow,
         )
         self._progress.finish(phase)
         clock.lap("rollout")
@@ -400,7 +421,7 @@ class Trainer:
         chain = {"chains": 1, "forks": 0, "rounds": 0, "expansion": "chains", "expansion_options": {}}
         tasks = self._order.options(self.state.cursor, min(PROBES, config.train.questions))
         seed = run_seed(config.run.seed, RunPurpose.ROLLOUT, self.state.step + 1)
-        return rollout(
+        return self._grow(
             tasks, self._env, self.agent.policy, config.rollout.model_copy(update=chain), seed=seed
         )
 
@@ -412,6 +433,8 @@ class Trainer:
             self.state.evaluated = step
 
     def _record(self, record: Mapping[str, Any]) -> None:
+        if not self._learners.first:
+            return
         self.folder.append_metrics(record)
         with disk_refusals(self.folder.tensorboard):
             if self._scalars is None:

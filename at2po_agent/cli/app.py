@@ -141,6 +141,8 @@ def train(
 ) -> None:
     """Train a policy, and evaluate it before and after; all results are kept in the run's folder."""
     need_agent_extra()
+    from at2po_agent.cluster.launch import launch
+    from at2po_agent.cluster.learners import check_learners, launched, rank
     from at2po_agent.config.loading import load_config
     from at2po_agent.health import ServiceError
     from at2po_agent.report.live import make_listener
@@ -155,18 +157,37 @@ def train(
     loaded = load_config(config, given, note=note)
     if smoke:
         loaded = load_config(config, [*smoke_overrides(loaded), *given])
+    if loaded.cluster.learners > 1 and launched() == 1 and not loaded.run.dry_run:
+        check_learners(loaded, here=loaded.cluster.learners)
+        if code := launch(loaded.cluster.learners, _learn, config, overrides, resume, smoke):
+            raise typer.Exit(code)
+        return
     try:
         with contextlib.closing(make_listener(Console(stderr=True))) as progress:
             summary = run_training(loaded, resume=resume, progress=progress)
     except KeyboardInterrupt as stop:
-        _say_interrupted(stop, loaded)
+        if rank() == 0:
+            _say_interrupted(stop, loaded)
         raise typer.Exit(EXIT_INTERRUPTED) from stop
     except ServiceError as error:
-        if error.summary is not None:
+        if error.summary is not None and rank() == 0:
             _say_ending(config, Path(error.summary["folder"]), error.summary)
         raise
-    if "folder" in summary:
+    if "folder" in summary and rank() == 0:
         _say_ending(config, Path(summary["folder"]), summary)
+
+
+def _learn(config: str, overrides: list[str] | None, resume: bool, smoke: bool) -> None:
+    """The command `train` in the process of one learner."""
+    from at2po_agent.cluster.learners import rank
+
+    warnings.formatwarning = _warning_line
+    if rank() > 0:
+        warnings.simplefilter("ignore")  # the first says it
+    try:
+        train(config, overrides, resume, smoke)
+    except typer.Exit as left:
+        raise SystemExit(left.exit_code) from left
 
 
 def smoke_overrides(config: Config) -> list[str]:

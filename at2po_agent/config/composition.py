@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from at2po_agent.config.sections import TrainConfig
 from at2po_agent.credit.registry import credit_rules
 from at2po_agent.expansion.registry import expansion_rules
 from at2po_agent.losses import get_loss, loss_names, make_loss
@@ -34,7 +35,7 @@ def composition_problems(values: Mapping[str, Any]) -> list[Problem]:
     name, rules = rollout.get("expansion", "entropy"), expansion_rules()
     problems = _unknown_name("rollout.expansion", name, rules)
     known = not problems
-    problems += _credit_problems(algorithm) + _loss_problems(algorithm)
+    problems += _credit_problems(algorithm) + _loss_problems(algorithm) + _cluster_problems(values)
 
     def add(key: str, text: str) -> None:
         problems.append(Problem(key, text))
@@ -132,6 +133,29 @@ def _loss_problems(algorithm: Mapping[str, Any]) -> list[Problem]:
     if algorithm.get("clip_share") is not None and not {"clip_low", "clip_high"} <= set(spec.options):
         return [Problem("algorithm.clip_share", f"loss {name!r} has no clip_low and clip_high to follow it")]
     return []
+
+
+def _cluster_problems(values: Mapping[str, Any]) -> list[Problem]:
+    learners = section(values, "cluster").get("learners", 1)
+    questions = section(values, "train").get(
+        "minibatch_questions", TrainConfig.model_fields["minibatch_questions"].default
+    )
+    if not isinstance(learners, int) or not isinstance(questions, int) or learners <= 1:
+        return []
+    problems = []
+    if learners > questions:
+        problems.append(
+            Problem(
+                "cluster.learners",
+                f"{learners} learners share a minibatch of {questions} questions, so some would have none; "
+                f"use at most {questions}, or raise train.minibatch_questions",
+            )
+        )
+    loss = section(values, "algorithm").get("loss", "atpo")
+    if loss in loss_names() and "totals" not in inspect.signature(get_loss(loss).function).parameters:
+        text = f"{loss!r} takes no totals, so it needs a whole minibatch, and several learners share each one"
+        problems.append(Problem("algorithm.loss", f"{text}; set cluster.learners=1"))
+    return problems
 
 
 def _unknown_name(key: str, name: object, known: Collection[str]) -> list[Problem]:

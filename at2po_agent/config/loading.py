@@ -83,7 +83,8 @@ def config_text(config: Config) -> str:
 
 def _check_whole(path: Path, file: Mapping[str, Any]) -> None:
     """Refuse a run's configuration that lacks a section: its defaults would make it another run."""
-    lacking = [name for name in Config.model_fields if name != "served" and name not in file]
+    optional = ("served", "cluster")  # it is never written; an older release had none
+    lacking = [name for name in Config.model_fields if name not in optional and name not in file]
     last = section(file, "run")  # the section that `config_text` writes last
     lacking += [f"run.{name}" for name in RunConfig.model_fields if "run" in file and name not in last]
     if lacking:

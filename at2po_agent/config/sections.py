@@ -349,6 +349,17 @@ class HealthConfig(Section):
     give_up_after_s: float = Field(1800.0, ge=0, description="Seconds after which a pause ends the run.")
 
 
+class ClusterConfig(Section):
+    """The processes of a run."""
+
+    learners: int = Field(
+        1,
+        ge=1,
+        description="Processes that train together, each with a part of the weights; each takes a GPU of its "
+        "own, or the CPU.",
+    )
+
+
 class RunConfig(Section):
     """The run as a whole."""
 
@@ -380,6 +391,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig, description="Training loop.")
     served: ServedConfig = Field(default_factory=ServedConfig, description="Served model to evaluate.")
     health: HealthConfig = Field(default_factory=HealthConfig, description="Services that die.")
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Processes.")
     run: RunConfig = Field(default_factory=RunConfig, description="Folder, seed, threads.")
 
     @model_validator(mode="after")

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import gymnasium
 
+from at2po_agent.cluster.learners import Learners
+from at2po_agent.cluster.sampling import Rollout, shared_rollout
 from at2po_agent.config.sections import Config
 from at2po_agent.environments import Env, EnvCounters, TaskSplit, first_tasks
 from at2po_agent.evaluation.metrics import (
@@ -66,7 +68,7 @@ class Evaluation(NamedTuple):
         return {**self._asdict(), "failures": dict(self.failures)}
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913  what `rollout` takes, and what only an evaluation needs
     tasks: Sequence[Options],
     env: gymnasium.Env[str, str],
     policy: Policy,
@@ -78,6 +80,7 @@ def evaluate(
     progress: Progress | None = None,
     phase: str = "evaluate",
     health: HealthWatch | None = None,
+    grow: Rollout = rollout,
 ) -> tuple[Evaluation, list[Tree]]:
     """Ask every question once.
 
@@ -93,6 +96,7 @@ def evaluate(
             evaluation.
         phase: The name of the phase that it is told.
         health: Asks a batch again in which a service failed too often, once the service is back.
+        grow: Asks the questions; `rollout`, or a share of it on each learner.
 
     Returns:
         The figures, and one tree of a single chain per question.
@@ -116,7 +120,7 @@ def evaluate(
     def ask(count: int, on_leaf: Callable[[], None] | None) -> list[Tree]:
         """Ask the next questions; the same ones again until their trees are kept."""
         start = len(trees)
-        return rollout(tasks[start : start + count], env, policy, chain, seed=seed + start, on_leaf=on_leaf)
+        return grow(tasks[start : start + count], env, policy, chain, seed=seed + start, on_leaf=on_leaf)
 
     def ask_batch() -> list[Tree]:
         nonlocal failed_of_batch
@@ -144,7 +148,7 @@ def evaluate(
     return summarise(trees)._replace(failures=counts, failed_share=failed_share(failed)), trees
 
 
-def evaluate_mode(
+def evaluate_mode(  # noqa: PLR0913  what only some callers have: a name of the phase, a split, learners
     config: Config,
     mode: str,
     env: Env,
@@ -156,6 +160,7 @@ def evaluate_mode(
     temperature: float | None = None,
     go_on: str = "then run the same command again",
     on_error: Callable[[str], None] | None = None,
+    learners: Learners | None = None,
 ) -> Evaluation:
     """Ask a policy the questions of an evaluation.
 
@@ -170,10 +175,12 @@ def evaluate_mode(
         temperature: Sampling temperature; None takes the mode's.
         go_on: What to do after the fix where a service has died; the end of the error's message.
         on_error: Takes the first traceback of a batch in which the environment raised.
+        learners: Processes that ask a share of the questions each; None for this process alone.
 
     Raises:
         ServiceError: A service died and was still down after `health.give_up_after_s`.
     """
+    learners = learners or Learners()
     result, _ = evaluate(
         first_tasks(env, config.eval.questions) if split is None else split.evaluation,
         env,
@@ -184,7 +191,8 @@ def evaluate_mode(
         batch=config.eval.batch,
         progress=progress,
         phase=phase or f"evaluate ({mode})",
-        health=HealthWatch(config.health, progress.message, go_on, on_error),
+        health=HealthWatch(config.health, progress.message, go_on, on_error, learners.together),
+        grow=shared_rollout(learners),
     )
     return result if split is None else result._replace(seen=split.seen)
 

@@ -8,17 +8,21 @@ Batches are cut on the host, and whatever depends on the contents of a tensor is
 fused optimiser nothing waits for the device until an update is complete; then one transfer brings its
 figures. (With rows, transformers waits once in each forward pass: it looks into the positions for packed
 sequences.)
+
+Several learners hold the same minibatch. Each computes the branches of some trees, and they add up what they
+found: log-probs, figures, and, in the sharded model, gradients. Nothing else here knows that there are more.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from at2po_agent.cluster.learners import Learners, share_out
 from at2po_agent.config.sections import AlgorithmConfig, OptimizerConfig
 from at2po_agent.learning.mismatch import Mismatch
 from at2po_agent.losses import LossTotals, RatioLevel, drift_metrics, get_loss, kl_penalty, make_loss
@@ -94,6 +98,7 @@ class Learner:
         autocast: Number format of the matrix products; None is that of the weights.
         checkpointing: Whether the model recomputes activations, which transformers does in train mode only.
         clip_scale: Factor of the objective's bounds.
+        learners: The processes that compute minibatches together; the model is then sharded among them.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class Learner:
         temperature: float = 1.0,
         autocast: torch.dtype | None = None,
         checkpointing: bool = False,
+        learners: Learners | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -117,6 +123,7 @@ class Learner:
         self.autocast = autocast
         self.checkpointing = checkpointing
         self.clip_scale = 1.0
+        self.learners = learners or Learners()
 
     def update(
         self,
@@ -203,13 +210,13 @@ class Learner:
 
         total, sums, computed = torch.zeros((), device=device), dict[str, Any](), 0
         with batch.attention(self.model):
-            for chosen, micro in batch.micro_batches(budget, rows=rows):
-                computed += int((micro.turn_ids >= 0).sum())
+            for chosen, micro, filler in self._pieces(batch, budget, rows):
+                computed += 0 if filler else int((micro.turn_ids >= 0).sum())
                 here = micro.to(device)
                 # The chosen branches' part of a tensor of the whole minibatch, as wide as the micro-batch.
                 part = (move(chosen, device), slice(micro.turn_ids.shape[1]))
                 log_probs = self._log_probs(here)
-                if mismatch is not None:
+                if mismatch is not None and not filler:
                     mismatch.add(log_probs, here.sampled_log_probs, here.turn_ids)
                 loss, metrics = objective.loss(
                     log_probs,
@@ -228,11 +235,18 @@ class Learner:
                         log_probs, ref[part], here.turn_ids, estimator=objective.kl_estimator, totals=totals
                     )
                     loss, metrics = loss + objective.kl_weight * kl, {**metrics, **about_kl}
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
+                # A sharded model takes the mean of the learners' gradients, and their sum is wanted.
+                weight = 0 if filler else self.learners.count
+                (weight * loss).backward()  # type: ignore[no-untyped-call]
+                total += 0.0 if filler else loss.detach()
                 for name, value in metrics.items():
-                    sums[name] = sums.get(name, 0.0) + value
+                    sums[name] = sums.get(name, 0.0) + (0.0 if filler else value)
         self.model.eval()
+        if self.learners.count > 1:
+            # A learner without branches computed a filler, so all have the same metrics.
+            found = [torch.as_tensor(value, device=device) for value in (total, computed, *sums.values())]
+            total, tokens, *rest = self.learners.sum(torch.stack([value.double() for value in found]))
+            computed, sums = int(tokens), dict(zip(sums, rest, strict=True))
         # Metrics are means over the minibatch, of which rows without advantage were not computed.
         scale = totals.tokens / max(computed, 1)
         return {"loss": total} | {name: value * scale for name, value in sums.items()}
@@ -268,10 +282,39 @@ class Learner:
     def _without_gradient(self, batch: Batch, function: Callable[[MicroBatch], Tensor]) -> Tensor:
         out = torch.zeros(batch.turn_ids.shape, dtype=torch.float32, device=self._device)
         with batch.attention(self.model):
-            for rows, micro in batch.micro_batches(self.token_budget):
+            for rows, micro, filler in self._pieces(batch, self.token_budget):
                 here = micro.to(self._device)
-                out[move(rows, self._device), : here.turn_ids.shape[1]] = function(here).float()
-        return out
+                found = function(here).float()
+                if not filler:
+                    out[move(rows, self._device), : here.turn_ids.shape[1]] = found
+        return self.learners.sum(out)  # a branch was computed by one learner, and is 0 in the others' tensors
+
+    def _pieces(
+        self, batch: Batch, budget: int, rows: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, MicroBatch, bool]]:
+        """The micro-batches that this learner computes of some branches, or of all.
+
+        Every pass through a sharded model is one of all learners. So all get equally many micro-batches: who
+        has fewer computes the shortest branch again.
+
+        Yields:
+            As `Batch.micro_batches`, and whether the micro-batch is such a filler, which counts nowhere.
+        """
+        if self.learners.count == 1:
+            yield from ((chosen, micro, False) for chosen, micro in batch.micro_batches(budget, rows=rows))
+            return
+        every = torch.arange(len(batch.turn_ids)) if rows is None else rows
+        trees = batch.trees[every]
+        groups = [every[trees == tree] for tree in dict.fromkeys(trees.tolist())]
+        owners = share_out([batch.tokens(group) for group in groups], self.learners.count)
+        mine = [group for group, owner in zip(groups, owners, strict=True) if owner == self.learners.rank]
+        cuts = list(batch.micro_batches(budget, rows=torch.cat(mine))) if mine else []
+        most = int(self.learners.largest(torch.tensor(len(cuts))))
+        yield from ((chosen, micro, False) for chosen, micro in cuts)
+        if most > len(cuts):
+            shortest = min(range(len(batch.turn_ids)), key=lambda row: batch.tokens(torch.tensor([row])))
+            chosen, micro = next(iter(batch.micro_batches(budget, rows=torch.tensor([shortest]))))
+            yield from [(chosen, micro, True)] * (most - len(cuts))
 
     def _log_probs(self, here: MicroBatch) -> Tensor:
         with self._number_format():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from at2po_agent.cluster.learners import Learners
 from at2po_agent.losses.base import (
     LOG_RATIO_LIMIT,
     Metrics,
@@ -55,8 +56,11 @@ class Mismatch:
         largest = size.amax()
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
-    def read(self) -> dict[str, float]:
+    def read(self, learners: Learners | None = None) -> dict[str, float]:
         """The figures, under `mismatch/`; empty when no token was added.
+
+        Args:
+            learners: Processes that each added some of the tokens; None for this process alone.
 
         Returns:
             tokens; kl_k1 and kl_k3, estimates of KL(pi_s || pi_l) in nats per token: `mean(-d)`, unbiased,
@@ -66,9 +70,14 @@ class Mismatch:
         References:
             http://joschu.net/blog/kl-approx.html
         """
-        if self._sums is None or self._largest is None:
+        sums, most = self._sums, self._largest
+        if learners is not None and learners.count > 1:
+            # One that added nothing has no tensor, and cannot know on which device the others have theirs.
+            sums = learners.sum(torch.zeros(4, dtype=torch.float64) if sums is None else sums.cpu())
+            most = learners.largest(torch.zeros((), dtype=torch.float64) if most is None else most.cpu())
+        if sums is None or most is None:
             return {}
-        tokens, k1, k3, size, largest = torch.cat([self._sums, self._largest[None]]).tolist()
+        tokens, k1, k3, size, largest = torch.cat([sums, most[None]]).tolist()
         if not tokens:
             return {}
         return {

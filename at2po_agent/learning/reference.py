@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
-from torch import Tensor
+from torch import Tensor, nn
 
+from at2po_agent.cluster.shards import shard
 from at2po_agent.learning.learner import Learner
 from at2po_agent.losses.kl import Estimator, token_kl
 from at2po_agent.packing.batch import Batch
@@ -35,13 +36,16 @@ class _WithoutAdapters(Learner):
             return super().log_probs(batch)
 
 
-def reference_learner(learner: Learner, folder: Path, *, started: bool) -> Learner:
+def reference_learner(
+    learner: Learner, folder: Path, *, started: bool, whole: nn.Module | None = None
+) -> Learner:
     """The learner with its model as it was before training: a frozen copy, or without its adapters.
 
     Args:
         learner: Holds the model that is trained.
         folder: The run's folder; the reference's weights are written there at the beginning of a run.
         started: Whether steps were done already; then the weights must be there.
+        whole: The whole model, where the learner has only a part of it; None takes the learner's.
 
     Raises:
         CheckpointError: They are not, or do not fit the model.
@@ -49,19 +53,25 @@ def reference_learner(learner: Learner, folder: Path, *, started: bool) -> Learn
     if is_adapted(learner.model):
         return _WithoutAdapters(learner)
     reference = copy.copy(learner)
-    reference.model = copy.deepcopy(learner.model).requires_grad_(False).eval()
+    model = copy.deepcopy(whole or learner.model).requires_grad_(False).eval()
     file = folder / FILE
     if not started:
-        save_model(reference.model, str(file))
-        return reference
+        if learner.learners.first:
+            save_model(model, str(file))
+    else:
+        _load(model, file)
+    reference.model = model if learner.learners.count == 1 else shard(model, learner.learners)
+    return reference
+
+
+def _load(model: nn.Module, file: Path) -> None:
     try:
-        load_model(reference.model, file)
+        load_model(model, file)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(
             f"{file}: the policy before training, from which the KL is measured, cannot be read ({error}); "
             "restore the file, or start a new run"
         ) from error
-    return reference
 
 
 def with_kl_in_reward(

@@ -4,6 +4,7 @@
 the old log-probs come from, and what the reference is asked. The trainer knows neither.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from at2po_agent.cluster.learners import Learners
+from at2po_agent.cluster.shards import gather_weights, save_whole_moments, shard, spread_weights
 from at2po_agent.config.sections import AlgorithmConfig, Config, OptimizerConfig
 from at2po_agent.credit.registry import Credit, credit_rules
 from at2po_agent.learning.learner import Learner, Objective, checkpoint_activations, make_optimizer
@@ -77,10 +80,24 @@ class TreeLearner:
         config: The run.
         folder: The run's folder, where a reference keeps its weights.
         report: Takes a line that a person should read.
+        learners: The processes that train it together; what learns is then a copy of which each has a part.
     """
 
-    def __init__(self, model: nn.Module, config: Config, folder: Path, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        folder: Path,
+        report: Callable[[str], None],
+        learners: Learners | None = None,
+    ) -> None:
+        self._whole = model
+        self._learners = learners or Learners()
+        if self._learners.count > 1:
+            model = shard(copy.deepcopy(model), self._learners)
         self.optimizer = make_optimizer(model, config.optimizer)
+        if self._learners.count > 1:
+            save_whole_moments(self.optimizer, self._learners)
         self._rate = learning_rates(config.optimizer, config.train.steps)
         self._config = config
         self._folder = folder
@@ -94,6 +111,7 @@ class TreeLearner:
             temperature=config.rollout.temperature,
             autocast=None if config.train.autocast == "none" else getattr(torch, config.train.autocast),
             checkpointing=config.train.gradient_checkpointing,
+            learners=self._learners,
         )
         if config.train.gradient_checkpointing:
             checkpoint_activations(model)
@@ -115,6 +133,11 @@ class TreeLearner:
     @clip_scale.setter
     def clip_scale(self, scale: float) -> None:
         self._learner.clip_scale = scale
+
+    def weights_changed(self) -> None:
+        """Take over the model's weights, which something else changed; those of the first learner count."""
+        if self._learners.count > 1:
+            spread_weights(self._whole, self._learner.model)
 
     def with_kl(self, trees: Sequence[Tree], step: int) -> Sequence[Tree]:
         """The trees, with the KL to the reference taken from their rewards if the configuration says so."""
@@ -193,7 +216,9 @@ class TreeLearner:
                     first = None if updates else mismatch
                     updates.append(learner.update(batches[i], old[i], references[i], mismatch=first))
         if mismatch is not None:
-            measured = mismatch.read()
+            measured = mismatch.read(self._learners)
+        if self._learners.count > 1:
+            gather_weights(self._learner.model, self._whole)
         clock.lap("update")
         figures = {"learning_rate": rate, "updates": len(updates)}
         means = _means(updates)
@@ -207,7 +232,9 @@ class TreeLearner:
     def _frozen(self, step: int) -> Learner:
         """The reference, made when it is first asked for."""
         if self._reference is None:
-            self._reference = reference_learner(self._learner, self._folder, started=step > 1)
+            self._reference = reference_learner(
+                self._learner, self._folder, started=step > 1, whole=self._whole
+            )
         return self._reference
 
     def _old_log_probs(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, float]]:

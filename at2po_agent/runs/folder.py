@@ -23,7 +23,7 @@ CHECKPOINTS, TREES, TENSORBOARD = "checkpoints", "trees", "tensorboard"
 RUNS = Path("runs")
 MAY_CHANGE = (
     *("train.steps", "train.save_", "train.keep_", "train.micro_batch_tokens", "eval."),
-    *("health.", "run.dir", "run.name", "run.threads", "run.dry_run"),
+    *("cluster.", "health.", "run.dir", "run.name", "run.threads", "run.dry_run"),
 )
 """Beginnings of the settings that a resumed run may change; any other would make it another run."""
 
@@ -137,6 +137,25 @@ class RunFolder:
         """Write summary.json."""
         with disk_refusals(self.path / SUMMARY_FILE):
             replace_file(self.path / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+class ReadOnlyFolder(RunFolder):
+    """The folder as all learners but the first have it: they read it, and leave writing to that one."""
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Write nothing."""
+
+    def rewind_metrics(self, step: int, lines: int | None = None) -> None:
+        """Move nothing."""
+
+    def write_trees(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write nothing."""
+
+    def keep_first_error(self, traceback: str) -> Path | None:
+        """Keep nothing."""
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write nothing."""
 
 
 @contextlib.contextmanager

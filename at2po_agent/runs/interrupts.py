@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -75,15 +76,25 @@ class Interrupts:
 
 
 class InterruptibleProgress(Progress):
-    """Passes all reports on, and stops after progress when a stop was requested."""
+    """Passes all reports on, and stops after progress when a stop was requested.
 
-    def __init__(self, progress: Progress, interrupts: Interrupts) -> None:
+    Args:
+        progress: The listener.
+        interrupts: Know whether a stop was requested.
+        may_stop: Tells whether this is a moment to stop at; None takes any.
+    """
+
+    def __init__(
+        self, progress: Progress, interrupts: Interrupts, may_stop: Callable[[], bool] | None = None
+    ) -> None:
         self._progress = progress
         self._interrupts = interrupts
+        self._may_stop = may_stop
         for name in ("start", "finish", "step", "message"):
             setattr(self, name, getattr(progress, name))
 
     def advance(self, phase: str, amount: int = 1, **values: float) -> None:
         """Pass on progress, then stop if that was requested."""
         self._progress.advance(phase, amount, **values)
-        self._interrupts.check()
+        if self._may_stop is None or self._may_stop():
+            self._interrupts.check()
