@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -38,6 +39,10 @@ SHARES = (0.02, 0.05, 0.15)
 TUNING_START = 100
 TUNING_SEEDS = (100, 101, 102, 103, 104, 105)
 FIRST_ROUND, FINALISTS = 2, 3
+COLD_STARTS = (400, 600, 900)
+"""Steps of the cold start: the first that leads to `LEAST_EM` is taken; from a start that finds no reward no
+method learns, and nothing is compared."""
+LEAST_EM = 0.08
 QUESTIONS, SAMPLES = 300, 8
 POINTS = 4
 """Evaluations on the way, of a third of the questions and one sample."""
@@ -136,16 +141,24 @@ class Job(NamedTuple):
 
 
 def prepare(out: Path, task: str, start: int) -> Path:
-    """Train the cold start of a task, unless it is there; returns its checkpoint."""
+    """Train the cold start of a task, unless it is there; returns its checkpoint.
+
+    Raises:
+        SystemExit: No number of steps in `COLD_STARTS` leads to `LEAST_EM`.
+    """
     from at2po_agent.config.loading import load_config
     from at2po_agent.run import run_training
 
-    folder = out / task / f"start_{start}"
-    checkpoint = folder / "checkpoints" / "step_000000"
-    if not (checkpoint / "state.json").exists():
-        own = [f"run.dir={folder}", f"run.seed={start}", "train.steps=0", "eval.questions=0"]
-        run_training(load_config(BASE, [*TASKS[task], *own]))
-    return checkpoint
+    for steps in COLD_STARTS:
+        folder = out / task / f"start_{start}_{steps}"
+        checkpoint, verdict = folder / "checkpoints" / "step_000000", folder / "summary.json"
+        if not verdict.exists():
+            own = [f"run.dir={folder}", f"run.seed={start}", f"cold_start.steps={steps}"]
+            shutil.rmtree(folder, ignore_errors=True)
+            run_training(load_config(BASE, [*TASKS[task], *own, "train.steps=0", "eval.questions=200"]))
+        if json.loads(verdict.read_text(encoding="utf-8"))["sampled_em_before"] >= LEAST_EM:
+            return checkpoint
+    raise SystemExit(f"{task}: start {start} does not reach {LEAST_EM} sampled EM in {COLD_STARTS[-1]} steps")
 
 
 def run(job: Job) -> dict[str, Any]:

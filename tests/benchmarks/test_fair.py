@@ -136,8 +136,12 @@ def test_the_report_says_what_was_run_and_keeps_the_text_around_it(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_from_its_own_cold_start(tmp_path, monkeypatch):
-    small = ("cold_start.steps=5", "cold_start.demonstrations=20", "model.layers=1")
+    small = ("cold_start.demonstrations=20", "model.layers=1")
     monkeypatch.setattr(fair, "TASKS", {"stops": small})
+    monkeypatch.setattr(fair, "COLD_STARTS", (3, 5))
+    with pytest.raises(SystemExit, match=r"does not reach 0\.08 sampled EM in 5 steps"):
+        fair.prepare(tmp_path, "stops", 7)
+    monkeypatch.setattr(fair, "LEAST_EM", 0.0)
     monkeypatch.setattr(fair, "QUESTIONS", 6)
     monkeypatch.setattr(fair, "SAMPLES", 2)
     checkpoint = fair.prepare(tmp_path, "stops", 7)
@@ -147,3 +151,4 @@ def test_a_run_from_its_own_cold_start(tmp_path, monkeypatch):
     assert found["updates"] == 4 * found["steps"]
     assert found["curve"][-1] == (found["sampled_tokens"], found["sampled_em"])
     assert fair.prepare(tmp_path, "stops", 7) == checkpoint
+    assert checkpoint.parent.parent.name == "start_7_3"  # the first that will do
