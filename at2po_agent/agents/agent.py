@@ -68,12 +68,12 @@ def build_agent(config: Config) -> Agent:
         ConfigError: The chat template will not do, no model can be loaded, or there is no such device.
     """
     own = config.model
+    if own.sampler == "vllm":
+        require("vllm.v1", "vllm")  # before anything is loaded
     check_device(own.device)
     for key, path in (("path", None if own.random_init else own.path), ("tokenizer", own.tokenizer)):
         if path is not None:
             check_model_path(f"model.{key}", path)
-    if own.sampler == "vllm":
-        require("vllm.v1", "vllm")  # before anything is loaded
     tokenizer = build_tokenizer(config)
     written: GrowingTranscript = InlineTranscript(tokenizer)
     if _writes_chats(own):
