@@ -83,7 +83,8 @@ def main(steps: int = 30) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = Config.model_validate(
             {
-                "env": {"id": "examples/Warehouse-v0", "kwargs": {"prompt": "short"}},
+                # 15 questions are all there are: this agent can only remember, so none is held out.
+                "env": {"id": "examples/Warehouse-v0", "kwargs": {"prompt": "short"}, "held_out": 0},
                 "eval": {"questions": 15},
                 "rollout": {"chains": 6, "forks": 3, "rounds": 2},
                 "optimizer": {"lr": 0.03},

@@ -11,6 +11,7 @@ import pytest
 
 import at2po_agent
 import at2po_env
+from at2po_env.errors import MissingExtraError
 
 MODULES = sorted(
     module.name
@@ -25,6 +26,8 @@ def test_examples_are_true(name: str) -> None:
         module = importlib.import_module(name)
     except ModuleNotFoundError as missing:
         pytest.skip(f"needs {missing.name}")
+    except MissingExtraError as missing:
+        pytest.skip(str(missing))
     assert doctest.testmod(module).failed == 0
 
 
