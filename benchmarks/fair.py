@@ -74,6 +74,16 @@ ABLATIONS: Mapping[str, tuple[str, ...]] = {
                       "rollout.expansion=random"),
 }  # fmt: skip
 """Rows that take the setting of the method that they are named after."""
+PARTS = (
+    ("grpo, 6 leaves", "grpo"),
+    ("surpo, 12 leaves", "grpo"),
+    ("surpo, no cap", "grpo, 6 leaves"),
+    ("surpo", "surpo, 12 leaves"),
+    ("surpo", "surpo, no cap"),
+    ("surpo", "surpo, random forks"),
+    ("at2po", "at2po, random"),
+)
+"""What single parts are worth; not corrected, and not among the fixed comparisons."""
 OWN = "surpo"
 COMPARISONS = (
     *(("at2po", other) for other in ("grpo", "tree_grpo", "aepo")),

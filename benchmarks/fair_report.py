@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
-from benchmarks.fair import COMPARISONS, TASKS
+from benchmarks.fair import COMPARISONS, METHODS, PARTS, TASKS
 
 Run = Mapping[str, Any]
 COLUMNS = (
@@ -145,7 +145,10 @@ def write_report(runs: Sequence[Run], tuning: Sequence[Run], folder: Path) -> No
     page = folder / "fair.md"
     text = page.read_text(encoding="utf-8") if page.exists() else f"# The race\n\n{BEGIN}\n{END}\n"
     head, _, rest = text.partition(BEGIN)
-    tables = f"{head}{BEGIN}\n\n{table(runs)}\n{comparison_table(compare(runs))}\n{END}"
+    tables = f"{head}{BEGIN}\n\n{table(runs)}\n{comparison_table(compare(runs))}\n"
+    if parts := [one._replace(adjusted=math.nan) for one in compare(runs, PARTS)]:
+        tables += f"Single parts, without correction:\n\n{comparison_table(parts)}\n"
+    tables += END
     page.write_text(tables + rest.partition(END)[2], encoding="utf-8")
     if runs:
         draw(runs, folder / "fair.png")
@@ -225,7 +228,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         group = [one for one in runs if one["task"] == task and one["updates_per_step"] == 4]
-        for number, method in enumerate(dict.fromkeys(one["method"] for one in group)):
+        raced = {one["method"] for one in group}
+        for number, method in enumerate(method for method in METHODS if method in raced):
             own = [one for one in group if one["method"] == method]
             curve = mean_curve(own)
             tokens, em = [point[0] / 1000 for point in curve], [point[1] for point in curve]
