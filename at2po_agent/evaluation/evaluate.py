@@ -17,7 +17,17 @@ from at2po_agent.evaluation.metrics import (
     tree_metrics,
     wilson_interval,
 )
-from at2po_agent.health import LOST, PROBES, HealthWatch, Tally, add_failures, failed_share, failures, tally
+from at2po_agent.health import (
+    LOST,
+    PROBES,
+    HealthWatch,
+    Tallies,
+    Tally,
+    add_failures,
+    failed_share,
+    failures,
+    tally,
+)
 from at2po_agent.policies.base import Policy
 from at2po_agent.rollout import Options, RolloutConfig, rollout
 from at2po_agent.rollout.config import ResamplingConfig, ThinkingConfig
@@ -109,7 +119,6 @@ def evaluate(  # noqa: PLR0913  what `rollout` takes, and what only an evaluatio
     chain = config.model_copy(update={**one_chain, **unshaped, "temperature": temperature})
     trees: list[Tree] = []
     failed: dict[str, Tally] = {}
-    failed_of_batch: dict[str, Tally] = {}
     listener = progress or Progress()
 
     def begin() -> None:
@@ -123,16 +132,14 @@ def evaluate(  # noqa: PLR0913  what `rollout` takes, and what only an evaluatio
         return grow(tasks[start : start + count], env, policy, chain, seed=seed + start, on_leaf=on_leaf)
 
     def ask_batch() -> list[Tree]:
-        nonlocal failed_of_batch
-        counters = EnvCounters()
-        grown = ask(batch, lambda: listener.advance(phase))
-        failed_of_batch = failures(grown, tally(grown, counters.counts()))
-        return grown
+        return ask(batch, lambda: listener.advance(phase))
 
     begin()
     while len(trees) < len(tasks):
         if health is None:
+            counters = EnvCounters()
             answered = ask_batch()
+            tallies: Tallies = tally(answered, counters.counts())
         else:
             answered, _ = health.sound(
                 ask_batch,
@@ -141,8 +148,9 @@ def evaluate(  # noqa: PLR0913  what `rollout` takes, and what only an evaluatio
                 pausing=begin,
                 tick=lambda: listener.advance(phase, 0),
             )
+            tallies = health.history[-1]
         trees += answered
-        failed = add_failures(failed, failed_of_batch)
+        failed = add_failures(failed, failures(answered, tallies))
     listener.finish(phase)
     counts = {name: one.failed for name, one in failed.items()}
     return summarise(trees)._replace(failures=counts, failed_share=failed_share(failed)), trees
