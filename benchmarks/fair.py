@@ -25,13 +25,13 @@ import json
 import os
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks._runs import make_runs, write_figures
+from benchmarks._runs import make_runs, sampled_em, temporary_trainer, write_figures
+from benchmarks.race import next_step_fits
 
 BASE = Path(__file__).with_name("race.yaml")
 RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
@@ -48,8 +48,7 @@ POINTS = 4
 """Evaluations on the way, of a third of the questions and one sample."""
 
 _CHAINS = ("rollout.forks=0", "rollout.rounds=0")
-_WRONG = ("early_stop=0", "half_query=0", "page_title=0")
-_WANDER = tuple(f"cold_start.expert.{fault}" for fault in _WRONG)
+_WANDER = tuple(f"cold_start.expert.{fault}=0" for fault in ("early_stop", "half_query", "page_title"))
 TASKS: Mapping[str, tuple[str, ...]] = {
     "stops": (),
     "strays": ("env.kwargs.hops=[5,6]", *_WANDER, "cold_start.expert.wrong_hop=0.3"),
@@ -57,22 +56,36 @@ TASKS: Mapping[str, tuple[str, ...]] = {
 """`stops`: 2 and 3 hops, faults of the expert end an episode at once. `strays`: 5 and 6 hops, and a wrong hop
 goes on to a wrong answer."""
 
-METHODS: Mapping[str, tuple[str, ...]] = {
-    "at2po": ("algorithm=at2po", "rollout.chains=6", "rollout.forks=3", "rollout.rounds=2"),
-    "grpo": ("algorithm=grpo", "rollout.chains=12", *_CHAINS),
-    "tree_grpo": ("algorithm=tree_grpo",),
-    "aepo": ("algorithm=aepo",),
-    "surpo": ("algorithm=surpo", "rollout.chains=6", *_CHAINS),
+
+class Row(NamedTuple):
+    """What differs between the rows of the race.
+
+    Attributes:
+        questions: Of a step; with the leaves of a question they make 192 leaves, or 256 with `_SMALL_TREE`.
+        settings: `key=value` texts.
+    """
+
+    questions: int
+    settings: tuple[str, ...]
+
+
+_AT2PO = ("algorithm=at2po", "rollout.chains=6", "rollout.forks=3", "rollout.rounds=2")
+_FEW, _MANY = ("rollout.chains=6", *_CHAINS), ("rollout.chains=12", *_CHAINS)
+_SMALL_TREE = ("rollout.expansion=random", "rollout.chains=4", "rollout.forks=2", "rollout.rounds=1")
+METHODS: Mapping[str, Row] = {
+    "at2po": Row(16, _AT2PO),
+    "grpo": Row(16, ("algorithm=grpo", *_MANY)),
+    "tree_grpo": Row(16, ("algorithm=tree_grpo",)),
+    "aepo": Row(16, ("algorithm=aepo",)),
+    "surpo": Row(32, ("algorithm=surpo", *_FEW)),
 }
-ABLATIONS: Mapping[str, tuple[str, ...]] = {
-    "grpo, 6 leaves": ("algorithm=grpo", "rollout.chains=6", *_CHAINS),
-    "surpo, 12 leaves": ("algorithm=surpo", "rollout.chains=12", *_CHAINS),
-    "surpo, random forks": ("algorithm=surpo", "rollout.expansion=random", "rollout.chains=4",
-                            "rollout.forks=2", "rollout.rounds=1"),
-    "surpo, no cap": ("algorithm=surpo", "rollout.chains=6", *_CHAINS, "algorithm.credit_options.cap=null"),
-    "at2po, random": ("algorithm=at2po", "rollout.chains=6", "rollout.forks=3", "rollout.rounds=2",
-                      "rollout.expansion=random"),
-}  # fmt: skip
+ABLATIONS: Mapping[str, Row] = {
+    "grpo, 6 leaves": Row(32, ("algorithm=grpo", *_FEW)),
+    "surpo, 12 leaves": Row(16, ("algorithm=surpo", *_MANY)),
+    "surpo, random forks": Row(32, ("algorithm=surpo", *_SMALL_TREE)),
+    "surpo, no cap": Row(32, ("algorithm=surpo", *_FEW, "algorithm.credit_options.cap=null")),
+    "at2po, random": Row(16, (*_AT2PO, "rollout.expansion=random")),
+}
 """Rows that take the setting of the method that they are named after."""
 PARTS = (
     ("grpo, 6 leaves", "grpo"),
@@ -126,16 +139,10 @@ class Job(NamedTuple):
 
     @property
     def overrides(self) -> list[str]:
-        """Return the overrides of `race.yaml`.
-
-        A step has about 192 leaves: 16 questions of 12, or 32 of 6. Its questions are cut into `updates`
-        minibatches.
-        """
-        parts = {**METHODS, **ABLATIONS}[self.method]
-        questions = 32 if "rollout.chains=6" in parts and "rollout.rounds=0" in parts else 16
-        questions = 32 if "rollout.chains=4" in parts else questions
+        """Return the overrides of `race.yaml`; a step's questions are cut into `updates` minibatches."""
+        questions, settings = {**METHODS, **ABLATIONS}[self.method]
         return [
-            *parts,
+            *settings,
             *TASKS[self.task],
             "algorithm.kl_weight=0",
             "algorithm.loss_options.aggregation=token",
@@ -173,29 +180,22 @@ def prepare(out: Path, task: str, start: int) -> Path:
 
 def run(job: Job) -> dict[str, Any]:
     """Train until the budget is spent; returns the run's figures."""
-    from at2po_agent.agents.agent import build_agent
     from at2po_agent.config.loading import load_config
-    from at2po_agent.runs.folder import RunFolder
-    from at2po_agent.runs.progress import Progress
-    from at2po_agent.trainer import Trainer
-    from benchmarks.race import next_step_fits
 
     started = time.perf_counter()
     config, tuning = load_config(BASE, job.overrides), job.seed in TUNING_SEEDS
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, build_agent(config), RunFolder(Path(folder)), Progress())
-        points = [(0, sampled_em(trainer, QUESTIONS // 3, 1))]
+    with temporary_trainer(config) as trainer:
+        points = [(0, sampled_em(trainer, QUESTIONS // 3))]
         records: list[dict[str, Any]] = []
         while next_step_fits(records, job.budget):
             records.append(trainer.step())
             due = trainer.state.sampled_tokens >= len(points) * job.budget / (POINTS + 1)
             if due and len(points) <= POINTS and not tuning:
-                points.append((trainer.state.sampled_tokens, sampled_em(trainer, QUESTIONS // 3, 1)))
+                points.append((trainer.state.sampled_tokens, sampled_em(trainer, QUESTIONS // 3)))
         training = time.perf_counter() - started
         asked = (QUESTIONS // 3, SAMPLES // 2) if tuning else (QUESTIONS, SAMPLES)
         final = sampled_em(trainer, *asked)
         greedy = None if tuning else trainer.evaluate("greedy").em
-        trainer.close()
     figures = {
         name: statistics.fmean(record[name] for record in records if name in record)
         for name in ("clip_fraction", "entropy", "turn_kl_entropy", "leaves")
@@ -223,19 +223,6 @@ def run(job: Job) -> dict[str, Any]:
         "curve": [*points, (trainer.state.sampled_tokens, final)],
         **figures,
     }
-
-
-def sampled_em(trainer: Any, questions: int, samples: int) -> float:
-    """Exact match of sampled answers to the first held-out questions, each asked `samples` times."""
-    from at2po_agent.environments import first_tasks, make_eval_env
-    from at2po_agent.evaluation.evaluate import evaluate
-    from at2po_agent.runs.seeding import RunPurpose, run_seed
-
-    config, env = trainer.config, make_eval_env(trainer.config)
-    seed = run_seed(config.run.seed, RunPurpose.EVALUATION)
-    tasks = first_tasks(env, questions) * samples
-    result, _ = evaluate(tasks, env, trainer.agent.policy, config.rollout, seed=seed, temperature=1.0)
-    return result.em
 
 
 def work(job: Job) -> str:

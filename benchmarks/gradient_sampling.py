@@ -21,7 +21,7 @@ from torch import nn
 from at2po_agent.agents.agent import Agent, build_agent
 from at2po_agent.config.loading import load_config
 from at2po_agent.config.sections import Config
-from at2po_agent.credit import credit_rules
+from at2po_agent.credit import credit_rules, weighted_baseline_advantages
 from at2po_agent.environments import TaskOrder, first_tasks, make_eval_env, make_training_env, number_of_tasks
 from at2po_agent.evaluation.evaluate import evaluate
 from at2po_agent.evaluation.metrics import sampled_tokens
@@ -278,7 +278,7 @@ def some_chains(tree: Tree, chosen: Sequence[int]) -> tuple[Tree, list[int]]:
 def leave_one_out(tree: Tree) -> FloatArray:
     """The unbiased advantage of each chain: its reward less the mean of the others', float[L]."""
     rewards = tree.leaf_reward[tree.is_leaf]
-    return np.asarray((rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1))
+    return weighted_baseline_advantages(rewards, np.ones(len(rewards)))
 
 
 class Grown(NamedTuple):

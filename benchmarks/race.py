@@ -5,13 +5,12 @@
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks._runs import write_figures
+from benchmarks._runs import sampled_em, temporary_trainer, write_figures
 
 BASE = Path(__file__).with_name("race.yaml")
 TUNING_SEED = 100
@@ -99,16 +98,11 @@ def run(job: Job, *, evaluations: int = 5) -> dict[str, Any]:
 
     The points on the way are of the first `QUESTIONS_ON_THE_WAY` questions, the last one is of all of them.
     """
-    from at2po_agent.agents.agent import build_agent
     from at2po_agent.config.loading import load_config
-    from at2po_agent.runs.folder import RunFolder
-    from at2po_agent.runs.progress import Progress
-    from at2po_agent.trainer import Trainer
 
     started = time.perf_counter()
     config = load_config(BASE, job.overrides)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, build_agent(config), RunFolder(Path(folder)), Progress())
+    with temporary_trainer(config) as trainer:
         curve = [_point(trainer)]
         records: list[dict[str, Any]] = []
         while next_step_fits(records, job.budget):
@@ -143,15 +137,10 @@ def run(job: Job, *, evaluations: int = 5) -> dict[str, Any]:
 
 
 def _point(trainer: Any) -> dict[str, Any]:
-    from at2po_agent.environments import first_tasks, make_eval_env
-    from at2po_agent.evaluation.evaluate import evaluate
-    from at2po_agent.runs.seeding import RunPurpose, run_seed
-
-    env, config = make_eval_env(trainer.config), trainer.config
-    seed = run_seed(config.run.seed, RunPurpose.EVALUATION)
-    tasks = first_tasks(env, QUESTIONS_ON_THE_WAY)
-    result, _ = evaluate(tasks, env, trainer.agent.policy, config.rollout, seed=seed, temperature=1.0)
-    return {"sampled_tokens": trainer.state.sampled_tokens, "sampled_em": result.em}
+    return {
+        "sampled_tokens": trainer.state.sampled_tokens,
+        "sampled_em": sampled_em(trainer, QUESTIONS_ON_THE_WAY),
+    }
 
 
 def tuned_rates(folder: Path) -> dict[str, float]:

@@ -180,11 +180,15 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
+def replace_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Replace what a page has between two marks, each alone in its line, and keep the rest."""
+    head, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    page.write_text(f"{head}{begin}\n{text}{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 def write_table(page: Path) -> None:
-    """Replace the table between the two marks of a page."""
-    head, _, rest = page.read_text(encoding="utf-8").partition(TABLE_BEGIN)
-    tail = rest.partition(TABLE_END)[2]
-    page.write_text(f"{head}{TABLE_BEGIN}\n{algorithms_table()}{TABLE_END}{tail}", encoding="utf-8")
+    """Replace the table of a page."""
+    replace_between(page, TABLE_BEGIN, TABLE_END, algorithms_table())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from at2po_agent.config.presets import replace_between
 from at2po_agent.config.sections import Config
 
 BEGIN, END = "<!-- settings: generated from at2po_agent/config -->", "<!-- end of settings -->"
@@ -124,10 +125,8 @@ def settings_tables() -> str:
 
 
 def write_page(page: Path) -> None:
-    """Replace the tables between the two marks of a page."""
-    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    tail = rest.partition(END)[2]
-    page.write_text(f"{head}{BEGIN}\n{settings_tables()}\n{END}{tail}", encoding="utf-8")
+    """Replace the tables of a page."""
+    replace_between(page, BEGIN, END, f"{settings_tables()}\n")
 
 
 def _type(annotation: Any) -> str:
